@@ -1,0 +1,28 @@
+"""Few-shot image classification: all that the author of an algorithm needs to import.
+
+    from kshot import Config, InnerLoop, Learner, State, gradient, hookimpl
+"""
+
+import kshot_runtime  # noqa: F401  (first: it switches onnxruntime's telemetry off)
+from kshot.backbones import Backbone
+from kshot.episodes import Episode, Episodes, Shape
+from kshot.gradients import gradient
+from kshot.hookspecs import hookimpl
+from kshot.learner import Config, InnerLoop, Learner, State, cross_entropy, one_hot
+from kshot_runtime.errors import KshotError
+
+__all__ = [
+    "Backbone",
+    "Config",
+    "Episode",
+    "Episodes",
+    "InnerLoop",
+    "KshotError",
+    "Learner",
+    "Shape",
+    "State",
+    "cross_entropy",
+    "gradient",
+    "hookimpl",
+    "one_hot",
+]

@@ -1,0 +1,126 @@
+"""Honest evaluation: fixed seeded episodes, a mean with its interval over episodes, and calibration."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kshot.datasets import ClassImages
+from kshot.episodes import Episode, Shape, Stream, sample_episodes
+from kshot.learner import Learner, transductive as without_statistics
+
+_AT_ONCE = 8  # episodes sampled together
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy over episodes with its 95 % interval, and how far the probabilities can be trusted."""
+
+    shape: Shape
+    accuracies: np.ndarray  # (episodes,) share of each episode's queries that were right
+    confidences: np.ndarray  # (episodes * ways * queries,) probability of the predicted class
+    right: np.ndarray  # (episodes * ways * queries,) bool
+    seconds: float
+    transductive: bool = False
+
+    @property
+    def episodes(self) -> int:
+        return len(self.accuracies)
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.accuracies.mean())
+
+    @property
+    def margin(self) -> float:
+        """Half the 95 % interval of the mean over episodes: 1.96 * sd / sqrt(n), with the sample's sd."""
+        if self.episodes < 2:
+            return math.nan
+        return float(1.96 * self.accuracies.std(ddof=1) / math.sqrt(self.episodes))
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error over 15 equal bins of confidence (Guo et al., 2017)."""
+        return calibration_error(self.confidences, self.right)
+
+    def __str__(self) -> str:
+        how = "transductive" if self.transductive else "inductive"
+        return (
+            f"{100 * self.accuracy:.2f} ± {100 * self.margin:.2f} % "
+            f"({self.shape}, {self.episodes} episodes, {how}, ECE {100 * self.ece:.1f} %)"
+        )
+
+
+def evaluate(
+    learner: Learner,
+    images: ClassImages,
+    shape: Shape,
+    episodes: int,
+    *,
+    seed: int,
+    stream: Stream = "test",
+    transductive: bool = False,
+    temperature: float = 1.0,
+    device: str = "cpu",
+) -> Score:
+    """Score a learner on `episodes` episodes that (seed, stream) fix; another learner gets the very same ones.
+
+    The learner is in eval mode meanwhile and keeps no graph. `transductive` normalises queries by their own batch
+    (see `kshot.learner.transductive`).
+    """
+    started = time.perf_counter()
+    accuracies, confidences, right = [], [], []
+    for episode, logits in answers(
+        learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device
+    ):
+        confidence, prediction = (logits / temperature).softmax(1).max(1)
+        correct = prediction == episode.query_labels
+        accuracies.append(float(correct.double().mean()))
+        confidences.append(confidence.float().cpu().numpy())
+        right.append(correct.cpu().numpy())
+    return Score(
+        shape, np.array(accuracies), np.concatenate(confidences), np.concatenate(right),
+        time.perf_counter() - started, transductive,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def answers(
+    learner: Learner,
+    images: ClassImages,
+    shape: Shape,
+    episodes: int,
+    *,
+    seed: int,
+    stream: Stream = "test",
+    transductive: bool = False,
+    device: str = "cpu",
+) -> Iterator[tuple[Episode, Tensor]]:
+    """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it."""
+    was_training = learner.training
+    learner.eval()
+    try:
+        for step in range(math.ceil(episodes / _AT_ONCE)):
+            batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
+            for episode in batch.part(0, episodes - step * _AT_ONCE):
+                state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+                if transductive:
+                    state = without_statistics(state)
+                yield episode, learner.classify(state, episode.query)
+    finally:
+        learner.train(was_training)
+
+
+def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their counts."""
+    bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
+    confidence = np.bincount(bin_of, confidences, minlength=bins)
+    accuracy = np.bincount(bin_of, right, minlength=bins)
+    return float(np.abs(confidence - accuracy).sum() / counts.sum())

@@ -1,0 +1,38 @@
+"""What a plugin may provide. Each hook returns values; docs/plugins.md shows one of each, and a test holds the two together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import pluggy
+
+if TYPE_CHECKING:
+    from kshot.backbones import Backbone
+    from kshot.importing import Importer
+    from kshot.learner import Learner
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+hookspec = pluggy.HookspecMarker("kshot")
+_hookimpl = pluggy.HookimplMarker("kshot")
+
+
+def hookimpl(function: _Function) -> _Function:
+    """Mark a function as this plugin's answer to the hook of the same name."""
+    return cast(_Function, _hookimpl(function))
+
+
+@hookspec
+def kshot_learners() -> Sequence[type[Learner]]:  # type: ignore[empty-body]  # a specification has no body
+    """Algorithms: subclasses of `kshot.Learner`, each with a name of its own."""
+
+
+@hookspec
+def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-body]
+    """Backbones by name: subclasses of `kshot.Backbone`."""
+
+
+@hookspec
+def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]
+    """Data sources by name: functions that turn a download or a folder into a packed data set."""

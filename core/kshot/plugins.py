@@ -1,0 +1,115 @@
+"""Finding plugins: every installed entry point of the group `kshot`, each by itself, so that a broken one harms no other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from kshot import hookspecs
+from kshot_runtime.errors import KshotError
+
+GROUP = "kshot"
+
+
+@dataclass(frozen=True)
+class Provided:
+    """Something that a plugin provides, and where it came from."""
+
+    kind: str  # the hook without its prefix: learners, backbones, datasets
+    name: str
+    value: Any
+    plugin: str  # the entry point's name
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} from plugin {self.plugin!r} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that could not be loaded, and why."""
+
+    plugin: str
+    distribution: str
+    version: str
+    reason: str
+
+
+@dataclass
+class Found:
+    """All that the installed plugins provide. Names are looked up by `learner`, `backbone` and `dataset`."""
+
+    provided: list[Provided] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+    def learner(self, name: str) -> Provided:
+        return self._only("learners", "algorithm", name)
+
+    def backbone(self, name: str) -> Provided:
+        return self._only("backbones", "backbone", name)
+
+    def dataset(self, name: str) -> Provided:
+        return self._only("datasets", "data source", name)
+
+    def of(self, kind: str) -> list[Provided]:
+        return sorted((p for p in self.provided if p.kind == kind), key=lambda p: p.name)
+
+    def _only(self, kind: str, noun: str, name: str) -> Provided:
+        matches = [p for p in self.of(kind) if p.name == name]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise KshotError(
+                f"two plugins provide the {noun} {' and '.join(map(str, matches))}. Uninstall one, or rename its {noun}."
+            )
+        names = sorted({p.name for p in self.of(kind)})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        broken = "".join(f" Plugin {b.plugin!r} is broken: {b.reason}" for b in self.broken)
+        raise KshotError(
+            f"no {noun} named {name!r}{hint} (installed: {', '.join(names) or 'none'}). "
+            f"A plugin that you have just added is seen once it is installed again: pip install -e .{broken}"
+        )
+
+
+@cache
+def find() -> Found:
+    """Load every installed plugin, once in a process."""
+    return load(entry_points(group=GROUP))
+
+
+def load(points: Iterator[EntryPoint] | Any) -> Found:
+    """Load these entry points, each in a manager of its own."""
+    found = Found()
+    for point in sorted(points, key=lambda p: p.name):
+        dist = point.dist
+        origin = (point.name, dist.name if dist else "?", dist.version if dist else "?")
+        try:
+            found.provided += _load(point, origin)
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; the others still work
+            found.broken.append(Broken(*origin, f"{type(error).__name__}: {error}".splitlines()[0]))
+    return found
+
+
+def _load(point: EntryPoint, origin: tuple[str, str, str]) -> list[Provided]:
+    manager = pluggy.PluginManager("kshot")
+    manager.add_hookspecs(hookspecs)
+    manager.register(point.load(), point.name)
+    manager.check_pending()  # a misspelt hook is an error
+    provided = [
+        Provided("learners", learner.name, learner, *origin)
+        for learners in manager.hook.kshot_learners() for learner in learners
+    ]  # fmt: skip
+    for kind in ("backbones", "datasets"):
+        for mapping in getattr(manager.hook, f"kshot_{kind}")():
+            provided += [Provided(kind, name, value, *origin) for name, value in mapping.items()]
+    if not provided:
+        raise KshotError("it provides nothing: mark a function named like a hook with @hookimpl")
+    return provided

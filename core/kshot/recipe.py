@@ -1,0 +1,155 @@
+"""A recipe: one experiment as a TOML file, from the data it takes to the gate it must pass."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kshot import plugins
+from kshot.backbones import Backbone
+from kshot.episodes import Shape
+from kshot.learner import Learner
+from kshot.training import Training
+from kshot_runtime.errors import KshotError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Settings):
+    """Which packed data set, and which of its splits serve for what."""
+
+    name: str = Field(description="the folder under data/")
+    source: str | None = Field(None, description="the importer that makes it where it is missing")
+    rotations: bool = Field(False, description="make each class four, one for every quarter turn, after splitting")
+    train: str = "train"
+    validation: str = "val"
+    test: str = "test"
+
+
+class PluginSettings(BaseModel):
+    """A plugin's name, and beside it whatever that plugin's own Config accepts."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class EvaluationSettings(_Settings):
+    """The test episodes. The first of `shapes` is what the gate compares and the bundle states."""
+
+    ways: tuple[int, ...] = Field((5,), min_length=1, description="one row of the result for each, with each of shots")
+    shots: tuple[int, ...] = Field((1,), min_length=1)
+    queries: int = Field(15, ge=1)
+    episodes: int = Field(1000, ge=2)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [Shape(ways, shots, self.queries) for ways in self.ways for shots in self.shots]
+
+
+class Recipe(_Settings):
+    """One experiment. `Recipe.load(path, {"training.lr": "0.01"})` reads a file and changes single values."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="of the experiment and of the registered model")
+    seed: int = Field(1, ge=0)
+    dataset: DataSettings
+    backbone: PluginSettings = PluginSettings(name="conv4")
+    learner: PluginSettings
+    training: Training = Training()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: dict[str, Any] = Field({}, description="what a version must hold to be promoted; kshot_flows.gate checks it")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+        """Read a recipe; `overrides` maps dotted keys to TOML values (bare words are taken as strings)."""
+        path = Path(path)
+        try:
+            content = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise KshotError(f"there is no recipe at {path}. `kshot recipes` lists those that come along.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise KshotError(f"{path} is not a readable recipe: {error}") from None
+        for key, value in (overrides or {}).items():
+            _set(content, key, value)
+        try:
+            recipe = cls.model_validate(content)
+        except ValidationError as error:
+            raise KshotError(f"{path}: {explain(error, cls)}") from None
+        recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Find the plugins and let them judge their settings, long before any training starts."""
+        self._learner_config()
+        self._backbone_config()
+
+    def build(self, image: tuple[int, int, int]) -> Learner:
+        """A fresh learner for images of shape (channels, height, width)."""
+        config, backbone = self._learner_config(), plugins.find().backbone(self.backbone.name).value
+        body: Backbone = backbone(image, config.norm, self._backbone_config())
+        learner: Learner = plugins.find().learner(self.learner.name).value(body, config)
+        return learner
+
+    def _learner_config(self) -> Any:
+        return _configure(plugins.find().learner(self.learner.name).value.Config, self.learner, "learner")
+
+    def _backbone_config(self) -> Any:
+        return _configure(plugins.find().backbone(self.backbone.name).value.Config, self.backbone, "backbone")
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A validation error in a line for each fault: where, what is wrong, and for an unknown key the nearest known one."""
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _keys(model, fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            lines.append(f"unknown key {place!r}; {hint}(known here: {', '.join(known)})")
+        elif fault["type"] == "missing":
+            lines.append(f"{place} is missing")
+        else:
+            lines.append(f"{place} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def _configure(config: type[BaseModel], settings: PluginSettings, section: str) -> BaseModel:
+    try:
+        return config.model_validate(settings.options)
+    except ValidationError as error:
+        raise KshotError(f"[{section}] of {settings.name!r}: {explain(error, config)}") from None
+
+
+def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    for part in place:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return sorted(model.model_fields)
+
+
+def _set(content: dict[str, Any], key: str, text: str) -> None:
+    *sections, last = key.split(".")
+    place = content
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise KshotError(f"{key}={text}: {section!r} is a value, not a section")
+    try:
+        place[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        place[last] = text

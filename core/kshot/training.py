@@ -1,0 +1,239 @@
+"""The outer loop: meta-train a learner on episodes, choose the model on validation episodes, survive being killed."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape, check_shape, sample_episodes
+from kshot.evaluation import evaluate
+from kshot.learner import Learner
+from kshot_runtime.errors import KshotError
+
+
+class Training(BaseModel):
+    """How to meta-train. An outer step takes one batch of episodes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ways: int = Field(5, ge=2)
+    shots: int = Field(1, ge=1)
+    queries: int = Field(15, ge=1)
+    episodes_per_step: int = Field(1, ge=1, description="episodes in one outer step (the meta-batch)")
+    episodes_at_once: int | None = Field(None, ge=1, description="of these, how many share one backward pass")
+    steps: int = Field(1000, ge=1, description="outer steps")
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine", "halve"] = Field("cosine", description="of the learning rate")
+    halve_every: int = Field(2000, ge=1, description="outer steps between halvings, for schedule = 'halve'")
+    clip: float | None = Field(None, gt=0, description="largest norm of the outer gradient")
+    validate_every: int = Field(250, ge=1, description="outer steps between validations, each with a checkpoint")
+    validation_ways: int | None = Field(None, ge=2, description="ways of validation episodes; those of training if unset")
+    validation_shots: int | None = Field(None, ge=1)
+    validation_queries: int = Field(15, ge=1)
+    validation_episodes: int = Field(200, ge=1)
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.ways, self.shots, self.queries)
+
+    @property
+    def validation_shape(self) -> Shape:
+        return Shape(self.validation_ways or self.ways, self.validation_shots or self.shots, self.validation_queries)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after an outer step."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    seconds: float  # of training, over all the processes that took part
+    validation: float | None = None  # accuracy, where this step was validated
+    margin: float | None = None  # half its 95 % interval
+    best_step: int | None = None
+    best: float | None = None
+
+
+def meta_train(
+    learner: Learner,
+    train: ClassImages,
+    validation: ClassImages,
+    settings: Training,
+    *,
+    folder: Path,
+    seed: int,
+    recipe: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Iterator[Progress]:
+    """Meta-train `learner` in place, yielding after every outer step; afterwards it holds the best validated weights.
+
+    Each validation ends with a checkpoint in `folder`, written whole or not at all. Called again with the same
+    folder after a crash, training goes on from there, on a CPU to the same final bits: the checkpoint holds weights,
+    optimiser, random state and position, and episodes depend on (seed, step) alone. A checkpoint of another `recipe`
+    is refused. Batches are seeded by the outer step, so their order needs no state.
+    """
+    tune_allocator()
+    check_shape(train, settings.shape)
+    check_shape(validation, settings.validation_shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    learner.prepare(len(train))
+    learner.to(device)
+    optimiser = _optimiser(learner, settings)
+    run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
+    if (newest := folder / "last.pt").exists():
+        run = _resume(newest, run, learner, optimiser)
+
+    while run.step < settings.steps and not run.exhausted(settings.patience):
+        started = time.perf_counter()
+        learner.train()
+        lr = learning_rate(settings, run.step)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        batch = sample_episodes(train, settings.shape, settings.episodes_per_step, seed=seed, step=run.step)
+        loss = learner_step(learner, batch.to(device), optimiser, settings)
+        run.step += 1
+        if not math.isfinite(loss):
+            raise KshotError(
+                f"the loss became {loss} at outer step {run.step}. Lower training.lr (now {settings.lr}) or set training.clip."
+            )
+        validation_due = run.step % settings.validate_every == 0 or run.step == settings.steps
+        accuracy = margin = None
+        if validation_due:
+            score = evaluate(
+                learner, validation, settings.validation_shape, settings.validation_episodes,
+                seed=seed, stream="val", device=device,
+            )  # fmt: skip
+            accuracy, margin = score.accuracy, score.margin
+            run.history.append({"step": run.step, "loss": loss, "validation": accuracy, "margin": margin})
+            if run.best is None or accuracy > run.best:
+                run.best, run.best_step = accuracy, run.step
+                run.best_weights = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+        run.seconds += time.perf_counter() - started
+        if validation_due:
+            _save(newest, run, learner, optimiser)
+        yield Progress(
+            run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best
+        )  # fmt: skip
+    learner.load_state_dict(run.best_weights)
+    learner.eval()
+
+
+def learner_step(learner: Learner, batch: Any, optimiser: torch.optim.Optimizer, settings: Training) -> float:
+    """One outer step: the mean meta-loss over a batch, differentiated a few episodes at a time to bound memory."""
+    at_once = settings.episodes_at_once or len(batch)
+    optimiser.zero_grad(set_to_none=True)
+    total = 0.0
+    for start in range(0, len(batch), at_once):
+        part = batch.part(start, start + at_once)
+        loss = learner.meta_loss(part) * (len(part) / len(batch))
+        loss.backward()
+        total += float(loss.detach())
+    if settings.clip is not None:
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.clip)
+    optimiser.step()
+    return total
+
+
+def learning_rate(settings: Training, step: int) -> float:
+    """The outer learning rate at a step: constant, on half a cosine down to zero, or halved every so often."""
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    if settings.schedule == "halve":
+        return settings.lr * 0.5 ** (step // settings.halve_every)
+    return settings.lr
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process on glibc: big activations are otherwise mapped and faulted in at every step.
+
+    Measured 1.3 to 1.8 times faster on a CPU, for 0.1 to 0.2 GB more memory. `KSHOT_MALLOC=default` leaves it alone.
+    """
+    if platform.libc_ver()[0] == "glibc" and os.environ.get("KSHOT_MALLOC") != "default":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+@dataclass
+class _Run:
+    """All of a training's position but the learner's and the optimiser's own state."""
+
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
+    seed: int
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int | None = None
+    best_weights: dict[str, torch.Tensor] = None  # type: ignore[assignment]  # set by the first validation
+    history: list[dict[str, float]] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.best_weights = self.best_weights or {}
+        self.history = self.history or []
+
+    def exhausted(self, patience: int | None) -> bool:
+        if patience is None or self.best_step is None:
+            return False
+        return sum(point["step"] > self.best_step for point in self.history) >= patience
+
+
+def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
+
+
+def _save(path: Path, run: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> None:
+    held = asdict(run) | {
+        "learner": learner.state_dict(), "optimiser": optimiser.state_dict(), "random": torch.get_rng_state(),
+    }  # fmt: skip
+    save_atomically(held, path)
+
+
+def save_atomically(held: dict[str, Any], path: Path) -> None:
+    """torch.save that leaves the old file or the whole new one, also when the power goes."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def _resume(path: Path, fresh: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> _Run:
+    held = torch.load(path, weights_only=True, map_location="cpu")
+    kept = {key: held[key] for key in asdict(fresh)}
+    for key in ("settings", "recipe", "seed"):
+        if kept[key] != getattr(fresh, key):
+            raise KshotError(
+                f"{path} is a checkpoint of another run: its {key} was {kept[key]}, and is now {getattr(fresh, key)}. "
+                f"Give this run a folder of its own, or delete that one."
+            )
+    learner.load_state_dict(held["learner"])
+    optimiser.load_state_dict(held["optimiser"])
+    torch.set_rng_state(held["random"])
+    return _Run(**kept)

@@ -1,0 +1,1 @@
+"""The server on kshot_runtime. No torch on a serving host."""

@@ -1,0 +1,13 @@
+"""kshot as a pipeline: DVC versions the data, Prefect runs the steps, MLflow tracks and keeps the models."""
+
+import os
+
+# Each of these tools reports home by default, and reads its switch when it is imported.
+for _switch, _off in {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}.items():
+    os.environ.setdefault(_switch, _off)

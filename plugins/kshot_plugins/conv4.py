@@ -1,0 +1,62 @@
+"""Conv4, the four-block network on which the field compares its algorithms.
+
+With pooling as in Vinyals et al., 2016 (https://arxiv.org/abs/1606.04080) and Snell et al., 2017; with strided
+convolutions instead as in the Omniglot experiments of Finn et al., 2017 (https://arxiv.org/abs/1703.03400).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from kshot import Backbone, hookimpl
+from kshot.backbones import BackboneConfig
+from kshot.norms import Norm, make_norm
+from kshot_runtime.errors import KshotError
+
+
+class Conv4(Backbone):
+    """Four times convolution 3x3, normalisation, ReLU, and a halving of the image; then all positions side by side."""
+
+    class Config(BackboneConfig):
+        width: int = Field(64, ge=1, description="channels of every block")
+        downsample: Literal["pool", "stride"] = Field("pool", description="halve by max-pooling or by stride 2")
+        mean: bool = Field(False, description="average over positions instead of keeping them side by side")
+
+    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
+        super().__init__(image, norm, config)
+        channels, height, width = image
+        blocks: list[nn.Module] = []
+        for i in range(4):
+            stride = 2 if config.downsample == "stride" else 1
+            blocks += [
+                nn.Conv2d(channels if i == 0 else config.width, config.width, 3, stride, padding=1),
+                make_norm(norm, config.width),
+                nn.ReLU(),
+            ]
+            if config.downsample == "pool":
+                blocks.append(nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+            else:
+                height, width = (height + 1) // 2, (width + 1) // 2
+        if height < 1 or width < 1:
+            raise KshotError(f"conv4 halves an image four times, so it needs 16 pixels a side; this one is {image}")
+        self.blocks = nn.Sequential(*blocks)
+        self.mean = config.mean
+        self.features = config.width * (1 if config.mean else height * width)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # a convolution with a bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.blocks(images)  # (N, width, height, width)
+        return maps.mean((2, 3)) if self.mean else maps.flatten(1)
+
+
+@hookimpl
+def kshot_backbones() -> Mapping[str, type[Backbone]]:
+    return {"conv4": Conv4}

@@ -1,0 +1,81 @@
+"""Fine-tuning: a backbone trained to tell all base classes apart, then frozen, and a new linear head for every episode.
+
+The "Baseline" of Chen et al., 2019: what a few-shot algorithm has to beat. https://arxiv.org/abs/1904.04232
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Config, Episodes, InnerLoop, Learner, State, cross_entropy, gradient, hookimpl, one_hot
+
+
+class FineTune(InnerLoop):
+    """Meta-training is ordinary classification of the base classes; adapting is gradient descent on a fresh head.
+
+    The head starts at zero and its loss is convex, so nothing in an answer hangs on chance.
+    """
+
+    name = "finetune"
+
+    class Config(Config):
+        steps: int = Field(100, ge=1, description="gradient steps for the head")
+        rate: float = Field(0.5, gt=0, description="learning rate of the head")
+        weight_decay: float = Field(1e-3, ge=0, description="pull of the head's weights to zero")
+        scale: float = Field(10.0, gt=0, description="length that features are brought to before the head")
+
+    config: Config
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def prepare(self, classes: int) -> None:
+        self.base = nn.Linear(self.backbone.features, classes)  # used by meta_loss only; no part of a bundle
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        images, labels = [], []
+        for part, per_class in ((episodes.support, episodes.shape.shots), (episodes.query, episodes.shape.queries)):
+            images.append(part.flatten(0, 1))
+            labels.append(episodes.source.repeat_interleave(per_class, dim=1).flatten())
+        return F.cross_entropy(self.base(self.embed(torch.cat(images))), torch.cat(labels))
+
+    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {
+            "features": self._scaled(features),  # (S, D), carried so that the backbone runs once
+            "head.weight": features.new_zeros(classes.shape[0], self.backbone.features),
+            "head.bias": features.new_zeros(classes.shape[0]),
+            **statistics,
+        }
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        targets = one_hot(labels, classes)
+        head = {name: state[name] for name in ("head.weight", "head.bias")}
+
+        def loss(head: State) -> Tensor:
+            logits = state["features"] @ head["head.weight"].t() + head["head.bias"]
+            return cross_entropy(logits, targets) + self.config.weight_decay / 2 * head["head.weight"].square().sum()
+
+        gradients = gradient(loss, head)
+        return {**state, **{name: value - self.config.rate * gradients[name] for name, value in head.items()}}
+
+    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {name: value for name, value in state.items() if name != "features"}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self._scaled(self.embed(query, state)) @ state["head.weight"].t() + state["head.bias"]
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return self.config.scale * F.normalize(features, dim=1)
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [FineTune]

@@ -1,0 +1,51 @@
+"""Prototypical networks: a query belongs to the class whose mean support embedding is nearest.
+
+Snell, Swersky and Zemel, 2017. https://arxiv.org/abs/1703.05175
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kshot import Config, Episodes, Learner, State, cross_entropy, hookimpl, one_hot
+from kshot.learner import class_means, squared_distances
+
+
+class ProtoNet(Learner):
+    """Classes are their mean features; logits are negative squared Euclidean distances, as in the paper."""
+
+    name = "protonet"
+
+    class Config(Config):
+        pass
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {"prototypes": class_means(features, labels, classes), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return -squared_distances(self.embed(query, state), state["prototypes"])
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """One pass of the backbone over every image, as the authors train: batch statistics are then of all of them."""
+        if self.config.norm not in ("running", "group"):
+            return super().meta_loss(episodes)
+        images = torch.cat([episodes.support.flatten(0, 1), episodes.query.flatten(0, 1)])
+        features = self.embed(images)
+        supports, queries = features.split([episodes.support.shape[:2].numel(), episodes.query.shape[:2].numel()])
+        losses = []
+        for episode, support, query in zip(
+            episodes, supports.chunk(len(episodes)), queries.chunk(len(episodes)), strict=True
+        ):
+            prototypes = class_means(support, episode.support_labels, episode.classes)
+            targets = one_hot(episode.query_labels, episode.classes)
+            losses.append(cross_entropy(-squared_distances(query, prototypes), targets))
+        return torch.stack(losses).mean()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [ProtoNet]
