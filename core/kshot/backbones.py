@@ -18,7 +18,7 @@ class BackboneConfig(BaseModel):
 
 
 class Backbone(nn.Module, ABC):
-    """Images (N, C, H, W) in 0..1 to features (N, `features`). Holds its own normalisation of colours, if it has one."""
+    """Images (N, C, H, W) in 0..1 to features (N, `features`). It normalises colours itself, if it wants to."""
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
     features: int

@@ -13,10 +13,10 @@ from torch import Tensor
 from kshot.datasets import ClassImages
 from kshot_runtime.errors import KshotError
 
-Stream = Literal["train", "val", "test"]
+Stream = Literal["train", "val", "test", "calibration"]
 """Which sequence of episodes: the same seed and step give other episodes on another stream."""
 
-_STREAMS: dict[Stream, int] = {"train": 0, "val": 1, "test": 2}
+_STREAMS: dict[Stream, int] = {"train": 0, "val": 1, "test": 2, "calibration": 3}
 
 
 @dataclass(frozen=True)

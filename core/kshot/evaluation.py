@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kshot.calibration import calibration_error
 from kshot.datasets import ClassImages
 from kshot.episodes import Episode, Shape, Stream, sample_episodes
-from kshot.learner import Learner, transductive as without_statistics
+from kshot.learner import Learner
+from kshot.learner import transductive as without_statistics
 
 _AT_ONCE = 8  # episodes sampled together
 
@@ -85,9 +87,13 @@ def evaluate(
         confidences.append(confidence.float().cpu().numpy())
         right.append(correct.cpu().numpy())
     return Score(
-        shape, np.array(accuracies), np.concatenate(confidences), np.concatenate(right),
-        time.perf_counter() - started, transductive,
-    )  # fmt: skip
+        shape,
+        np.array(accuracies),
+        np.concatenate(confidences),
+        np.concatenate(right),
+        time.perf_counter() - started,
+        transductive,
+    )
 
 
 @torch.no_grad()
@@ -115,12 +121,3 @@ def answers(
                 yield episode, learner.classify(state, episode.query)
     finally:
         learner.train(was_training)
-
-
-def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their counts."""
-    bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
-    counts = np.bincount(bin_of, minlength=bins)
-    confidence = np.bincount(bin_of, confidences, minlength=bins)
-    accuracy = np.bincount(bin_of, right, minlength=bins)
-    return float(np.abs(confidence - accuracy).sum() / counts.sum())

@@ -1,4 +1,4 @@
-"""The inner loop's gradient: one helper that meta-trains through itself, evaluates without a graph, and traces to ONNX."""
+"""The inner loop's gradient: one helper to meta-train through, to evaluate without a graph, and to trace to ONNX."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a plugin may provide. Each hook returns values; docs/plugins.md shows one of each, and a test holds the two together."""
+"""What a plugin may provide: hooks that return values. docs/plugins.md shows each, and a test ties the two together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -20,7 +20,7 @@ _hookimpl = pluggy.HookimplMarker("kshot")
 
 def hookimpl(function: _Function) -> _Function:
     """Mark a function as this plugin's answer to the hook of the same name."""
-    return cast(_Function, _hookimpl(function))
+    return _hookimpl(function)
 
 
 @hookspec

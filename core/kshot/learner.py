@@ -28,7 +28,7 @@ _WEIGHTS = "backbone."
 _STATISTICS = "statistics."
 
 
-class Config(BaseModel):
+class LearnerConfig(BaseModel):
     """A learner's settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,9 +44,9 @@ class Learner(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[Config]] = Config
+    Config: ClassVar[type[LearnerConfig]] = LearnerConfig
 
-    def __init__(self, backbone: Backbone, config: Config) -> None:
+    def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.config = config
@@ -71,15 +71,21 @@ class Learner(nn.Module, ABC):
         targets = one_hot(episode.query_labels, episode.classes)
         return cross_entropy(self.classify(state, episode.query), targets)
 
-    def prepare(self, classes: int) -> None:  # noqa: B027  (optional)
-        """Make what only meta-training needs (say, a head over all `classes` of the training split), before it starts."""
+    def prepare(self, classes: int) -> None:
+        """Before meta-training: make what only that needs, say a head over all `classes` of the training split."""
 
     def embed(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Features (N, D), with the backbone's weights and support statistics taken from `state` where it has them."""
-        held = {} if state is None else {
-            name.removeprefix(prefix): value
-            for name, value in state.items() for prefix in (_WEIGHTS, _STATISTICS) if name.startswith(prefix)
-        }
+        held = (
+            {}
+            if state is None
+            else {
+                name.removeprefix(prefix): value
+                for name, value in state.items()
+                for prefix in (_WEIGHTS, _STATISTICS)
+                if name.startswith(prefix)
+            }
+        )
         return functional_call(self.backbone, held, (images,)) if held else self.backbone(images)
 
     def measure(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
@@ -150,6 +156,5 @@ def class_means(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distances (A, B) between the rows of a (A, D) and b (B, D), without the cdist that ONNX lacks."""
+    """Squared Euclidean distances (A, B) between rows of a (A, D) and b (B, D), without the cdist that ONNX lacks."""
     return ((a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.t()).clamp_min(0)
-

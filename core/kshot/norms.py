@@ -67,7 +67,8 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the statistics that `module`'s SupportNorms use inside the block, under their buffers' names."""
     statistics: dict[str, Tensor] = {}
-    token = _recorder.set(seen := {})
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    token = _recorder.set(seen)
     try:
         yield statistics
     finally:

@@ -1,4 +1,4 @@
-"""Finding plugins: every installed entry point of the group `kshot`, each by itself, so that a broken one harms no other."""
+"""Finding plugins: every installed entry point of the group `kshot`, each by itself, so a broken one harms no other."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Found:
             return matches[0]
         if matches:
             raise KshotError(
-                f"two plugins provide the {noun} {' and '.join(map(str, matches))}. Uninstall one, or rename its {noun}."
+                f"two plugins provide the {noun} {' and '.join(map(str, matches))}. "
+                f"Uninstall one, or rename its {noun}."
             )
         names = sorted({p.name for p in self.of(kind)})
         close = difflib.get_close_matches(name, names, n=1)
@@ -105,8 +106,9 @@ def _load(point: EntryPoint, origin: tuple[str, str, str]) -> list[Provided]:
     manager.check_pending()  # a misspelt hook is an error
     provided = [
         Provided("learners", learner.name, learner, *origin)
-        for learners in manager.hook.kshot_learners() for learner in learners
-    ]  # fmt: skip
+        for learners in manager.hook.kshot_learners()
+        for learner in learners
+    ]
     for kind in ("backbones", "datasets"):
         for mapping in getattr(manager.hook, f"kshot_{kind}")():
             provided += [Provided(kind, name, value, *origin) for name, value in mapping.items()]

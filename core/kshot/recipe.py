@@ -109,7 +109,7 @@ class Recipe(_Settings):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A validation error in a line for each fault: where, what is wrong, and for an unknown key the nearest known one."""
+    """A validation error, a line for each fault: where, what is wrong, and for an unknown key the nearest known."""
     lines = []
     for fault in error.errors():
         place = ".".join(str(part) for part in fault["loc"])

@@ -41,7 +41,7 @@ class Training(BaseModel):
     halve_every: int = Field(2000, ge=1, description="outer steps between halvings, for schedule = 'halve'")
     clip: float | None = Field(None, gt=0, description="largest norm of the outer gradient")
     validate_every: int = Field(250, ge=1, description="outer steps between validations, each with a checkpoint")
-    validation_ways: int | None = Field(None, ge=2, description="ways of validation episodes; those of training if unset")
+    validation_ways: int | None = Field(None, ge=2, description="of validation episodes; as in training if unset")
     validation_shots: int | None = Field(None, ge=1)
     validation_queries: int = Field(15, ge=1)
     validation_episodes: int = Field(200, ge=1)
@@ -112,15 +112,21 @@ def meta_train(
         run.step += 1
         if not math.isfinite(loss):
             raise KshotError(
-                f"the loss became {loss} at outer step {run.step}. Lower training.lr (now {settings.lr}) or set training.clip."
+                f"the loss became {loss} at outer step {run.step}. "
+                f"Lower training.lr (now {settings.lr}) or set training.clip."
             )
         validation_due = run.step % settings.validate_every == 0 or run.step == settings.steps
         accuracy = margin = None
         if validation_due:
             score = evaluate(
-                learner, validation, settings.validation_shape, settings.validation_episodes,
-                seed=seed, stream="val", device=device,
-            )  # fmt: skip
+                learner,
+                validation,
+                settings.validation_shape,
+                settings.validation_episodes,
+                seed=seed,
+                stream="val",
+                device=device,
+            )
             accuracy, margin = score.accuracy, score.margin
             run.history.append({"step": run.step, "loss": loss, "validation": accuracy, "margin": margin})
             if run.best is None or accuracy > run.best:
@@ -129,9 +135,7 @@ def meta_train(
         run.seconds += time.perf_counter() - started
         if validation_due:
             _save(newest, run, learner, optimiser)
-        yield Progress(
-            run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best
-        )  # fmt: skip
+        yield Progress(run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best)
     learner.load_state_dict(run.best_weights)
     learner.eval()
 
@@ -205,8 +209,10 @@ def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
 
 def _save(path: Path, run: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> None:
     held = asdict(run) | {
-        "learner": learner.state_dict(), "optimiser": optimiser.state_dict(), "random": torch.get_rng_state(),
-    }  # fmt: skip
+        "learner": learner.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "random": torch.get_rng_state(),
+    }
     save_atomically(held, path)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Config, Episodes, InnerLoop, Learner, State, cross_entropy, gradient, hookimpl, one_hot
+from kshot import Episodes, InnerLoop, Learner, LearnerConfig, State, cross_entropy, gradient, hookimpl, one_hot
 
 
 class FineTune(InnerLoop):
@@ -23,7 +23,7 @@ class FineTune(InnerLoop):
 
     name = "finetune"
 
-    class Config(Config):
+    class Config(LearnerConfig):
         steps: int = Field(100, ge=1, description="gradient steps for the head")
         rate: float = Field(0.5, gt=0, description="learning rate of the head")
         weight_decay: float = Field(1e-3, ge=0, description="pull of the head's weights to zero")

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Config, InnerLoop, Learner, State, cross_entropy, gradient, hookimpl, one_hot
+from kshot import Backbone, InnerLoop, Learner, LearnerConfig, State, cross_entropy, gradient, hookimpl, one_hot
 from kshot.norms import Norm
 
 
@@ -23,11 +23,11 @@ class MAML(InnerLoop):
 
     name = "maml"
 
-    class Config(Config):
+    class Config(LearnerConfig):
         norm: Norm = "support"
         steps: int = Field(1, ge=0, description="inner steps while meta-training")
         eval_steps: int = Field(3, ge=0, description="inner steps afterwards")
-        rate: float = Field(0.4, gt=0, description="inner learning rate, on the mean cross-entropy")
+        rate: float = Field(0.4, gt=0, description="inner learning rate, for a loss that sums over the classes")
         learn_rate: bool = Field(False, description="meta-learn a rate for each weight tensor, starting at `rate`")
         first_order: bool = Field(False, description="ignore that the inner gradient depends on the initialisation")
 
@@ -57,7 +57,8 @@ class MAML(InnerLoop):
         targets = one_hot(labels, classes)
 
         def loss(fast: State) -> Tensor:
-            return cross_entropy(self.classify(fast, support), targets)
+            # The authors' scale: a sum over classes of each class's mean, so one rate suits any number of ways.
+            return cross_entropy(self.classify(fast, support), targets) * classes.shape[0]
 
         gradients = gradient(loss, state, first_order=self.config.first_order)
         rates = self.log_rates.exp()

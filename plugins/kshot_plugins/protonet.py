@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kshot import Config, Episodes, Learner, State, cross_entropy, hookimpl, one_hot
+from kshot import Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
 from kshot.learner import class_means, squared_distances
 
 
@@ -19,7 +19,7 @@ class ProtoNet(Learner):
 
     name = "protonet"
 
-    class Config(Config):
+    class Config(LearnerConfig):
         pass
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:

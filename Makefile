@@ -1,0 +1,38 @@
+# kshot's commands. `make run` and `make test` set up all that they need, and start again in seconds once that exists.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help run test check reproduce bench clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing kshot and what it is tested with (once, some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $(READY)
+
+run: $(READY)  ## take images to a promoted model: the default recipe, end to end
+	@$(BIN)/kshot run $(or $(RECIPE),glyphs-protonet) $(SET)
+
+test: $(READY) check  ## lint, types, import directions, and every test
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, types and import directions only
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+reproduce: $(READY)  ## train the recipes whose figures stand in docs/results.md (hours; OMNIGLOT=folder with the archives)
+	@bash bench/reproduce.sh
+
+bench: $(READY)  ## side-by-side measurements, written to bench/results/
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove what `make` installed
+	rm -rf $(VENV)

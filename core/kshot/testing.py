@@ -1,0 +1,275 @@
+"""The conformance kit: promises that every learner keeps, ours or yours, each a check that runs on a toy problem.
+
+With pytest, for every installed learner:
+
+    from kshot.testing import CHECKS, Subject
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_learner_keeps_the_contract(check, tmp_path):
+        check(Subject("my-learner", folder=tmp_path))
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kshot import plugins
+from kshot.datasets import ClassImages
+from kshot.episodes import Episode, Shape, sample_episodes
+from kshot.evaluation import evaluate
+from kshot.learner import InnerLoop, Learner, one_hot
+from kshot.recipe import PluginSettings, Recipe
+from kshot.training import Training, meta_train
+
+SIDE = 16
+CHECKS: list[Callable[[Subject], None]] = []
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The learner under test, by name, on a small backbone; `options` are settings of the learner's Config."""
+
+    name: str
+    folder: Path  # for what a check writes
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 60  # outer steps of the toy training
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            name="conformance",
+            dataset={"name": "toy"},
+            backbone=PluginSettings(name="conv4", width=8),
+            learner=PluginSettings(name=self.name, **self.options),
+        )
+
+    def build(self, seed: int = 0) -> Learner:
+        """A fresh learner in eval mode, its parameters moved a little off an initial symmetry."""
+        torch.manual_seed(seed)
+        learner = self.recipe.build((1, SIDE, SIDE))
+        with torch.no_grad():
+            for parameter in learner.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        return learner.eval()
+
+    def episode(self, shape: Shape = Shape(5, 2, 3), step: int = 0) -> Episode:  # noqa: B008  (frozen)
+        return sample_episodes(toy_images(), shape, 1, seed=7, step=step, stream="test")[0]
+
+
+def toy_images(classes: int = 30, images: int = 10, seed: int = 0) -> ClassImages:
+    """Classes that are smooth random patterns, and images that are noisy, shifted copies of their class's pattern."""
+    random = np.random.default_rng(seed)
+    coarse = random.uniform(0, 255, (classes, 4, 4))
+    patterns = np.kron(coarse, np.ones((SIDE // 4, SIDE // 4)))  # (classes, SIDE, SIDE)
+    arrays = []
+    for pattern in patterns:
+        copies = [np.roll(pattern, random.integers(-1, 2, 2), (0, 1)) for _ in range(images)]
+        noisy = np.stack(copies) + random.normal(0, 20, (images, SIDE, SIDE))
+        arrays.append(noisy.clip(0, 255).astype(np.uint8)[:, None])  # (images, 1, SIDE, SIDE)
+    return ClassImages.from_arrays(arrays)
+
+
+def _check(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    CHECKS.append(function)
+    return function
+
+
+def _logits(learner: Learner, episode: Episode) -> Tensor:
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+        return learner.classify(state, episode.query)
+
+
+def _require_close(got: Tensor, expected: Tensor, promise: str, tolerance: float = 1e-3) -> None:
+    """Equal up to float32 noise, which steps on a kinked loss amplify: relative to the logits' own scale."""
+    assert got.shape == expected.shape, f"{promise}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1))
+    assert difference < tolerance, f"{promise}: logits differ by {difference:.2g}, allowed {tolerance:.2g}"
+
+
+@_check
+def state_is_flat_and_logits_are_finite(subject: Subject) -> None:
+    """`adapt` gives named float32 tensors, `classify` finite logits (queries, ways)."""
+    learner, episode = subject.build(), subject.episode()
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+        logits = learner.classify(state, episode.query)
+    assert state, "the state is empty"
+    assert all(isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()), (
+        f"the state must be a dict of tensors; it is {type(state).__name__} {state!r:.80}"
+    )
+    wrong = {name: value.dtype for name, value in state.items() if value.dtype != torch.float32}
+    assert not wrong, f"state tensors must be float32; these are not: {wrong}"
+    assert logits.shape == (15, 5), f"logits must be (queries, ways) = (15, 5); they are {tuple(logits.shape)}"
+    assert logits.isfinite().all(), "logits must be finite"
+
+
+@_check
+def any_ways_and_uneven_shots_fit(subject: Subject) -> None:
+    """Ways from 2 up, classes with different shots, and ids that are not 0..W-1."""
+    learner = subject.build()
+    for ways in (2, 3, 11):
+        episode = subject.episode(Shape(ways, 2, 2))
+        keep = torch.arange(len(episode.support)) != 0  # the first class has one image, the others two
+        ids = torch.arange(ways) * 3 + 4
+        with torch.no_grad():
+            state = learner.adapt(episode.support[keep], ids[episode.support_labels[keep]], ids)
+            logits = learner.classify(state, episode.query)
+        assert logits.shape == (2 * ways, ways), f"{ways} ways gave logits {tuple(logits.shape)}"
+        assert logits.isfinite().all(), f"{ways} ways gave logits that are not finite"
+
+
+@_check
+def adapting_leaves_the_learner_as_it_was(subject: Subject) -> None:
+    """Every parameter and buffer is bit-equal after `adapt` and `classify`, and a second call answers the same."""
+    learner, episode = subject.build(), subject.episode()
+    before = copy.deepcopy(learner.state_dict())
+    first = _logits(learner, episode)
+    changed = [name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])]
+    assert not changed, f"adapting changed {changed}; return what it learns in the state instead"
+    assert torch.equal(first, _logits(learner, episode)), "the same episode twice gave two answers"
+
+
+@_check
+def order_of_the_support_set_does_not_matter(subject: Subject) -> None:
+    """Support images in another order give the same logits."""
+    learner, episode = subject.build(), subject.episode()
+    order = torch.randperm(len(episode.support), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        state = learner.adapt(episode.support[order], episode.support_labels[order], episode.classes)
+        _require_close(learner.classify(state, episode.query), _logits(learner, episode), "another support order")
+
+
+@_check
+def permuting_the_classes_permutes_the_logits(subject: Subject) -> None:
+    """Column w answers for class w whatever the order in which classes are listed."""
+    learner, episode = subject.build(), subject.episode()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes[order])
+        permuted = learner.classify(state, episode.query)
+    _require_close(permuted, _logits(learner, episode)[:, order], "classes in another order")
+
+
+@_check
+def one_query_does_not_depend_on_its_companions(subject: Subject) -> None:
+    """A query alone gets the logits that it gets in a batch."""
+    learner, episode = subject.build(), subject.episode()
+    together = _logits(learner, episode)
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+        alone = torch.cat([learner.classify(state, episode.query[i : i + 1]) for i in range(len(episode.query))])
+    _require_close(alone, together, "a query by itself")
+
+
+@_check
+def accuracy_without_information_is_chance(subject: Subject) -> None:
+    """With shuffled support labels, and for an inner loop also before its first step, accuracy is 1/ways."""
+    learner, shape, episodes = subject.build(), Shape(5, 1, 4), 120
+    shuffled, before = [], []
+    generator = torch.Generator().manual_seed(3)
+    for step in range(episodes):
+        episode = subject.episode(shape, step)
+        with torch.no_grad():
+            labels = episode.support_labels[torch.randperm(5, generator=generator)]
+            state = learner.adapt(episode.support, labels, episode.classes)
+            shuffled.append(_accuracy(learner.classify(state, episode.query), episode))
+            if isinstance(learner, InnerLoop):
+                state = learner.adapt(episode.support, episode.support_labels, episode.classes, steps=0)
+                before.append(_accuracy(learner.classify(state, episode.query), episode))
+    for what, accuracies in (("shuffled support labels", shuffled), ("no inner step", before)):
+        if accuracies:
+            mean, sd = float(np.mean(accuracies)), float(np.std(accuracies))
+            allowed = 4 * max(sd, 0.01) / math.sqrt(episodes)
+            assert abs(mean - 0.2) < allowed, f"{what}: accuracy {mean:.3f}, chance is 0.2 ± {allowed:.3f}; labels leak"
+
+
+@_check
+def config_round_trips(subject: Subject) -> None:
+    """Settings survive JSON, have defaults that are accepted, and refuse unknown keys and changes."""
+    cls = plugins.find().learner(subject.name).value.Config
+    config = cls(**subject.options)
+    assert cls.model_validate_json(config.model_dump_json()) == config
+    for offence in (lambda: cls(no_such_key=1), lambda: setattr(config, "norm", "group")):
+        try:
+            offence()
+        except ValueError:
+            continue
+        raise AssertionError("Config must be frozen and refuse unknown keys; derive it from kshot.LearnerConfig")
+
+
+@_check
+def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
+    """In float64, `meta_loss` has the gradient that small steps measure: second order where there is one."""
+    learner = subject.build()
+    if getattr(learner.config, "first_order", False):
+        return  # an approximation, and said to be one
+    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 2, seed=5, step=0)
+    learner.prepare(len(toy_images()))
+    learner.double().train()
+    batch = batch.to("cpu", torch.float64)
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    buffers = {name: value.clone() for name, value in learner.named_buffers()}
+
+    def loss() -> Tensor:
+        for name, value in learner.named_buffers():
+            value.data.copy_(buffers[name])
+        torch.manual_seed(11)  # a loss may draw
+        return learner.meta_loss(batch)
+
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True) if g is not None)
+    moved, eps = [], 1e-6
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * eps)
+        moved.append(float(loss().detach()))
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.sub_(d, alpha=sign * eps)
+    measured = (moved[0] - moved[1]) / (2 * eps)
+    error = abs(slope - measured) / max(abs(measured), 1e-3)
+    assert error < 1e-3, f"the gradient says {slope:.8f}, finite differences say {measured:.8f}"
+
+
+@_check
+def learns_a_toy_problem(subject: Subject) -> None:
+    """A short meta-training lifts 5-way 1-shot accuracy on unseen toy classes far above chance, and never to NaN."""
+    torch.manual_seed(0)
+    learner = subject.recipe.build((1, SIDE, SIDE))
+    settings = Training(
+        ways=5,
+        shots=1,
+        queries=5,
+        episodes_per_step=4,
+        steps=subject.steps,
+        lr=5e-3,
+        validate_every=subject.steps // 2,
+        validation_episodes=20,
+        validation_queries=5,
+    )
+    unseen = toy_images(seed=1)
+    for _ in meta_train(learner, toy_images(), unseen, settings, folder=subject.folder / "toy", seed=0):
+        pass
+    score = evaluate(learner, toy_images(seed=2), Shape(5, 1, 5), 50, seed=0)
+    assert score.accuracy - score.margin > 0.6, f"chance is 20 %, and after {subject.steps} outer steps it is {score}"
+
+
+def _accuracy(logits: Tensor, episode: Episode) -> float:
+    """Share of queries right; equal logits share the credit, so a learner that knows nothing scores 1/ways."""
+    best = logits >= logits.max(1, keepdim=True).values - 1e-6
+    truth = one_hot(episode.query_labels, episode.classes)
+    return float(((best * truth).sum(1) / best.sum(1)).mean())

@@ -1,0 +1,33 @@
+"""The one door to torchvision, which imports beside a CPU build of torch only if two operators are declared first."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from kshot_runtime.errors import KshotError
+
+_library: Any = None  # the declarations live as long as this object does
+
+
+@cache
+def torchvision() -> ModuleType:
+    """The torchvision package, importable with any build of torch.
+
+    Its published wheel is compiled for CUDA. Beside a CPU build of torch the compiled part cannot load, and then the
+    import fails on the schemas of two operators that classification never calls; declaring them is enough.
+    """
+    global _library
+    if find_spec("torchvision") is None:
+        raise KshotError("torchvision is not installed. It comes with pip install 'kshot[train]'.")
+    if not torch.backends.cuda.is_built():
+        _library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision.models
+
+    return torchvision

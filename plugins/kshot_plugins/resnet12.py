@@ -1,0 +1,63 @@
+"""ResNet-12, the residual network that few-shot work moved to after Conv4.
+
+Oreshkin, Rodríguez López and Lacoste, 2018 (https://arxiv.org/abs/1805.10123); widths as in Lee et al., 2019
+(https://arxiv.org/abs/1904.03758) or narrower. Without DropBlock: nothing is drawn at random in a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Backbone, hookimpl
+from kshot.backbones import BackboneConfig
+from kshot.norms import Norm, make_norm
+from kshot_runtime.errors import KshotError
+
+
+class _Block(nn.Module):
+    """Three 3x3 convolutions beside a 1x1 shortcut, then a halving of the image."""
+
+    def __init__(self, inputs: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(3):
+            layers += [nn.Conv2d(inputs if i == 0 else width, width, 3, padding=1, bias=False), make_norm(norm, width)]
+            if i < 2:
+                layers.append(nn.LeakyReLU(0.1))
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, bias=False), make_norm(norm, width))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.max_pool2d(F.leaky_relu(self.layers(maps) + self.shortcut(maps), 0.1), 2)
+
+
+class ResNet12(Backbone):
+    """Four residual blocks, then the average over positions."""
+
+    class Config(BackboneConfig):
+        widths: tuple[int, int, int, int] = Field((64, 160, 320, 640), description="channels of the four blocks")
+
+    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
+        super().__init__(image, norm, config)
+        channels, height, width = image
+        if min(height, width) < 16:
+            raise KshotError(f"resnet12 halves an image four times, so it needs 16 pixels a side; this one is {image}")
+        self.blocks = nn.Sequential(
+            *(_Block(i, w, norm) for i, w in zip((channels, *config.widths), config.widths, strict=False))
+        )
+        self.features = config.widths[-1]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.1, nonlinearity="leaky_relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images).mean((2, 3))
+
+
+@hookimpl
+def kshot_backbones() -> Mapping[str, type[Backbone]]:
+    return {"resnet12": ResNet12}
