@@ -1,0 +1,237 @@
+"""The gate: may this version go into production? Numbers in, a verdict with its reasons out; no MLflow here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kshot_runtime.errors import KshotError
+
+
+class GateSettings(BaseModel):
+    """What a version must hold to be promoted. Accuracies and errors are shares of 1: 0.01 is one point."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    margin: float = Field(0.0, ge=0, le=1, description="accuracy that may be lost at the interval's lower end")
+    ece_margin: float = Field(0.02, ge=0, le=1, description="how much worse calibration (ECE) may get")
+    auroc_margin: float = Field(0.01, ge=0, le=1, description="how much worse open-set detection (AUROC) may get")
+    min_episodes: int = Field(30, ge=2, description="fewer give no interval worth the name")
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="mean accuracy below which nothing passes")
+    min_agreement: float = Field(0.999, ge=0, le=1, description="share of queries that ONNX and torch answer alike")
+    latency_ms: float | None = Field(None, gt=0, description="time that one classification may take")
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> GateSettings:
+        """The settings in a recipe's [gate] section."""
+        from kshot.recipe import explain  # brings torch, which judging does not need
+
+        try:
+            return cls.model_validate(dict(section))
+        except ValidationError as error:
+            raise KshotError(f"[gate]: {explain(error, cls)}") from None
+
+
+@dataclass(frozen=True)
+class EpisodeSet:
+    """What fixes evaluation episodes: two evaluations with equal sets saw the very same images in the same order."""
+
+    data: str  # hash of the dataset version
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    seed: int
+    rotations: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What was measured of one version; None where it was not."""
+
+    episodes: EpisodeSet
+    accuracies: np.ndarray  # (episodes,) share of each episode's queries that were right
+    ece: float
+    agreement: float | None = None  # share of queries that ONNX and torch answer alike
+    auroc: float | None = None  # of telling known from unknown classes
+    latency_ms: float | None = None
+    version: int | None = None  # its number in the registry, once it has one
+
+    def __post_init__(self) -> None:
+        accuracies = np.asarray(self.accuracies, dtype=float)
+        object.__setattr__(self, "accuracies", accuracies)
+        if accuracies.ndim != 1 or not accuracies.size or not ((accuracies >= 0) & (accuracies <= 1)).all():
+            raise KshotError(
+                f"accuracies by episode must be a non-empty row of numbers from 0 to 1; got shape {accuracies.shape}"
+                + (f" from {accuracies.min()} to {accuracies.max()}" if accuracies.size else "")
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "episodes": asdict(self.episodes), "accuracies": self.accuracies.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evidence:
+        return cls(**{**values, "episodes": EpisodeSet(**values["episodes"])})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition: what was measured, what it had to hold, and the sentence for people."""
+
+    name: str
+    passed: bool
+    measured: float | None
+    limit: float
+    sentence: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """The verdict on a challenger, with its reasons."""
+
+    version: int | None
+    champion: int | None  # the version it was compared with; None when there was none
+    episodes: int
+    accuracy: float
+    margin: float  # half the 95 % interval of accuracy
+    difference: tuple[float, float, float] | None  # challenger - champion: lower end, mean, upper end
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> list[str]:
+        return [check.sentence for check in self.checks if not check.passed]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GateReport:
+        known = {key: value for key, value in values.items() if key != "passed"}
+        if known["difference"] is not None:
+            known["difference"] = tuple(known["difference"])
+        return cls(**{**known, "checks": tuple(Check(**check) for check in known["checks"])})
+
+    def to_markdown(self) -> str:
+        against = "with no champion to beat" if self.champion is None else f"against version {self.champion}"
+        who = "The challenger" if self.version is None else f"Version {self.version}"
+        lines = [
+            f"# {who} {'passed' if self.passed else 'did not pass'} the gate",
+            "",
+            f"{_percent(self.accuracy)} ± {_percent(self.margin)} over {self.episodes} episodes, {against}.",
+            "",
+            "| | check | measured | limit | |",
+            "|---|---|---:|---:|---|",
+        ]
+        for check in self.checks:
+            measured = "-" if check.measured is None else f"{check.measured:.5g}"
+            mark = "✓" if check.passed else "✗"
+            lines.append(f"| {mark} | {check.name} | {measured} | {check.limit:.5g} | {check.sentence} |")
+        return "\n".join(lines) + "\n"
+
+
+def judge(challenger: Evidence, champion: Evidence | None, settings: GateSettings) -> GateReport:
+    """Compare a challenger with the champion, episode by episode; without a champion only absolute limits count."""
+    count, accuracy, margin = len(challenger.accuracies), *_interval(challenger.accuracies)
+    checks = [
+        Check(
+            "episodes", count >= settings.min_episodes, count, settings.min_episodes,
+            f"{count} episodes were played; an interval needs {settings.min_episodes}",
+        ),
+        _at_least(
+            "ONNX agreement", challenger.agreement, settings.min_agreement,
+            "of the queries get the same answer from ONNX as from torch",
+        ),
+    ]  # fmt: skip
+    if settings.min_accuracy is not None:
+        checks.append(_at_least("accuracy", accuracy, settings.min_accuracy, "of the queries were right"))
+    if settings.latency_ms is not None:
+        checks.append(_in_time(challenger.latency_ms, settings.latency_ms))
+    difference = None
+    if champion is not None:
+        _same_episodes(challenger, champion)
+        mean, half = _interval(challenger.accuracies - champion.accuracies)
+        difference = (mean - half, mean, mean + half)
+        checks.append(_not_worse(difference, settings.margin))
+        checks.append(
+            Check(
+                "calibration", bool(challenger.ece <= champion.ece + settings.ece_margin),
+                challenger.ece, champion.ece + settings.ece_margin,
+                f"calibration error is {_percent(challenger.ece)}, the champion's {_percent(champion.ece)}; "
+                f"{_points(settings.ece_margin)} more are allowed",
+            )
+        )  # fmt: skip
+        if champion.auroc is not None:
+            checks.append(
+                _at_least(
+                    "open set", challenger.auroc, champion.auroc - settings.auroc_margin,
+                    f"is the AUROC of telling unknown classes, the champion's {_percent(champion.auroc)}",
+                )
+            )  # fmt: skip
+    return GateReport(
+        version=challenger.version,
+        champion=champion.version if champion else None,
+        episodes=count,
+        accuracy=accuracy,
+        margin=margin,
+        difference=difference,
+        checks=tuple(checks),
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and half its 95 % interval (1.96 standard errors; infinite for a single value)."""
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.mean()), float(half)
+
+
+def _same_episodes(challenger: Evidence, champion: Evidence) -> None:
+    mine, theirs = asdict(challenger.episodes), asdict(champion.episodes)
+    mine["episodes"], theirs["episodes"] = len(challenger.accuracies), len(champion.accuracies)
+    apart = [f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+    if apart:
+        raise KshotError(
+            f"challenger and champion were not measured on the same episodes ({', '.join(apart)}), so their "
+            "difference says nothing. Evaluate the champion's bundle on the challenger's episodes first."
+        )
+
+
+def _not_worse(difference: tuple[float, float, float], margin: float) -> Check:
+    lower, mean, upper = difference
+    # Equal answers differ by exactly zero; rounding must not turn that into a loss.
+    passed = lower >= -margin - 1e-9
+    return Check(
+        "not worse than the champion", passed, lower, -margin,
+        f"{mean * 100:+.2f} points on the same episodes, between {lower * 100:+.2f} and {upper * 100:+.2f} "
+        f"with 95 % confidence; at most {_points(margin)} may be lost",
+    )  # fmt: skip
+
+
+def _at_least(name: str, measured: float | None, limit: float, of: str) -> Check:
+    if measured is None:
+        return Check(name, False, None, limit, f"not measured; at least {_percent(limit)} are asked for")
+    sentence = f"{_percent(measured)} {of}; at least {_percent(limit)} are asked for"
+    return Check(name, bool(measured >= limit), measured, limit, sentence)
+
+
+def _in_time(measured: float | None, limit: float) -> Check:
+    if measured is None:
+        return Check("latency", False, None, limit, f"not measured; at most {limit:g} ms are allowed")
+    sentence = f"a classification takes {measured:.3g} ms; at most {limit:g} ms are allowed"
+    return Check("latency", bool(measured <= limit), measured, limit, sentence)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} points"

@@ -1,0 +1,700 @@
+"""The registry: versions of a model, the stage that each is in, and who moved it there, when and why.
+
+**What holds.** Every move is first an entry in a log, and only then done. The log of model `NAME` is a registered
+model `NAME.moves` whose versions are the entries: MLflow numbers them 1, 2, 3, ... and its database lets no number
+be given twice, on SQLite and on a server alike. So all processes on all machines see the same entries in the same
+order, and reading them from the first to the last gives everyone the same answer: which version is in which stage,
+and whether an entry counted. An entry that expects a version in a stage where it no longer is does not count: that
+is the compare-and-set, and it needs no lock and no lease. Entries are only ever added: the log is the audit too.
+
+MLflow's stages, the tag `stage` and the aliases follow the log, in this order and the alias last; whoever moves
+goes on until they agree with the newest entry. A process killed in between leaves them behind, never the log:
+`disagreements` finds that, and the next move (or `repair`) sets it right. Moves made by other means, such as a
+click in MLflow's own pages, are not in the log; they are found, and undone, in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kshot_flows import tracking
+from kshot_flows.gate import GateReport
+from kshot_runtime.errors import KshotError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+_FILES = ("adapt.onnx", "classify.onnx", "bundle.json")
+_LOG = ".moves"  # NAME.moves is the log of NAME
+_ENTRY = "kshot.move"  # the tag of a log entry that holds it
+
+
+class Stage(StrEnum):
+    """Where a version stands, in MLflow's words."""
+
+    NONE = "None"
+    STAGING = "Staging"
+    PRODUCTION = "Production"
+    ARCHIVED = "Archived"
+
+    @classmethod
+    def of(cls, text: str) -> Stage:
+        for stage in cls:
+            if stage.lower() == text.lower():
+                return stage
+        raise KshotError(f"no stage {text!r}; there are {', '.join(stage.lower() for stage in cls)}")
+
+    @property
+    def alias(self) -> str | None:
+        """The alias that serving reads, for the stages that hold one version at a time."""
+        return self.lower() if self in _SINGLE else None
+
+
+_SINGLE = (Stage.PRODUCTION, Stage.STAGING)
+
+
+class StageConflict(KshotError):
+    """Someone else was faster: the stage no longer holds the version that was expected there."""
+
+
+class GateClosed(KshotError):
+    """The version's gate report does not allow the move."""
+
+
+class _Unset:
+    """No expectation: `None` already means that nobody is expected."""
+
+
+ANY: Final = _Unset()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One entry of the log: a version's move, or an attempt that came too late."""
+
+    number: int
+    name: str
+    version: int
+    came_from: Stage
+    stage: Stage
+    displaced: int | None  # the version that this one pushed into the archive
+    who: str
+    when: datetime
+    why: str
+    report: str | None  # URI of the gate report
+    rollback: bool = False
+    refused: str | None = None  # why it did not count
+
+    def __str__(self) -> str:
+        verb = "rolled back to" if self.rollback else "moved to"
+        return f"version {self.version} was {verb} {self.stage} by {self.who} on {_local(self.when)} ({self.why})"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a model, with what MLflow says of it now."""
+
+    name: str
+    version: int
+    stage: Stage
+    aliases: tuple[str, ...]
+    when: datetime
+    run: str | None
+    tags: Mapping[str, str]
+
+    def number(self, tag: str) -> float | None:
+        """A tag's value as a number, where it is one."""
+        try:
+            return float(self.tags[tag])
+        except (KeyError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that led to a version, and what became of it."""
+
+    name: str
+    version: int
+    facts: Mapping[str, str]
+    history: Sequence[Audit]
+
+
+def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | None = None) -> int:
+    """Keep a bundle with its run and make it a version of the model `name`; the same bundle again is the same version.
+
+    The version's source is the bundle's folder, so `models:/NAME/VERSION` downloads `adapt.onnx`, `classify.onnx`
+    and `bundle.json`. Its tags carry their sha256, the data hash and git commit of the run, and what the caller adds
+    (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`).
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(_LOG):
+        raise KshotError(
+            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, with another end than {_LOG!r}"
+        )
+    missing = [file for file in _FILES if not (bundle / file).is_file()]
+    if missing:
+        raise KshotError(f"{bundle} is not a bundle: it lacks {', '.join(missing)}. Make one with `kshot export`.")
+    hashes = _hashes(bundle)
+    identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    door = tracking.client()
+    _create_model(door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{_LOG}")
+    for known in _versions(door, name):
+        if known.run_id == run_id and known.tags.get("bundle") == identity:
+            return int(known.version)
+    run = door.get_run(run_id)
+    folder = f"bundle-{identity}"  # one run may export twice; the first version keeps its files
+    door.log_artifacts(run_id, str(bundle), folder)
+    made = door.create_model_version(
+        name,
+        source=f"{run.info.artifact_uri}/{folder}",
+        run_id=run_id,
+        tags={
+            "stage": Stage.NONE,
+            "bundle": identity,
+            **{f"sha256.{file}": sha256 for file, sha256 in hashes.items()},
+            **_from_run(run.data.tags),
+            **(tags or {}),
+        },
+    )
+    return int(made.version)
+
+
+def move(
+    name: str,
+    version: int,
+    stage: Stage | str,
+    *,
+    why: str,
+    who: str | None = None,
+    expect: int | None | _Unset = ANY,
+    report: Mapping[str, Any] | None = None,
+) -> Audit:
+    """Put a version into a stage; in staging and production the version that was there goes to the archive.
+
+    `expect` is the version believed to be in that stage now (None: nobody); if it is another, nothing moves and a
+    StageConflict says who changed it. `report` is a gate report to keep with the version and the entry.
+    """
+    stage = Stage.of(stage)
+    if stage not in _SINGLE and expect is not ANY:
+        raise KshotError(f"{stage} holds any number of versions, so none can be expected there")
+    door = tracking.client()
+    _existing(door, name, version)
+    if report is not None:
+        record_gate(name, version, report)
+    return _move(door, name, version, stage, why=why, who=who, expect=expect)
+
+
+def promote(
+    name: str, version: int, stage: Stage | str, *, why: str | None = None, who: str | None = None, force: bool = False
+) -> Audit:
+    """Move a version, into production only through its gate: a report that passed, against the champion of today.
+
+    `force` passes by the gate, and must say why.
+    """
+    stage = Stage.of(stage)
+    if force and not why:
+        raise KshotError("passing by the gate needs a reason: add --why")
+    if stage is not Stage.PRODUCTION or force:
+        return move(name, version, stage, why=f"{why} (forced)" if force else why or "by hand", who=who)
+    by_force = f"to pass by the gate: kshot promote {name} {version} production --force --why REASON"
+    report = gate_report(name, version)
+    if report is None:
+        raise GateClosed(f"version {version} of {name} was never judged by the gate; {by_force}")
+    if not report.passed:
+        raise GateClosed(
+            f"version {version} of {name} did not pass its gate: {'; '.join(report.failures)}. See kshot trace "
+            f"{name} {version}; {by_force}"
+        )
+    try:
+        return move(name, version, stage, why=why or "passed the gate", who=who, expect=report.champion)
+    except StageConflict as error:
+        raise StageConflict(f"{error} The gate's verdict was on {_the(report.champion)}; judge again. {by_force}") from None
+
+
+def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
+    """Give production back to the version that served before; the present one goes to the archive.
+
+    Again and again, this walks back through all that ever served.
+    """
+    door = tracking.client()
+    _model(door, name)
+    there = {int(version.version) for version in _versions(door, name)}
+    state = _read(door, name)
+    champion = state.holder(Stage.PRODUCTION)
+    before = [version for version in state.served if version in there and version != champion]
+    if not before:
+        raise KshotError(
+            f"no version of {name} served before {_the(champion)}: there is nothing to go back to. See kshot history {name}"
+        )
+    return _move(door, name, before[-1], Stage.PRODUCTION, why=why, who=who, expect=champion, back=True)
+
+
+def champion(name: str) -> int | None:
+    """The version in production; None where there is none, or no such model yet."""
+    door = tracking.client()
+    version = _read(door, name).holder(Stage.PRODUCTION)
+    there = version is not None and any(int(known.version) == version for known in _versions(door, name))
+    return version if there else None
+
+
+def models() -> list[str]:
+    """The names of all models, without the logs."""
+    door = tracking.client()
+    found = _all(lambda token: door.search_registered_models(page_token=token))
+    return sorted(model.name for model in found if not _is_log(model.tags))
+
+
+def versions(name: str) -> list[Version]:
+    """All versions of a model, the newest first."""
+    door = tracking.client()
+    aliases = _aliases(door, name)
+    found = [
+        Version(
+            name=name,
+            version=int(version.version),
+            stage=Stage(version.current_stage),
+            aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == int(version.version))),
+            when=_moment(version.creation_timestamp),
+            run=version.run_id,
+            tags=version.tags,
+        )
+        for version in _versions(door, name)
+    ]
+    return sorted(found, key=lambda version: -version.version)
+
+
+def history(name: str, *, refused: bool = False) -> list[Audit]:
+    """All moves of a model's versions, the oldest first; with `refused`, the attempts that came too late as well."""
+    door = tracking.client()
+    _model(door, name)
+    return [entry for entry in _read(door, name).entries if refused or not entry.refused]
+
+
+def disagreements(name: str) -> list[str]:
+    """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
+    door = tracking.client()
+    return _differences(door, name, _read(door, name))
+
+
+def repair(name: str) -> None:
+    """Make MLflow's stages, tags and aliases what the log says."""
+    door = tracking.client()
+    _model(door, name)
+    _settle(door, name)
+
+
+def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
+    """Keep a gate report with the version's run, and its verdict on the version. Returns the report's URI."""
+    door = tracking.client()
+    known = _existing(door, name, version)
+    judged = GateReport.from_dict(report)
+    place = f"gate/{name}-{version}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"  # never overwritten
+    door.log_text(known.run_id, json.dumps(judged.to_dict(), indent=2), f"{place}.json")
+    door.log_text(known.run_id, judged.to_markdown(), f"{place}.md")
+    uri = f"runs:/{known.run_id}/{place}.json"
+    # The verdict is read through the report, so that the two cannot disagree; `gate` is for people.
+    door.set_model_version_tag(name, str(version), "gate.report", uri)
+    door.set_model_version_tag(name, str(version), "gate", "passed" if judged.passed else "failed")
+    return uri
+
+
+def gate_report(name: str, version: int) -> GateReport | None:
+    """The newest gate report of a version."""
+    door = tracking.client()
+    uri = _existing(door, name, version).tags.get("gate.report")
+    return None if uri is None else GateReport.from_dict(json.loads(_download(uri)))
+
+
+def trace(name: str, version: int) -> Trace:
+    """From a version back to its data, code, recipe and runs, and forward through its stages."""
+    door = tracking.client()
+    known = _existing(door, name, version)
+    tags = known.tags
+    facts = {
+        "stage": str(known.current_stage),
+        "aliases": ", ".join(sorted(a for a, holder in _aliases(door, name).items() if holder == int(version))),
+        "registered": _local(_moment(known.creation_timestamp)),
+        "accuracy": _accuracy(tags),
+        "data (DVC)": tags.get("data", ""),
+        "data (sha256)": tags.get("data.version", ""),
+        "git commit": tags.get("commit", "") + (" + changes (git.diff)" if tags.get("dirty") == "true" else ""),
+        "MLflow run": known.run_id or "",
+        "Prefect run": tags.get("prefect.flow_run", ""),
+        "recipe": tags.get("recipe", "") + (f" (runs:/{known.run_id}/recipe.json)" if known.run_id else ""),
+        "bundle": known.source or "",
+        **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
+        "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
+    }
+    about = [entry for entry in _read(door, name).entries if version in (entry.version, entry.displaced)]
+    return Trace(name, version, {key: value for key, value in facts.items() if value}, about)
+
+
+def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
+    """Download the bundle of a version, a number or an alias such as 'production', and check every hash.
+
+    `folder` appears only when complete. If it is there and holds this very bundle, nothing is done.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    door = tracking.client()
+    number = _number(door, name, version)
+    known = _existing(door, name, number)
+    wanted = {key.removeprefix("sha256."): value for key, value in known.tags.items() if key.startswith("sha256.")}
+    if folder.exists() and any(folder.iterdir()):
+        if _hashes(folder) == wanted:
+            return folder
+        raise KshotError(f"{folder} holds something else than version {number} of {name}; name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        got = Path(download_artifacts(known.source, dst_path=scratch, tracking_uri=door.tracking_uri))
+        hashes = _hashes(got)
+        bad = sorted(file for file in hashes.keys() | wanted.keys() if hashes.get(file) != wanted.get(file))
+        if bad:
+            raise KshotError(
+                f"version {number} of {name} is not what was registered: {', '.join(bad)} changed in {known.source}. "
+                "Do not use it; restore the files, or register the bundle anew."
+            )
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(got, folder)
+    return folder
+
+
+# The log, and what follows from it ------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """What the log says, read from its first entry to its last."""
+
+    entries: list[Audit] = field(default_factory=list)
+    stages: dict[int, Stage] = field(default_factory=dict)
+    served: list[int] = field(default_factory=list)  # the versions that were in production; rolling back takes away
+
+    def holder(self, stage: Stage) -> int | None:
+        return next((version for version, where in self.stages.items() if where is stage), None)
+
+    def last_to_change(self, stage: Stage) -> Audit | None:
+        """The entry that last brought a version into a stage, or took one out of it."""
+        return next(
+            (e for e in reversed(self.entries) if not e.refused and stage in (e.stage, e.came_from)), None
+        )  # fmt: skip
+
+    def add(self, number: int, name: str, when: datetime, entry: Mapping[str, Any]) -> None:
+        version, stage = int(entry["version"]), Stage(entry["stage"])
+        before = self.holder(stage) if stage in _SINGLE else None
+        refused = None
+        if "expect" in entry and entry["expect"] != before:
+            refused = _conflict(self, name, stage, entry["expect"])
+        audit = Audit(
+            number=number,
+            name=name,
+            version=version,
+            came_from=self.stages.get(version, Stage.NONE),
+            stage=stage,
+            displaced=before if before != version and not refused else None,
+            who=entry["who"],
+            when=when,
+            why=entry["why"],
+            report=entry.get("report"),
+            rollback=entry.get("rollback", False),
+            refused=refused,
+        )
+        if not refused:
+            if audit.displaced is not None:
+                self.stages[audit.displaced] = Stage.ARCHIVED
+            self.stages[version] = stage
+            if audit.rollback and version in self.served:
+                while self.served[-1] != version:
+                    self.served.pop()
+            elif stage is Stage.PRODUCTION and self.served[-1:] != [version]:
+                self.served.append(version)
+        self.entries.append(audit)
+
+
+def _read(door: MlflowClient, name: str) -> _State:
+    state, seen = _State(), set()
+    for version in sorted(_versions(door, name + _LOG), key=lambda version: int(version.version)):
+        entry = json.loads(version.tags[_ENTRY])
+        if entry["id"] not in seen:  # a request that MLflow's client repeated is one entry
+            seen.add(entry["id"])
+            state.add(int(version.version), name, _moment(version.creation_timestamp), entry)
+    return state
+
+
+def _move(
+    door: MlflowClient,
+    name: str,
+    version: int,
+    stage: Stage,
+    *,
+    why: str,
+    who: str | None,
+    expect: int | None | _Unset,
+    back: bool = False,
+) -> Audit:
+    if not why.strip():
+        raise KshotError("a move is kept for ever, and so is its reason: say why")
+    state = _forget_deleted(door, name, _read(door, name))
+    if not isinstance(expect, _Unset) and state.holder(stage) != expect:
+        raise StageConflict(_conflict(state, name, stage, expect))
+    entry: dict[str, Any] = {"version": version, "stage": stage, "who": who or tracking.user(), "why": why}
+    if not isinstance(expect, _Unset):
+        entry["expect"] = expect
+    if back:
+        entry["rollback"] = True
+    if stage is Stage.PRODUCTION and (uri := _existing(door, name, version).tags.get("gate.report")):
+        entry["report"] = uri
+    number = _append(door, name, entry)
+    state = _settle(door, name)
+    audit = next(one for one in state.entries if one.number == number)
+    if audit.refused:
+        raise StageConflict(audit.refused)
+    return audit
+
+
+def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> int:
+    """Add an entry to the log and return its number, which the database gives to no one else."""
+    from mlflow.exceptions import MlflowException
+
+    log = name + _LOG
+    _create_model(door, log, f"Who moved which version of {name} where: one entry is one version. Written by kshot.", log=True)
+    entry = {"id": uuid.uuid4().hex, **entry}
+    sentence = f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"[:1000]
+    for attempt in range(10):
+        try:
+            made = door.create_model_version(
+                log, source=f"kshot-move:{name}", tags={_ENTRY: json.dumps(entry)}, description=sentence
+            )
+            break
+        except MlflowException:  # others wrote at the same moment; MLflow gives up after three tries
+            if attempt == 9:
+                raise
+            time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
+    # A repeated request gave the entry several numbers; the first one counts.
+    same = [int(v.version) for v in _versions(door, log) if json.loads(v.tags[_ENTRY])["id"] == entry["id"]]
+    return min([int(made.version), *same])
+
+
+def _forget_deleted(door: MlflowClient, name: str, state: _State) -> _State:
+    """Write down that a version which held a stage is gone, so that the stage is free."""
+    there = {int(version.version) for version in _versions(door, name)}
+    gone = [v for stage in _SINGLE if (v := state.holder(stage)) is not None and v not in there]
+    for version in gone:
+        why = "the version was deleted from the registry"
+        _append(door, name, {"version": version, "stage": Stage.NONE, "who": tracking.user(), "why": why})
+    return _read(door, name) if gone else state
+
+
+def _settle(door: MlflowClient, name: str) -> _State:
+    """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
+    state = _read(door, name)
+    while True:
+        _apply(door, name, state)
+        newest = _read(door, name)
+        if len(newest.entries) == len(state.entries):
+            return newest
+        state = newest
+
+
+def _apply(door: MlflowClient, name: str, state: _State) -> None:
+    known = {int(version.version): version for version in _versions(door, name)}
+    stages = {number: Stage(version.current_stage) for number, version in known.items()}
+    wanted = _wanted(state, stages)
+    # A stage that holds one version is taken in one transaction, which archives whoever was there.
+    for number in sorted(wanted, key=lambda number: wanted[number] not in _SINGLE):
+        target = wanted[number]
+        others = [other for other in stages if other != number and stages[other] is target and target in _SINGLE]
+        if stages[number] is not target or others:
+            _transition(door, name, number, target)
+            stages.update({other: Stage.ARCHIVED for other in others} | {number: target})
+    for number, version in known.items():
+        if wanted[number] is not Stage.NONE and version.tags.get("stage") != wanted[number]:
+            door.set_model_version_tag(name, str(number), "stage", wanted[number])
+    aliases = _aliases(door, name)
+    for stage in _SINGLE:
+        alias, holder = stage.lower(), next((n for n, where in wanted.items() if where is stage), None)
+        if holder is not None and aliases.get(alias) != holder:
+            door.set_registered_model_alias(name, alias, str(holder))
+        elif holder is None and alias in aliases:
+            door.delete_registered_model_alias(name, alias)
+
+
+def _wanted(state: _State, stages: Mapping[int, Stage]) -> dict[int, Stage]:
+    """The stage that each version should have. One that kshot never moved keeps its own, unless that is taken."""
+    taken = {stage for stage in _SINGLE if state.holder(stage) in stages}
+    return {
+        number: state.stages.get(number, Stage.ARCHIVED if stage in taken else stage)
+        for number, stage in stages.items()
+    }
+
+
+def _differences(door: MlflowClient, name: str, state: _State) -> list[str]:
+    known = {int(version.version): version for version in _versions(door, name)}
+    wanted = _wanted(state, {number: Stage(version.current_stage) for number, version in known.items()})
+    found = []
+    for number, version in known.items():
+        if Stage(version.current_stage) is not wanted[number]:
+            found.append(f"version {number} is in {version.current_stage}, and the log says {wanted[number]}")
+        elif number in state.stages and version.tags.get("stage") != wanted[number]:
+            found.append(f"version {number} is tagged {version.tags.get('stage')}, and the log says {wanted[number]}")
+    aliases = _aliases(door, name)
+    for stage in _SINGLE if state.entries else ():
+        holder = next((number for number, where in wanted.items() if where is stage), None)
+        if aliases.get(stage.lower()) != holder:
+            found.append(f"the alias {stage.lower()} is at {_the(aliases.get(stage.lower()))}, and the log says {_the(holder)}")
+    return found
+
+
+def _conflict(state: _State, name: str, stage: Stage, expected: int | None) -> str:
+    last = state.last_to_change(stage)
+    return (
+        f"{_the(expected)} was expected in {stage} of {name}, but {_the(state.holder(stage))} is there"
+        + (f": {last}." if last else ".")
+        + f" Nothing was moved; see kshot history {name}."
+    )
+
+
+# MLflow's calls, with what they leave out ------------------------------------------------------------------------
+
+
+def _transition(door: MlflowClient, name: str, version: int, stage: Stage) -> None:
+    with warnings.catch_warnings():
+        # Deprecated since 2.9 and to be removed one day; the tag and the alias are what will remain.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        door.transition_model_version_stage(
+            name, str(version), stage.value, archive_existing_versions=stage in _SINGLE
+        )  # fmt: skip
+
+
+def _create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        door.create_registered_model(name, tags={"kshot.log": "true"} if log else None, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _model(door: MlflowClient, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = door.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        found = None
+    if found is None or _is_log(found.tags):
+        known = ", ".join(models()) or "none yet: `kshot run` makes the first"
+        raise KshotError(f"no model {name!r} in the registry; there are: {known}")
+    return found
+
+
+def _existing(door: MlflowClient, name: str, version: int) -> ModelVersion:
+    _model(door, name)
+    known = {int(one.version): one for one in _versions(door, name)}
+    if version not in known:
+        has = ", ".join(map(str, sorted(known))) or "none"
+        raise KshotError(f"{name} has no version {version}; it has: {has}")
+    return known[version]
+
+
+def _number(door: MlflowClient, name: str, version: int | str) -> int:
+    if isinstance(version, int) or version.isdecimal():
+        return int(version)
+    aliases = _aliases(door, name)
+    if version not in aliases:
+        raise KshotError(f"{name} has no alias {version!r}; it has: {', '.join(sorted(aliases)) or 'none'}")
+    return aliases[version]
+
+
+def _aliases(door: MlflowClient, name: str) -> dict[str, int]:
+    return {alias: int(version) for alias, version in _model(door, name).aliases.items()}
+
+
+def _versions(door: MlflowClient, name: str) -> list[ModelVersion]:
+    if "'" in name:
+        return []
+    found = _all(lambda token: door.search_model_versions(f"name='{name}'", page_token=token))
+    return [version for version in found if version.name == name]
+
+
+def _all(search: Callable[[str | None], Any]) -> list[Any]:
+    """All pages of a search."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = search(token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _download(uri: str) -> str:
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(download_artifacts(uri, dst_path=scratch, tracking_uri=tracking.store())).read_text()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file, by its path in the folder."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _from_run(tags: Mapping[str, str]) -> dict[str, str]:
+    """What a version takes over from its run."""
+    names = {
+        "kshot.recipe": "recipe",
+        "kshot.data": "data",
+        "kshot.data.version": "data.version",
+        "mlflow.source.git.commit": "commit",
+        "kshot.git.dirty": "dirty",
+        "kshot.prefect.flow_run": "prefect.flow_run",
+    }
+    return {short: tags[long] for long, short in names.items() if long in tags}
+
+
+def _is_log(tags: Mapping[str, str]) -> bool:
+    return tags.get("kshot.log") == "true"
+
+
+def _accuracy(tags: Mapping[str, str]) -> str:
+    if "accuracy" not in tags:
+        return ""
+    margin = f" ± {100 * float(tags['margin']):.2f}" if "margin" in tags else ""
+    return f"{100 * float(tags['accuracy']):.2f}{margin} %"
+
+
+def _the(version: int | None) -> str:
+    return "no version" if version is None else f"version {version}"
+
+
+def _moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _local(when: datetime) -> str:
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S}"
