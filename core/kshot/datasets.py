@@ -1,0 +1,226 @@
+"""A packed data set: images memory-mapped as uint8, with classes, splits and what each file was.
+
+`data/NAME/images.npy` holds the images, class after class; `data/NAME/index.json` says everything about them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kshot_runtime.errors import KshotError
+from kshot_runtime.images import ImageRule
+
+IMAGES, INDEX, SHEET = "images.npy", "index.json", "sheet.png"
+SPLITS = ("train", "val", "test")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClassEntry(_Part):
+    """One class: its images are `images[start : start + count]`."""
+
+    name: str
+    split: Literal["train", "val", "test"]
+    start: int
+    count: int
+
+
+class FileEntry(_Part):
+    """One image's file, in the order of the images."""
+
+    name: str
+    sha256: str
+
+
+class Skipped(_Part):
+    """A file that was not taken, and why."""
+
+    name: str
+    why: str
+
+
+class Index(_Part):
+    """All that is known of a data set besides its pixels. The same input gives the same bytes: no dates, no paths."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    source: str  # what it was imported from
+    provenance: str
+    licence: str
+    rule: ImageRule
+    images_sha256: str
+    classes: tuple[ClassEntry, ...]
+    files: tuple[FileEntry, ...]
+    skipped: tuple[Skipped, ...]
+    duplicates: tuple[tuple[str, ...], ...]  # groups of files that are the same to the byte
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+class ImageSet:
+    """A data set on disk. `open` reads its index and maps its images; `split` gives what episodes are drawn from."""
+
+    def __init__(self, folder: Path, index: Index, images: np.ndarray, version: str) -> None:
+        self.folder = folder
+        self.index = index
+        self.images = images  # (N, C, H, W) uint8, memory-mapped
+        self.version = version  # sha256 of the index, which holds the sha256 of the images
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ImageSet:
+        folder = Path(folder)
+        try:
+            content = (folder / INDEX).read_bytes()
+        except OSError:
+            raise KshotError(_no_such_data_set(folder)) from None
+        try:
+            index = Index.model_validate_json(content)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise KshotError(f"{folder / INDEX} is damaged: {where}: {problem['msg']}. Import it again.") from None
+        try:
+            images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            raise KshotError(f"{folder / IMAGES} is missing or damaged: import the data set again.") from None
+        expected = (len(index.files), *index.rule.shape)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise KshotError(
+                f"{folder / IMAGES} holds {images.dtype} {images.shape}, and its index says uint8 {expected}: "
+                "the two are not of one import. Import the data set again."
+            )
+        return cls(folder, index, images, hashlib.sha256(content).hexdigest())
+
+    @property
+    def name(self) -> str:
+        return self.index.name
+
+    @property
+    def rule(self) -> ImageRule:
+        return self.index.rule
+
+    @property
+    def classes(self) -> tuple[ClassEntry, ...]:
+        return self.index.classes
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """The splits that exist, with the number of classes in each."""
+        counts = {split: sum(c.split == split for c in self.classes) for split in SPLITS}
+        return {split: count for split, count in counts.items() if count}
+
+    def split(self, name: str, rotations: bool = False) -> ClassImages:
+        """The classes of one split, or of several: `train+val`. With `rotations`, each class four times, turned."""
+        parts = name.split("+")
+        for part in parts:
+            if part not in self.splits:
+                close = difflib.get_close_matches(part, self.splits, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                has = ", ".join(f"{split} ({count} classes)" for split, count in self.splits.items())
+                raise KshotError(f"data set {self.name!r} has no split named {part!r}{hint} It has: {has}")
+        chosen = [c for c in self.classes if c.split in parts]
+        starts = np.array([c.start for c in chosen], dtype=np.int64)
+        counts = np.array([c.count for c in chosen], dtype=np.int64)
+        classes = ClassImages(np.asarray(self.images), starts, counts, tuple(c.name for c in chosen))
+        return classes.rotated() if rotations else classes
+
+    def verify(self) -> None:
+        """Read every byte of the images and compare it with the index; a difference is a KshotError."""
+        found = file_sha256(self.folder / IMAGES)
+        if found != self.index.images_sha256:
+            raise KshotError(
+                f"{self.folder / IMAGES} has sha256 {found[:12]}…, and its index says "
+                f"{self.index.images_sha256[:12]}…: it was changed after the import. "
+                f"Import it again, or fetch it: kshot data pull"
+            )
+
+
+class ClassImages:
+    """Some classes as arrays: what episodes are drawn from. A rotated class is a class of its own."""
+
+    def __init__(
+        self,
+        images: np.ndarray,  # (N, C, H, W) uint8
+        starts: np.ndarray,  # (classes,) int64: where each class begins in images
+        counts: np.ndarray,  # (classes,) int64: images per class
+        names: tuple[str, ...],
+        turns: np.ndarray | None = None,  # (classes,) quarter turns, counter-clockwise
+    ) -> None:
+        self._images = images
+        self._starts = starts
+        self._turns = np.zeros_like(starts) if turns is None else turns
+        self.counts = counts
+        self.names = names
+
+    @classmethod
+    def from_arrays(cls, images_per_class: Sequence[np.ndarray], names: Sequence[str] | None = None) -> ClassImages:
+        """One uint8 array (images, C, H, W) per class, all of one C, H, W."""
+        counts = np.array([len(images) for images in images_per_class], dtype=np.int64)
+        names = [str(i) for i in range(len(counts))] if names is None else names
+        if len(names) != len(counts):
+            raise ValueError(f"{len(names)} names for {len(counts)} classes")
+        images = np.concatenate(images_per_class)  # (N, C, H, W)
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"expected uint8 (images, C, H, W) per class, got {images.dtype} {images.shape}")
+        return cls(images, np.cumsum(counts) - counts, counts, tuple(names))
+
+    def rotated(self) -> ClassImages:
+        """These classes, then each again turned by 90, by 180 and by 270 degrees."""
+        if self.shape[1] != self.shape[2]:
+            raise KshotError(f"only square images can be rotated as classes, and these are {self.shape}")
+        if self._turns.any():
+            raise KshotError("these classes are rotated already")
+        names = self.names + tuple(f"{name} rot{turn:03d}" for turn in (90, 180, 270) for name in self.names)
+        turns = np.repeat(np.arange(4), len(self))
+        return ClassImages(self._images, np.tile(self._starts, 4), np.tile(self.counts, 4), names, turns)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One image: (C, H, W)."""
+        _, channels, height, width = self._images.shape
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def gather(self, classes: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
+        classes, samples = np.broadcast_arrays(classes, samples)
+        outside = (samples < 0) | (samples >= self.counts[classes])
+        if outside.any():
+            klass, sample = classes[outside][0], samples[outside][0]
+            raise IndexError(f"image {sample} of class {klass}, which has {self.counts[klass]}")
+        images = self._images[self._starts[classes] + samples]  # (*batch, C, H, W)
+        turns = self._turns[classes]  # (*batch,)
+        for turn in (1, 2, 3):
+            turned = turns == turn
+            if turned.any():
+                images[turned] = np.rot90(images[turned], turn, axes=(-2, -1))
+        return images
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_sets(root: Path) -> list[str]:
+    """The names of the data sets under a data folder."""
+    return sorted(index.parent.name for index in root.glob(f"[!.]*/{INDEX}"))
+
+
+def _no_such_data_set(folder: Path) -> str:
+    others = data_sets(folder.parent)
+    close = difflib.get_close_matches(folder.name, others, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f" (there: {', '.join(others) or 'none'})."
+    return f"no data set {folder.name!r} in {folder.parent}{hint} Bring one in: kshot data import SOURCE {folder.name}"

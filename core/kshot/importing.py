@@ -1,0 +1,528 @@
+"""Import: pictures from a folder, a zip or a plugin's source become a packed data set, or nothing is left behind.
+
+Every picture is decoded once, by `kshot_runtime.images`. What is not taken is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+from pydantic import ValidationError
+
+from kshot.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
+from kshot.sheets import contact_sheet
+from kshot_runtime.errors import KshotError
+from kshot_runtime.images import LIMITS, ImageError, ImageRule, decode, render
+
+Split = Literal["train", "val", "test"]
+FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test: the share of the classes of a source that is not split already
+_SPLIT_FOLDERS: dict[str, Split] = {
+    "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_RATIO = 200  # images hardly compress: a zip that grows this much is a bomb
+_MAX_MEMBERS = 5_000_000
+
+
+class Picture(NamedTuple):
+    """One image before its decoding."""
+
+    name: str  # unique in the source
+    label: str  # its class
+    split: Split | None  # None: split by class, by the source's fractions
+    read: Callable[[], bytes | Image.Image]  # an encoded file, or pixels that need no decoding
+
+
+@dataclass
+class Listing:
+    """What a source offers: its pictures, unread, and the files that are none."""
+
+    pictures: list[Picture]
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a source is asked for."""
+
+    folder: Path | None  # where its archives lie, if the user or the mirror has them
+    cache: Path  # where to keep what has to be downloaded
+    split: str | None  # one of the source's splits
+    seed: int
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A source of images by name, as a plugin offers it through `kshot_datasets`."""
+
+    about: str  # one line for the user
+    licence: str
+    provenance: str
+    rule: ImageRule  # how its images are packed unless the user says otherwise
+    open: Callable[[Request], AbstractContextManager[Listing]]  # the archives stay open while its pictures are read
+    splits: Mapping[str, str] = field(default_factory=dict)  # by name, with a line each; the first is the default
+    embedded: bool = False  # needs neither files nor network
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    total: int
+    what: str
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did; `skipped` and `duplicates` are for a person to look at."""
+
+    folder: Path
+    version: str
+    images: int
+    splits: Mapping[str, int]  # classes in each
+    skipped: Sequence[Skipped]
+    duplicates: Sequence[tuple[str, ...]]  # groups of files that are the same to the byte
+    leaks: Sequence[tuple[str, ...]]  # those of them that lie in more than one split
+
+    @property
+    def sheet(self) -> Path:
+        return self.folder / SHEET
+
+
+def import_dataset(
+    source: str,
+    name: str,
+    root: Path,
+    *,
+    from_dir: Path | None = None,
+    rule: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    min_images: int = 2,
+    replace: bool = False,
+) -> Iterator[Progress | ImportReport]:
+    """Pack `source` (a folder, a zip, or a plugin's source by name) as `root/name`; yields progress, then the report.
+
+    `rule` changes single fields of the source's own ImageRule. `from_dir` is where a named source's archives lie; if
+    it is not given, they are looked for in the folder `$KSHOT_MIRROR/<source>`. For a folder or a zip that is not
+    split already, `split` is the share of its classes in train/val/test, such as `0.6/0.2/0.2`.
+    """
+    if not _NAME.fullmatch(name):
+        raise KshotError(f"{name!r} cannot name a data set: take letters, digits, '-', '_' and '.', such as my-photos")
+    importer = _importer(source)
+    request = Request(_archives(source, from_dir), root / ".downloads", split, seed)
+    full_rule = _changed(importer.rule, rule or {})
+    if split and importer.splits and split not in importer.splits:
+        raise KshotError(f"{source} has no split {split!r}; it has: {', '.join(importer.splits)}")
+    fractions = FRACTIONS if importer.splits or not split else _fractions(split)
+    with _locked(root, name) as waiting:
+        yield from waiting
+        if (root / name).exists() and not replace:
+            raise KshotError(f"{root / name} exists already. Choose another name, or replace it: --replace")
+        with _workplace(root, name) as place, importer.open(request) as listing:
+            packing = _Packing(place, full_rule)
+            yield from packing.pack(listing.pictures, min_images)
+            classes = _split_by_class(packing.classes, fractions, seed)
+            index = Index(
+                name=name,
+                source=source if importer.provenance else Path(source).name,
+                provenance=importer.provenance or "a user's own images",
+                licence=importer.licence,
+                rule=full_rule,
+                images_sha256=file_sha256(place / IMAGES),
+                classes=tuple(classes),
+                files=tuple(packing.files),
+                skipped=tuple(sorted(listing.skipped + packing.skipped, key=lambda s: s.name)),
+                duplicates=tuple(_duplicates(packing.files)),
+            )
+            (place / INDEX).write_bytes(index.to_bytes())
+            contact_sheet(ImageSet.open(place)).save(place / SHEET)
+            _move_into_place(place, root / name)
+    yield _report(root / name, index)
+
+
+def finish(events: Iterable[Progress | ImportReport]) -> ImportReport:
+    """Let an import run to its end without watching it."""
+    report = None
+    for report in events:
+        pass
+    assert isinstance(report, ImportReport)
+    return report
+
+
+# ---- where pictures come from
+
+
+def _importer(source: str) -> Importer:
+    from kshot import plugins  # here, because plugins import this module
+
+    if os.sep in source or source.startswith(".") or source.lower().endswith(".zip"):
+        return _own_images(Path(source))
+    found = plugins.find()
+    if Path(source).exists() and all(p.name != source for p in found.of("datasets")):
+        return _own_images(Path(source))
+    return found.dataset(source).value
+
+
+def _own_images(path: Path) -> Importer:
+    """A user's folder or zip."""
+    return Importer(
+        about="a folder or zip with one folder per class, or with train/, val/ and test/ of such folders",
+        licence="as the images' owner says",
+        provenance="",
+        rule=ImageRule(size=84),
+        open=lambda request: list_images([path]),
+    )
+
+
+def _archives(source: str, from_dir: Path | None) -> Path | None:
+    if from_dir is not None:
+        if not from_dir.is_dir():
+            raise KshotError(f"--from {from_dir} is no folder; give the folder that holds the archives of {source}")
+        return from_dir
+    mirror = os.environ.get("KSHOT_MIRROR")
+    folder = Path(mirror, source) if mirror else None
+    return folder if folder and folder.is_dir() else None
+
+
+@contextmanager
+def list_images(paths: Sequence[Path]) -> Iterator[Listing]:
+    """The pictures of some folders and zips with one folder per class, perhaps under train/, val/ and test/."""
+    with ExitStack() as stack:
+        files: dict[str, Callable[[], bytes]] = {}
+        skipped: list[Skipped] = []
+        for path in paths:
+            if path.is_dir():
+                found = _folder_files(path, skipped)
+            elif path.is_file():
+                found = _zip_files(path, stack, skipped)
+            else:
+                raise KshotError(f"there is no folder or zip {path}")
+            if again := files.keys() & found.keys():
+                raise KshotError(f"{min(again)} is in {path.name} and in what was read before it")
+            files |= found
+        yield _listing(files, skipped)
+
+
+def _listing(files: Mapping[str, Callable[[], bytes]], skipped: list[Skipped]) -> Listing:
+    """Sort files into classes and splits by the folders they lie in."""
+    paths = {name: PurePosixPath(name).parts for name in sorted(files)}
+    wrapped = {parts[0] for parts in paths.values()}
+    depth = 0  # one folder around everything, as archives have it, is no class
+    if len(wrapped) == 1 and not wrapped & _SPLIT_FOLDERS.keys() and all(len(p) > 2 for p in paths.values()):
+        depth = 1
+    images = {name: parts[depth:] for name, parts in paths.items() if len(parts) > depth + 1}
+    tops = {parts[0].lower() for parts in images.values()}
+    split_already = tops <= _SPLIT_FOLDERS.keys() and all(len(parts) > 2 for parts in images.values())
+    skipped += [Skipped(name=name, why="not in the folder of a class") for name in paths if name not in images]
+    pictures = [
+        Picture(name, "/".join(parts[1:-1]), _SPLIT_FOLDERS[parts[0].lower()], files[name])
+        if split_already
+        else Picture(name, "/".join(parts[:-1]), None, files[name])
+        for name, parts in images.items()
+    ]
+    return Listing(pictures, skipped)
+
+
+def _folder_files(folder: Path, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
+    def refuse(error: OSError) -> None:
+        raise KshotError(f"cannot read {error.filename}: {error.strerror}. Check its permissions.") from None
+
+    files = {}
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        relative = Path(parent).relative_to(folder)
+        for name in [*folders]:
+            if _is_litter(name) or Path(parent, name).is_symlink():
+                folders.remove(name)
+                skipped.append(Skipped(name=f"{(relative / name).as_posix()}/", why=_why_litter(name)))
+        for name in names:
+            if _is_litter(name):
+                skipped.append(Skipped(name=(relative / name).as_posix(), why=_why_litter(name)))
+            else:
+                files[(relative / name).as_posix()] = _limited_reader(Path(parent, name))
+    return files
+
+
+def _limited_reader(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if not path.is_file():  # a pipe or a device would never end
+            raise ImageError("not a regular file")
+        with path.open("rb") as file:
+            return file.read(LIMITS.max_bytes + 1)
+
+    return read
+
+
+def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
+    """The files in a zip, read one at a time and never unpacked. A zip that was made to do harm is refused whole."""
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+    except (zipfile.BadZipFile, NotImplementedError):
+        raise KshotError(f"{path} is not a zip, or it is damaged") from None
+    except OSError as error:
+        raise KshotError(f"cannot read {path}: {error.strerror}") from None
+    members = [m for m in archive.infolist() if not m.is_dir()]
+    if len(members) > _MAX_MEMBERS:
+        raise KshotError(f"{path} has {len(members):,} files; at most {_MAX_MEMBERS:,} are taken")
+    packed, unpacked = path.stat().st_size, sum(m.file_size for m in members)
+    if unpacked > _MAX_RATIO * max(packed, 4096):
+        raise KshotError(f"{path} unpacks from {packed:,} to {unpacked:,} bytes: no archive of images does. Refused.")
+    files: dict[str, Callable[[], bytes]] = {}
+    for member in members:
+        parts = PurePosixPath(member.filename).parts
+        if ".." in parts or member.filename.startswith("/") or "\\" in member.filename or ":" in parts[0]:
+            raise KshotError(f"{path} holds {member.filename!r}, a path out of the archive. Refused.")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise KshotError(f"{path} holds {member.filename!r}, a symbolic link. Refused.")
+        if member.flag_bits & 1:
+            raise KshotError(f"{path} is encrypted. Unpack it, and import the folder.")
+        if member.filename in files:
+            raise KshotError(f"{path} holds {member.filename!r} twice. Refused.")
+        if litter := next(filter(_is_litter, parts), None):
+            skipped.append(Skipped(name=member.filename, why=_why_litter(litter)))
+        else:
+            files[str(PurePosixPath(*parts))] = _member_reader(archive, member)
+    return files
+
+
+def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            with archive.open(member) as file:
+                return file.read(LIMITS.max_bytes + 1)
+        except Exception:  # zipfile, zlib and lzma each have errors of their own
+            raise ImageError("damaged in the zip") from None
+
+    return read
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def _why_litter(name: str) -> str:
+    return (
+        "a file of the operating system, or hidden"
+        if _is_litter(name)
+        else "a link to a folder; links are not followed"
+    )
+
+
+# ---- packing
+
+
+class _Packing:
+    """Writes images.npy class after class, by plain writes: on a full disk those fail, where a memory map would crash."""
+
+    def __init__(self, place: Path, rule: ImageRule) -> None:
+        self.place = place
+        self.rule = rule
+        self.files: list[FileEntry] = []
+        self.skipped: list[Skipped] = []
+        self.classes: list[tuple[str, Split | None, int, int]] = []  # name, split, start, count
+
+    def pack(self, pictures: Sequence[Picture], min_images: int) -> Iterator[Progress]:
+        pictures = sorted(pictures, key=lambda p: (p.label, p.name))
+        _refuse_classes_in_two_splits(pictures)
+        done, start = 0, 0
+        with (self.place / IMAGES).open("wb") as output:
+            self._write_header(output, 0)
+            for label, group in groupby(pictures, key=lambda p: p.label):
+                arrays, files = [], []
+                for picture in group:
+                    if pair := self._take(picture):
+                        arrays.append(pair[0])
+                        files.append(pair[1])
+                    done += 1
+                    if done % 100 == 0:
+                        yield Progress(done, len(pictures), label)
+                if 0 < len(files) < min_images:
+                    why = f"its class {label!r} has {len(files)} usable; at least {min_images} are needed"
+                    self.skipped += [Skipped(name=file.name, why=why) for file in files]
+                elif files:
+                    output.write(np.stack(arrays).tobytes())  # (count, C, H, W)
+                    self.files += files
+                    self.classes.append((label, picture.split, start, len(files)))
+                    start += len(files)
+            self._write_header(output, start)
+        yield Progress(len(pictures), len(pictures), "packed")
+        if not self.files:
+            raise KshotError(_nothing_usable(self.skipped))
+
+    def _take(self, picture: Picture) -> tuple[np.ndarray, FileEntry] | None:
+        try:
+            content = picture.read()
+            if isinstance(content, Image.Image):
+                array, digest = render(content, self.rule), hashlib.sha256(content.tobytes())
+            else:
+                array, digest = decode(content, self.rule), hashlib.sha256(content)
+        except ImageError as error:
+            self.skipped.append(Skipped(name=picture.name, why=str(error)))
+        except OSError as error:
+            self.skipped.append(Skipped(name=picture.name, why=f"cannot be read: {error.strerror}"))
+        else:
+            return array, FileEntry(name=picture.name, sha256=digest.hexdigest())
+        return None
+
+    def _write_header(self, output: Any, count: int) -> None:
+        """The same length whatever the count: numpy leaves room for the first axis to grow."""
+        output.seek(0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *self.rule.shape)}
+        np.lib.format.write_array_header_1_0(output, header)
+
+
+def _refuse_classes_in_two_splits(pictures: Iterable[Picture]) -> None:
+    splits = defaultdict(set)
+    for picture in pictures:
+        splits[picture.label].add(picture.split)
+    for label, where in splits.items():
+        if len(where) > 1:
+            raise KshotError(
+                f"class {label!r} is in {' and in '.join(sorted(map(str, where)))}. Few-shot splits are by class: what is "
+                "tested must be new. Move each class to one split, or import without train/, val/ and test/ folders."
+            )
+
+
+def _nothing_usable(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return "there are no files. Put the images of each class in a folder of their own: cats/1.jpg, dogs/1.jpg, ..."
+    examples = "".join(f"\n  {s.name}: {s.why}" for s in skipped[:5])
+    return f"not one of {len(skipped)} files can be used:{examples}"
+
+
+def _split_by_class(
+    classes: Sequence[tuple[str, Split | None, int, int]], fractions: Sequence[float], seed: int
+) -> list[ClassEntry]:
+    splits: dict[str, Split] = {name: split for name, split, _, _ in classes if split}
+    free = [name for name, split, _, _ in classes if not split]  # sorted: the same on every file system
+    if free:
+        splits |= random_split(free, fractions, seed)
+    return [ClassEntry(name=name, split=splits[name], start=start, count=count) for name, _, start, count in classes]
+
+
+def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, Split]:
+    """Each name's split: shares of a seeded shuffle, at least one in each that is asked for."""
+    order: tuple[Split, ...] = ("train", "val", "test")
+    asked = sum(f > 0 for f in fractions)
+    if len(names) < asked:
+        has = f"only one class ({names[0]!r})" if len(names) == 1 else f"only {len(names)} classes"
+        raise KshotError(
+            f"there {'is' if len(names) == 1 else 'are'} {has}, and train, val and test need one each at least. "
+            "Add folders of other classes, or put all in one split: --split 0/0/1"
+        )
+    exact = [f * len(names) / sum(fractions) for f in fractions]
+    counts = [max(int(share), 1) if share else 0 for share in exact]
+    while sum(counts) > len(names):
+        counts[int(np.argmax(counts))] -= 1
+    while sum(counts) < len(names):  # what rounding left goes where it is missed most
+        counts[int(np.argmax(np.array(exact) - counts))] += 1
+    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    chosen = [split for split, count in zip(order, counts, strict=True) for _ in range(count)]
+    return dict(zip(shuffled, chosen, strict=True))
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        fractions = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        fractions = ()
+    if len(fractions) != 3 or min(fractions) < 0 or not 0 < sum(fractions) < float("inf"):
+        raise KshotError(
+            f"--split {text!r}: give the shares of classes in train/val/test, such as 0.6/0.2/0.2 or 0/0/1"
+        )
+    return fractions
+
+
+def _changed(rule: ImageRule, changes: Mapping[str, Any]) -> ImageRule:
+    try:
+        return ImageRule.model_validate(rule.model_dump() | dict(changes))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise KshotError(f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}") from None
+
+
+def _duplicates(files: Iterable[FileEntry]) -> list[tuple[str, ...]]:
+    by_content = defaultdict(list)
+    for file in files:
+        by_content[file.sha256].append(file.name)
+    return sorted(tuple(sorted(names)) for names in by_content.values() if len(names) > 1)
+
+
+def _report(folder: Path, index: Index) -> ImportReport:
+    split_of = {f.name: c.split for c in index.classes for f in index.files[c.start : c.start + c.count]}
+    data_set = ImageSet.open(folder)
+    return ImportReport(
+        folder=folder,
+        version=data_set.version,
+        images=len(index.files),
+        splits=Counter(c.split for c in index.classes),
+        skipped=index.skipped,
+        duplicates=index.duplicates,
+        leaks=[group for group in index.duplicates if len({split_of[name] for name in group}) > 1],
+    )
+
+
+# ---- all or nothing
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[Iterator[Progress]]:
+    """One import of a name at a time; what is given out says that it waits, while it does."""
+    (root / ".locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".locks" / name)
+
+    def wait() -> Iterator[Progress]:
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                yield Progress(0, 0, f"waiting for another import of {name}")
+
+    try:
+        yield wait()
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _workplace(root: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside the data set, gone at the end whatever happens, and with it those of killed imports."""
+    for stale in root.glob(f".importing-{name}~*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".importing-{name}~", dir=root) as place:
+            folder = Path(place, name)
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        raise KshotError(
+            f"{root / name} was not written: {error.strerror or error}. Nothing of it was kept."
+        ) from error
+
+
+def _move_into_place(place: Path, target: Path) -> None:
+    if not target.exists():
+        place.rename(target)
+        return
+    old = place.with_name("old")  # in the workplace: it goes when that goes
+    target.rename(old)
+    try:
+        place.rename(target)
+    except OSError:
+        old.rename(target)
+        raise

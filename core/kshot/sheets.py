@@ -1,0 +1,33 @@
+"""Contact sheets: what a data set looks like after its import, on one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from kshot.datasets import ImageSet
+
+_ROWS, _COLUMNS, _SIDE, _LABEL, _GAP = 8, 10, 64, 220, 4
+
+
+def contact_sheet(data_set: ImageSet) -> Image.Image:
+    """A few classes of each split, evenly spread, a row each."""
+    rows = []
+    for split in data_set.splits:
+        classes = [c for c in data_set.classes if c.split == split]
+        spread = np.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().astype(int)
+        rows += [classes[i] for i in spread]
+    step = _SIDE + _GAP
+    sheet = Image.new("RGB", (_LABEL + _COLUMNS * step, len(rows) * step + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for y, entry in enumerate(rows):
+        label = entry.name if len(entry.name) <= 30 else f"{entry.name[:14]}…{entry.name[-15:]}"
+        draw.text((_GAP, y * step + 16), f"{label}\n{entry.split}, {entry.count} images", "black", font)
+        for x, pixels in enumerate(data_set.images[entry.start : entry.start + min(_COLUMNS, entry.count)]):
+            array = pixels.transpose(1, 2, 0)  # (H, W, C)
+            image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+            sheet.paste(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), (_LABEL + x * step, y * step + _GAP))
+    return sheet
