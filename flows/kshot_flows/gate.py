@@ -65,6 +65,9 @@ class Evidence:
     def __post_init__(self) -> None:
         accuracies = np.asarray(self.accuracies, dtype=float)
         object.__setattr__(self, "accuracies", accuracies)
+        for name in ("ece", "agreement", "auroc", "latency_ms"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))  # numpy's floats are no JSON
         if accuracies.ndim != 1 or not accuracies.size or not ((accuracies >= 0) & (accuracies <= 1)).all():
             raise KshotError(
                 f"accuracies by episode must be a non-empty row of numbers from 0 to 1; got shape {accuracies.shape}"

@@ -25,84 +25,40 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from kshot_flows import tracking
 from kshot_flows.gate import GateReport
+from kshot_flows.stages import (
+    ANY,
+    SINGLE,
+    Audit,
+    GateClosedError,
+    Log,
+    Stage,
+    StageConflictError,
+    Unset,
+    local_time,
+    the,
+)
 from kshot_runtime.errors import KshotError
+
+__all__ = [
+    "ANY", "Audit", "GateClosedError", "Stage", "StageConflictError", "Trace", "Version", "accuracy", "champion",
+    "disagreements", "fetch_bundle", "gate_report", "history", "models", "move", "promote", "record_gate", "register",
+    "repair", "rollback", "trace", "versions",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 _FILES = ("adapt.onnx", "classify.onnx", "bundle.json")
-_LOG = ".moves"  # NAME.moves is the log of NAME
+_MOVES = ".moves"  # NAME.moves is the log of NAME
 _ENTRY = "kshot.move"  # the tag of a log entry that holds it
-
-
-class Stage(StrEnum):
-    """Where a version stands, in MLflow's words."""
-
-    NONE = "None"
-    STAGING = "Staging"
-    PRODUCTION = "Production"
-    ARCHIVED = "Archived"
-
-    @classmethod
-    def of(cls, text: str) -> Stage:
-        for stage in cls:
-            if stage.lower() == text.lower():
-                return stage
-        raise KshotError(f"no stage {text!r}; there are {', '.join(stage.lower() for stage in cls)}")
-
-    @property
-    def alias(self) -> str | None:
-        """The alias that serving reads, for the stages that hold one version at a time."""
-        return self.lower() if self in _SINGLE else None
-
-
-_SINGLE = (Stage.PRODUCTION, Stage.STAGING)
-
-
-class StageConflict(KshotError):
-    """Someone else was faster: the stage no longer holds the version that was expected there."""
-
-
-class GateClosed(KshotError):
-    """The version's gate report does not allow the move."""
-
-
-class _Unset:
-    """No expectation: `None` already means that nobody is expected."""
-
-
-ANY: Final = _Unset()
-
-
-@dataclass(frozen=True)
-class Audit:
-    """One entry of the log: a version's move, or an attempt that came too late."""
-
-    number: int
-    name: str
-    version: int
-    came_from: Stage
-    stage: Stage
-    displaced: int | None  # the version that this one pushed into the archive
-    who: str
-    when: datetime
-    why: str
-    report: str | None  # URI of the gate report
-    rollback: bool = False
-    refused: str | None = None  # why it did not count
-
-    def __str__(self) -> str:
-        verb = "rolled back to" if self.rollback else "moved to"
-        return f"version {self.version} was {verb} {self.stage} by {self.who} on {_local(self.when)} ({self.why})"
 
 
 @dataclass(frozen=True)
@@ -142,9 +98,9 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     and `bundle.json`. Its tags carry their sha256, the data hash and git commit of the run, and what the caller adds
     (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`).
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(_LOG):
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(_MOVES):
         raise KshotError(
-            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, with another end than {_LOG!r}"
+            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, with another end than {_MOVES!r}"
         )
     missing = [file for file in _FILES if not (bundle / file).is_file()]
     if missing:
@@ -152,7 +108,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     hashes = _hashes(bundle)
     identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
     door = tracking.client()
-    _create_model(door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{_LOG}")
+    _create_model(door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{_MOVES}")
     for known in _versions(door, name):
         if known.run_id == run_id and known.tags.get("bundle") == identity:
             return int(known.version)
@@ -163,6 +119,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
         name,
         source=f"{run.info.artifact_uri}/{folder}",
         run_id=run_id,
+        await_creation_for=0,  # it is ready when made; waiting only writes log lines
         tags={
             "stage": Stage.NONE,
             "bundle": identity,
@@ -181,16 +138,16 @@ def move(
     *,
     why: str,
     who: str | None = None,
-    expect: int | None | _Unset = ANY,
+    expect: int | Unset | None = ANY,
     report: Mapping[str, Any] | None = None,
 ) -> Audit:
     """Put a version into a stage; in staging and production the version that was there goes to the archive.
 
     `expect` is the version believed to be in that stage now (None: nobody); if it is another, nothing moves and a
-    StageConflict says who changed it. `report` is a gate report to keep with the version and the entry.
+    StageConflictError says who changed it. `report` is a gate report to keep with the version and the entry.
     """
     stage = Stage.of(stage)
-    if stage not in _SINGLE and expect is not ANY:
+    if stage not in SINGLE and expect is not ANY:
         raise KshotError(f"{stage} holds any number of versions, so none can be expected there")
     door = tracking.client()
     _existing(door, name, version)
@@ -214,16 +171,17 @@ def promote(
     by_force = f"to pass by the gate: kshot promote {name} {version} production --force --why REASON"
     report = gate_report(name, version)
     if report is None:
-        raise GateClosed(f"version {version} of {name} was never judged by the gate; {by_force}")
+        raise GateClosedError(f"version {version} of {name} was never judged by the gate; {by_force}")
     if not report.passed:
-        raise GateClosed(
+        raise GateClosedError(
             f"version {version} of {name} did not pass its gate: {'; '.join(report.failures)}. See kshot trace "
             f"{name} {version}; {by_force}"
         )
     try:
         return move(name, version, stage, why=why or "passed the gate", who=who, expect=report.champion)
-    except StageConflict as error:
-        raise StageConflict(f"{error} The gate's verdict was on {_the(report.champion)}; judge again. {by_force}") from None
+    except StageConflictError as error:
+        verdict = f"The gate's verdict was on {the(report.champion)}; judge again"
+        raise StageConflictError(f"{error} {verdict}, or, {by_force}") from None
 
 
 def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
@@ -234,12 +192,12 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
     door = tracking.client()
     _model(door, name)
     there = {int(version.version) for version in _versions(door, name)}
-    state = _read(door, name)
-    champion = state.holder(Stage.PRODUCTION)
-    before = [version for version in state.served if version in there and version != champion]
+    log = _log(door, name)
+    champion = log.holder(Stage.PRODUCTION)
+    before = [version for version in log.served if version in there and version != champion]
     if not before:
         raise KshotError(
-            f"no version of {name} served before {_the(champion)}: there is nothing to go back to. See kshot history {name}"
+            f"{the(champion)} of {name} has no predecessor in production to go back to; see kshot history {name}"
         )
     return _move(door, name, before[-1], Stage.PRODUCTION, why=why, who=who, expect=champion, back=True)
 
@@ -247,7 +205,7 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
 def champion(name: str) -> int | None:
     """The version in production; None where there is none, or no such model yet."""
     door = tracking.client()
-    version = _read(door, name).holder(Stage.PRODUCTION)
+    version = _log(door, name).holder(Stage.PRODUCTION)
     there = version is not None and any(int(known.version) == version for known in _versions(door, name))
     return version if there else None
 
@@ -282,13 +240,13 @@ def history(name: str, *, refused: bool = False) -> list[Audit]:
     """All moves of a model's versions, the oldest first; with `refused`, the attempts that came too late as well."""
     door = tracking.client()
     _model(door, name)
-    return [entry for entry in _read(door, name).entries if refused or not entry.refused]
+    return [entry for entry in _log(door, name).entries if refused or not entry.refused]
 
 
 def disagreements(name: str) -> list[str]:
     """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
     door = tracking.client()
-    return _differences(door, name, _read(door, name))
+    return _differences(door, name, _log(door, name))
 
 
 def repair(name: str) -> None:
@@ -328,8 +286,8 @@ def trace(name: str, version: int) -> Trace:
     facts = {
         "stage": str(known.current_stage),
         "aliases": ", ".join(sorted(a for a, holder in _aliases(door, name).items() if holder == int(version))),
-        "registered": _local(_moment(known.creation_timestamp)),
-        "accuracy": _accuracy(tags),
+        "registered": local_time(_moment(known.creation_timestamp)),
+        "accuracy": accuracy(tags),
         "data (DVC)": tags.get("data", ""),
         "data (sha256)": tags.get("data.version", ""),
         "git commit": tags.get("commit", "") + (" + changes (git.diff)" if tags.get("dirty") == "true" else ""),
@@ -340,7 +298,7 @@ def trace(name: str, version: int) -> Trace:
         **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
         "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
     }
-    about = [entry for entry in _read(door, name).entries if version in (entry.version, entry.displaced)]
+    about = [entry for entry in _log(door, name).entries if version in (entry.version, entry.displaced)]
     return Trace(name, version, {key: value for key, value in facts.items() if value}, about)
 
 
@@ -378,63 +336,11 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
 # The log, and what follows from it ------------------------------------------------------------------------------
 
 
-@dataclass
-class _State:
-    """What the log says, read from its first entry to its last."""
-
-    entries: list[Audit] = field(default_factory=list)
-    stages: dict[int, Stage] = field(default_factory=dict)
-    served: list[int] = field(default_factory=list)  # the versions that were in production; rolling back takes away
-
-    def holder(self, stage: Stage) -> int | None:
-        return next((version for version, where in self.stages.items() if where is stage), None)
-
-    def last_to_change(self, stage: Stage) -> Audit | None:
-        """The entry that last brought a version into a stage, or took one out of it."""
-        return next(
-            (e for e in reversed(self.entries) if not e.refused and stage in (e.stage, e.came_from)), None
-        )  # fmt: skip
-
-    def add(self, number: int, name: str, when: datetime, entry: Mapping[str, Any]) -> None:
-        version, stage = int(entry["version"]), Stage(entry["stage"])
-        before = self.holder(stage) if stage in _SINGLE else None
-        refused = None
-        if "expect" in entry and entry["expect"] != before:
-            refused = _conflict(self, name, stage, entry["expect"])
-        audit = Audit(
-            number=number,
-            name=name,
-            version=version,
-            came_from=self.stages.get(version, Stage.NONE),
-            stage=stage,
-            displaced=before if before != version and not refused else None,
-            who=entry["who"],
-            when=when,
-            why=entry["why"],
-            report=entry.get("report"),
-            rollback=entry.get("rollback", False),
-            refused=refused,
-        )
-        if not refused:
-            if audit.displaced is not None:
-                self.stages[audit.displaced] = Stage.ARCHIVED
-            self.stages[version] = stage
-            if audit.rollback and version in self.served:
-                while self.served[-1] != version:
-                    self.served.pop()
-            elif stage is Stage.PRODUCTION and self.served[-1:] != [version]:
-                self.served.append(version)
-        self.entries.append(audit)
-
-
-def _read(door: MlflowClient, name: str) -> _State:
-    state, seen = _State(), set()
-    for version in sorted(_versions(door, name + _LOG), key=lambda version: int(version.version)):
-        entry = json.loads(version.tags[_ENTRY])
-        if entry["id"] not in seen:  # a request that MLflow's client repeated is one entry
-            seen.add(entry["id"])
-            state.add(int(version.version), name, _moment(version.creation_timestamp), entry)
-    return state
+def _log(door: MlflowClient, name: str) -> Log:
+    log = Log(name)
+    for version in sorted(_versions(door, name + _MOVES), key=lambda version: int(version.version)):
+        log.add(int(version.version), _moment(version.creation_timestamp), json.loads(version.tags[_ENTRY]))
+    return log
 
 
 def _move(
@@ -445,89 +351,90 @@ def _move(
     *,
     why: str,
     who: str | None,
-    expect: int | None | _Unset,
+    expect: int | Unset | None,
     back: bool = False,
 ) -> Audit:
     if not why.strip():
         raise KshotError("a move is kept for ever, and so is its reason: say why")
-    state = _forget_deleted(door, name, _read(door, name))
-    if not isinstance(expect, _Unset) and state.holder(stage) != expect:
-        raise StageConflict(_conflict(state, name, stage, expect))
+    log = _forget_deleted(door, name, _log(door, name))
+    if not isinstance(expect, Unset) and log.holder(stage) != expect:
+        raise StageConflictError(log.conflict(stage, expect))
     entry: dict[str, Any] = {"version": version, "stage": stage, "who": who or tracking.user(), "why": why}
-    if not isinstance(expect, _Unset):
+    if not isinstance(expect, Unset):
         entry["expect"] = expect
     if back:
         entry["rollback"] = True
     if stage is Stage.PRODUCTION and (uri := _existing(door, name, version).tags.get("gate.report")):
         entry["report"] = uri
-    number = _append(door, name, entry)
-    state = _settle(door, name)
-    audit = next(one for one in state.entries if one.number == number)
+    mine = _append(door, name, entry)
+    audit = next(one for one in _settle(door, name).entries if one.id == mine)
     if audit.refused:
-        raise StageConflict(audit.refused)
+        raise StageConflictError(audit.refused)
     return audit
 
 
-def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> int:
-    """Add an entry to the log and return its number, which the database gives to no one else."""
+def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> str:
+    """Add an entry to the log, under a number that the database gives to no one else. Returns the entry's id."""
     from mlflow.exceptions import MlflowException
 
-    log = name + _LOG
-    _create_model(door, log, f"Who moved which version of {name} where: one entry is one version. Written by kshot.", log=True)
+    moves = name + _MOVES
+    _create_model(door, moves, f"Who moved which version of {name} where, an entry to a version. By kshot.", log=True)
     entry = {"id": uuid.uuid4().hex, **entry}
     sentence = f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"[:1000]
     for attempt in range(10):
         try:
-            made = door.create_model_version(
-                log, source=f"kshot-move:{name}", tags={_ENTRY: json.dumps(entry)}, description=sentence
+            door.create_model_version(
+                moves,
+                source=f"kshot-move:/kshot-move/{name}",
+                tags={_ENTRY: json.dumps(entry)},
+                description=sentence,
+                await_creation_for=0,
             )
             break
-        except MlflowException:  # others wrote at the same moment; MLflow gives up after three tries
+        except MlflowException:  # others wrote at the same moment, and MLflow gives up after three tries
             if attempt == 9:
                 raise
             time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
-    # A repeated request gave the entry several numbers; the first one counts.
-    same = [int(v.version) for v in _versions(door, log) if json.loads(v.tags[_ENTRY])["id"] == entry["id"]]
-    return min([int(made.version), *same])
+    return str(entry["id"])
 
 
-def _forget_deleted(door: MlflowClient, name: str, state: _State) -> _State:
+def _forget_deleted(door: MlflowClient, name: str, log: Log) -> Log:
     """Write down that a version which held a stage is gone, so that the stage is free."""
     there = {int(version.version) for version in _versions(door, name)}
-    gone = [v for stage in _SINGLE if (v := state.holder(stage)) is not None and v not in there]
+    gone = [v for stage in SINGLE if (v := log.holder(stage)) is not None and v not in there]
     for version in gone:
         why = "the version was deleted from the registry"
         _append(door, name, {"version": version, "stage": Stage.NONE, "who": tracking.user(), "why": why})
-    return _read(door, name) if gone else state
+    return _log(door, name) if gone else log
 
 
-def _settle(door: MlflowClient, name: str) -> _State:
+def _settle(door: MlflowClient, name: str) -> Log:
     """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
-    state = _read(door, name)
+    log = _log(door, name)
     while True:
-        _apply(door, name, state)
-        newest = _read(door, name)
-        if len(newest.entries) == len(state.entries):
+        _apply(door, name, log)
+        newest = _log(door, name)
+        if len(newest.entries) == len(log.entries):
             return newest
-        state = newest
+        log = newest
 
 
-def _apply(door: MlflowClient, name: str, state: _State) -> None:
+def _apply(door: MlflowClient, name: str, log: Log) -> None:
     known = {int(version.version): version for version in _versions(door, name)}
     stages = {number: Stage(version.current_stage) for number, version in known.items()}
-    wanted = _wanted(state, stages)
+    wanted = log.wanted(stages)
     # A stage that holds one version is taken in one transaction, which archives whoever was there.
-    for number in sorted(wanted, key=lambda number: wanted[number] not in _SINGLE):
+    for number in sorted(wanted, key=lambda number: wanted[number] not in SINGLE):
         target = wanted[number]
-        others = [other for other in stages if other != number and stages[other] is target and target in _SINGLE]
+        others = [other for other in stages if other != number and stages[other] is target and target in SINGLE]
         if stages[number] is not target or others:
             _transition(door, name, number, target)
-            stages.update({other: Stage.ARCHIVED for other in others} | {number: target})
+            stages.update(dict.fromkeys(others, Stage.ARCHIVED) | {number: target})
     for number, version in known.items():
-        if wanted[number] is not Stage.NONE and version.tags.get("stage") != wanted[number]:
+        if version.tags.get("stage", Stage.NONE) != wanted[number]:
             door.set_model_version_tag(name, str(number), "stage", wanted[number])
     aliases = _aliases(door, name)
-    for stage in _SINGLE:
+    for stage in SINGLE:
         alias, holder = stage.lower(), next((n for n, where in wanted.items() if where is stage), None)
         if holder is not None and aliases.get(alias) != holder:
             door.set_registered_model_alias(name, alias, str(holder))
@@ -535,39 +442,23 @@ def _apply(door: MlflowClient, name: str, state: _State) -> None:
             door.delete_registered_model_alias(name, alias)
 
 
-def _wanted(state: _State, stages: Mapping[int, Stage]) -> dict[int, Stage]:
-    """The stage that each version should have. One that kshot never moved keeps its own, unless that is taken."""
-    taken = {stage for stage in _SINGLE if state.holder(stage) in stages}
-    return {
-        number: state.stages.get(number, Stage.ARCHIVED if stage in taken else stage)
-        for number, stage in stages.items()
-    }
-
-
-def _differences(door: MlflowClient, name: str, state: _State) -> list[str]:
+def _differences(door: MlflowClient, name: str, log: Log) -> list[str]:
     known = {int(version.version): version for version in _versions(door, name)}
-    wanted = _wanted(state, {number: Stage(version.current_stage) for number, version in known.items()})
-    found = []
+    wanted = log.wanted({number: Stage(version.current_stage) for number, version in known.items()})
+    gaps = set(range(1, max(log.numbers, default=0))) - log.numbers
+    found = [f"entry {number} of the log was deleted" for number in sorted(gaps)]
     for number, version in known.items():
         if Stage(version.current_stage) is not wanted[number]:
             found.append(f"version {number} is in {version.current_stage}, and the log says {wanted[number]}")
-        elif number in state.stages and version.tags.get("stage") != wanted[number]:
-            found.append(f"version {number} is tagged {version.tags.get('stage')}, and the log says {wanted[number]}")
+        elif (tag := version.tags.get("stage", Stage.NONE)) != wanted[number]:
+            found.append(f"version {number} is tagged {tag}, and the log says {wanted[number]}")
     aliases = _aliases(door, name)
-    for stage in _SINGLE if state.entries else ():
+    for stage in SINGLE if log.entries else ():
         holder = next((number for number, where in wanted.items() if where is stage), None)
         if aliases.get(stage.lower()) != holder:
-            found.append(f"the alias {stage.lower()} is at {_the(aliases.get(stage.lower()))}, and the log says {_the(holder)}")
+            at = the(aliases.get(stage.lower()))
+            found.append(f"the alias {stage.lower()} is at {at}, and the log says {the(holder)}")
     return found
-
-
-def _conflict(state: _State, name: str, stage: Stage, expected: int | None) -> str:
-    last = state.last_to_change(stage)
-    return (
-        f"{_the(expected)} was expected in {stage} of {name}, but {_the(state.holder(stage))} is there"
-        + (f": {last}." if last else ".")
-        + f" Nothing was moved; see kshot history {name}."
-    )
 
 
 # MLflow's calls, with what they leave out ------------------------------------------------------------------------
@@ -578,7 +469,7 @@ def _transition(door: MlflowClient, name: str, version: int, stage: Stage) -> No
         # Deprecated since 2.9 and to be removed one day; the tag and the alias are what will remain.
         warnings.filterwarnings("ignore", category=FutureWarning)
         door.transition_model_version_stage(
-            name, str(version), stage.value, archive_existing_versions=stage in _SINGLE
+            name, str(version), stage.value, archive_existing_versions=stage in SINGLE
         )  # fmt: skip
 
 
@@ -681,20 +572,13 @@ def _is_log(tags: Mapping[str, str]) -> bool:
     return tags.get("kshot.log") == "true"
 
 
-def _accuracy(tags: Mapping[str, str]) -> str:
+def accuracy(tags: Mapping[str, str]) -> str:
+    """A version's accuracy with its margin, as people write it."""
     if "accuracy" not in tags:
         return ""
     margin = f" ± {100 * float(tags['margin']):.2f}" if "margin" in tags else ""
     return f"{100 * float(tags['accuracy']):.2f}{margin} %"
 
 
-def _the(version: int | None) -> str:
-    return "no version" if version is None else f"version {version}"
-
-
 def _moment(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def _local(when: datetime) -> str:
-    return f"{when.astimezone():%Y-%m-%d %H:%M:%S}"

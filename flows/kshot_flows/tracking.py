@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,8 +48,16 @@ def store() -> str:
     return uri
 
 
+def public(uri: str) -> str:
+    """A store's address without the password in it, to be shown."""
+    return re.sub(r"//([^:/@]*):[^@/]*@", r"//\1:***@", uri)
+
+
 def client() -> MlflowClient:
     """The door to the store. Always explicit: nothing here sets MLflow's global tracking URI or active run."""
+    # kshot shows its own progress and its own links.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=store())
@@ -277,7 +286,7 @@ def _artifacts(database: Path) -> Path:
 
 
 def _create(database: Path) -> None:
-    """Make an SQLite store once. It gets its name only when complete: its tables take seconds, and people press Ctrl-C."""
+    """Make an SQLite store once. It gets its name when complete: that takes seconds, and people press Ctrl-C."""
     if database.exists():
         return
     from filelock import FileLock
@@ -306,12 +315,13 @@ def _create(database: Path) -> None:
 def _answers(uri: str) -> None:
     """Ask once whether a server is there: MLflow itself would try for minutes before it says that none is."""
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        address = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")  # urllib takes no name and password in it
+        urllib.request.urlopen(f"{address}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # a server that wants a password is there
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise KshotError(
-            f"no MLflow server answers at {uri} ({reason}). Start it as mlflow/README.md says, or unset "
+            f"no MLflow server answers at {public(uri)} ({reason}). Start it as mlflow/README.md says, or unset "
             "MLFLOW_TRACKING_URI to use the embedded store."
         ) from None

@@ -1,5 +1,6 @@
 """Stages, compare-and-set, audit, rollback and trace, on a real SQLite store."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from kshot_flows import registry, tracking
 from kshot_flows.gate import Check, GateReport
-from kshot_flows.registry import GateClosed, Stage, StageConflict
+from kshot_flows.stages import GateClosedError, Stage, StageConflictError
 from kshot_runtime.errors import KshotError
 
 DATA = tracking.DataRef("toy", "f" * 64, "0" * 32 + ".dir", "drawn")
@@ -54,11 +55,14 @@ def report(passed: bool, champion: int | None) -> dict:
 
 
 def test_a_version_carries_its_hashes_its_data_and_its_code(project: Path, tmp_path: Path) -> None:
-    with tracking.run("carries", recipe={"lr": 0.1}, data=DATA, seed=1, tags={"mlflow.source.git.commit": "abc"}) as run:
+    code = {"mlflow.source.git.commit": "abc"}
+    with tracking.run("carries", recipe={"lr": 0.1}, data=DATA, seed=1, tags=code) as run:
         version = register("carries", tmp_path, "a", run.id, accuracy="0.95", margin="0.01")
     tags = registry.versions("carries")[0].tags
     assert version == 1
-    assert tags["data"] == DATA.md5 and tags["commit"] == "abc" and tags["accuracy"] == "0.95"
+    assert tags["data"] == DATA.md5
+    assert tags["commit"] == "abc"
+    assert tags["accuracy"] == "0.95"
     assert len(tags["sha256.adapt.onnx"]) == len(tags["sha256.classify.onnx"]) == 64
     assert tags["stage"] == "None"
 
@@ -99,7 +103,8 @@ def test_a_move_shows_in_stage_tag_and_alias_and_archives_who_was_there(model: s
 def test_a_champion_that_is_archived_leaves_no_alias_behind(model: str) -> None:
     registry.move(model, 1, "production", why="first")
     registry.move(model, 1, "archived", why="broken")
-    assert registry.champion(model) is None and aliases(model) == {}
+    assert registry.champion(model) is None
+    assert aliases(model) == {}
 
 
 def test_staging_and_production_hold_one_version_each(model: str) -> None:
@@ -115,7 +120,8 @@ def test_history_only_grows_and_says_who_when_why_from_and_to(model: str) -> Non
     for version, stage in [(1, "staging"), (1, "production"), (2, "production"), (1, "none")]:
         registry.move(model, version, stage, why=f"{version} to {stage}")
         after = registry.history(model)
-        assert after[: len(before)] == before and len(after) == len(before) + 1
+        assert after[: len(before)] == before
+        assert len(after) == len(before) + 1
         before = after
     assert [(a.version, str(a.came_from), str(a.stage), a.displaced) for a in before] == [
         (1, "None", "Staging", None),
@@ -123,6 +129,7 @@ def test_history_only_grows_and_says_who_when_why_from_and_to(model: str) -> Non
         (2, "None", "Production", 1),
         (1, "Archived", "None", None),
     ]
+    assert registry.disagreements(model) == []
     assert all(a.who == "ann" and a.why and a.when.tzinfo for a in before)
     assert [a.when for a in before] == sorted(a.when for a in before)
 
@@ -130,11 +137,13 @@ def test_history_only_grows_and_says_who_when_why_from_and_to(model: str) -> Non
 def test_an_outdated_expectation_moves_nothing_and_names_who_was_faster(model: str) -> None:
     registry.move(model, 1, "production", why="first", expect=None)
     registry.move(model, 2, "production", why="better", who="bob", expect=1)
-    with pytest.raises(StageConflict, match=r"version 1 was expected in Production .* version 2 is there.*by bob.*better"):
+    late = r"version 1 was expected in Production .* version 2 is there.*by bob.*better"
+    with pytest.raises(StageConflictError, match=late):
         registry.move(model, 3, "production", why="too late", expect=1)
-    with pytest.raises(StageConflict, match="no version was expected"):
+    with pytest.raises(StageConflictError, match="no version was expected"):
         registry.move(model, 3, "production", why="too late", expect=None)
-    assert registry.champion(model) == 2 and len(registry.history(model)) == 2
+    assert registry.champion(model) == 2
+    assert len(registry.history(model)) == 2
 
 
 def test_rolling_back_walks_back_through_what_served(model: str) -> None:
@@ -144,7 +153,7 @@ def test_rolling_back_walks_back_through_what_served(model: str) -> None:
     assert (audit.version, audit.displaced, audit.rollback) == (2, 3, True)
     assert registry.rollback(model, why="this too").version == 1
     assert stages(model) == {1: "Production", 2: "Archived", 3: "Archived"}
-    with pytest.raises(KshotError, match="nothing to go back to"):
+    with pytest.raises(KshotError, match="has no predecessor"):
         registry.rollback(model, why="and again")
     registry.move(model, 3, "production", why="mended")
     assert registry.rollback(model, why="no").version == 1
@@ -167,15 +176,16 @@ def test_a_deleted_champion_frees_its_place(model: str) -> None:
 
 
 def test_a_failed_gate_lets_nothing_into_production_but_by_force_with_a_reason(model: str) -> None:
-    with pytest.raises(GateClosed, match="never judged"):
+    with pytest.raises(GateClosedError, match="never judged"):
         registry.promote(model, 1, "production")
     registry.record_gate(model, 1, report(False, None))
-    with pytest.raises(GateClosed, match="did not pass its gate: 90 %"):
+    with pytest.raises(GateClosedError, match="did not pass its gate: 90 %"):
         registry.promote(model, 1, "production")
     with pytest.raises(KshotError, match="needs a reason"):
         registry.promote(model, 1, "production", force=True)
     audit = registry.promote(model, 1, "production", force=True, why="demo")
-    assert audit.why == "demo (forced)" and audit.report.startswith("runs:/")
+    assert audit.why == "demo (forced)"
+    assert audit.report.startswith("runs:/")
     assert registry.promote(model, 2, "staging").stage is Stage.STAGING  # no gate before staging
 
 
@@ -183,7 +193,7 @@ def test_a_gate_report_counts_only_against_the_champion_it_judged(model: str) ->
     registry.record_gate(model, 1, report(True, None))
     registry.record_gate(model, 2, report(True, None))
     registry.promote(model, 1, "production")
-    with pytest.raises(StageConflict, match="verdict was on no version; judge again"):
+    with pytest.raises(StageConflictError, match="verdict was on no version; judge again"):
         registry.promote(model, 2, "production")
     registry.record_gate(model, 2, report(True, 1))
     assert registry.promote(model, 2, "production").displaced == 1
@@ -201,7 +211,8 @@ def test_a_stage_moved_behind_our_back_is_told_and_repaired(model: str) -> None:
     ]
     registry.repair(model)
     assert registry.disagreements(model) == []
-    assert stages(model) == {1: "Production", 2: "None", 3: "Archived"} and aliases(model) == {"production": 1}
+    assert stages(model) == {1: "Production", 2: "None", 3: "Archived"}
+    assert aliases(model) == {"production": 1}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +236,8 @@ registry.move({model!r}, 2, "production", why="killed meanwhile")
     assert any("alias production is at version 1" in line for line in registry.disagreements(model))
     registry.move(model, 3, "staging", why="something else")
     assert registry.disagreements(model) == []
-    assert aliases(model) == {"production": 2, "staging": 3} and stages(model)[1] == "Archived"
+    assert aliases(model) == {"production": 2, "staging": 3}
+    assert stages(model)[1] == "Archived"
 
 
 def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: str, project: Path) -> None:
@@ -233,7 +245,7 @@ def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: st
     script = f"""
 import sys
 from kshot_flows import registry
-from kshot_flows.registry import StageConflict
+from kshot_flows.stages import StageConflictError
 version = int(sys.argv[1])
 registry.champion({model!r}); print("ready", flush=True); sys.stdin.readline()
 won = lost = 0
@@ -242,7 +254,7 @@ for _ in range({rounds}):
     try:
         registry.move({model!r}, version, "production", why="race", expect=seen)
         won += 1
-    except StageConflict as error:
+    except StageConflictError as error:
         assert "was expected in Production" in str(error)
         lost += 1
 print(won, lost)
@@ -262,11 +274,13 @@ print(won, lost)
     moves = registry.history(model)
     assert sum(won for won, _ in counts) == len(moves)
     assert sum(won + lost for won, lost in counts) == 3 * rounds
-    for before, after in zip(moves, moves[1:], strict=False):  # each winner replaced the very version it had seen
-        assert after.displaced in (before.version, None) and (after.displaced or after.version) == before.version
+    for before, after in itertools.pairwise(moves):  # each winner replaced the very version it had seen
+        assert after.displaced in (before.version, None)
+        assert (after.displaced or after.version) == before.version
     champion = registry.champion(model)
     assert [version for version, stage in stages(model).items() if stage == "Production"] == [champion]
-    assert aliases(model) == {"production": champion} and registry.disagreements(model) == []
+    assert aliases(model) == {"production": champion}
+    assert registry.disagreements(model) == []
 
 
 def test_a_trace_leads_from_the_version_to_data_code_recipe_runs_and_moves(project: Path, tmp_path: Path) -> None:
@@ -277,9 +291,12 @@ def test_a_trace_leads_from_the_version_to_data_code_recipe_runs_and_moves(proje
     trace = registry.trace("traced", version)
     assert trace.facts["data (DVC)"] == DATA.md5
     assert trace.facts["git commit"] == "c0ffee + changes (git.diff)"
-    assert trace.facts["Prefect run"] == "flow-7" and trace.facts["MLflow run"] == run.id
-    assert trace.facts["recipe"].startswith("traced") and trace.facts["accuracy"] == "95.10 ± 0.40 %"
-    assert trace.facts["gate"].startswith("passed runs:/") and len(trace.facts["sha256.adapt.onnx"]) == 64
+    assert trace.facts["Prefect run"] == "flow-7"
+    assert trace.facts["MLflow run"] == run.id
+    assert trace.facts["recipe"].startswith("traced")
+    assert trace.facts["accuracy"] == "95.10 ± 0.40 %"
+    assert trace.facts["gate"].startswith("passed runs:/")
+    assert len(trace.facts["sha256.adapt.onnx"]) == 64
     assert [entry.stage for entry in trace.history] == [Stage.PRODUCTION]
 
 
@@ -314,4 +331,5 @@ def test_mistakes_are_told_with_what_there_is(model: str) -> None:
 
 def test_the_logs_are_not_models(model: str) -> None:
     registry.move(model, 1, "staging", why="x")
-    assert model in registry.models() and model + ".moves" not in registry.models()
+    assert model in registry.models()
+    assert model + ".moves" not in registry.models()
