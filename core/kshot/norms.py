@@ -59,7 +59,9 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
     if norm == "running":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        return nn.GroupNorm(max(groups for groups in (1, 2, 4, 8) if channels % groups == 0), channels)
+        # Groups of about eight channels: a single channel of a 1x1 map would be normalised to nothing.
+        groups = next(count for count in range(max(1, channels // 8), 0, -1) if channels % count == 0)
+        return nn.GroupNorm(groups, channels)
     return SupportNorm(channels)
 
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from kshot import plugins
+from kshot.backbones import Backbone
 from kshot.datasets import ClassImages
 from kshot.episodes import Episode, Shape, sample_episodes
 from kshot.evaluation import evaluate
 from kshot.learner import InnerLoop, Learner, one_hot
+from kshot.norms import Norm
 from kshot.recipe import PluginSettings, Recipe
 from kshot.training import Training, meta_train
 
@@ -64,6 +66,17 @@ class Subject:
 
     def episode(self, shape: Shape = Shape(5, 2, 3), step: int = 0) -> Episode:  # noqa: B008  (frozen)
         return sample_episodes(toy_images(), shape, 1, seed=7, step=step, stream="test")[0]
+
+
+class Pixels(Backbone):
+    """An image's pixels as its features: with it, a test's expected numbers can be worked out by hand."""
+
+    def __init__(self, image: tuple[int, int, int], norm: Norm = "running", config: Any = None) -> None:
+        super().__init__(image, norm, config)
+        self.features = math.prod(image)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
 
 
 def toy_images(classes: int = 30, images: int = 10, seed: int = 0) -> ClassImages:
@@ -265,7 +278,7 @@ def learns_a_toy_problem(subject: Subject) -> None:
     for _ in meta_train(learner, toy_images(), unseen, settings, folder=subject.folder / "toy", seed=0):
         pass
     score = evaluate(learner, toy_images(seed=2), Shape(5, 1, 5), 50, seed=0)
-    assert score.accuracy - score.margin > 0.6, f"chance is 20 %, and after {subject.steps} outer steps it is {score}"
+    assert score.accuracy - score.margin > 0.5, f"chance is 20 %, and after {subject.steps} outer steps it is {score}"
 
 
 def _accuracy(logits: Tensor, episode: Episode) -> float:

@@ -25,7 +25,7 @@ class FineTune(InnerLoop):
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=1, description="gradient steps for the head")
-        rate: float = Field(0.5, gt=0, description="learning rate of the head")
+        rate: float = Field(0.03, gt=0, description="of the head; under 4 / scale², descent cannot diverge")
         weight_decay: float = Field(1e-3, ge=0, description="pull of the head's weights to zero")
         scale: float = Field(10.0, gt=0, description="length that features are brought to before the head")
 

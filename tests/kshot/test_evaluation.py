@@ -1,0 +1,88 @@
+"""Scores: intervals over episodes, the same episodes for everyone, no graph, nothing changed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kshot.calibration import auroc, calibrate, calibration_error, fit_temperature
+from kshot.episodes import Shape
+from kshot.evaluation import Score, answers, evaluate
+from kshot.testing import Pixels, Subject, toy_images
+from kshot_plugins.protonet import ProtoNet
+
+
+def score(accuracies: list[float]) -> Score:
+    return Score(Shape(5, 1, 1), np.array(accuracies), np.array([0.9, 0.9]), np.array([True, False]), 0.0)
+
+
+def test_interval_is_over_episodes_with_the_samples_standard_deviation():
+    """Trap 38: 1.96 * sd / sqrt(n), ddof = 1."""
+    s = score([0.8, 0.9, 1.0])
+    assert s.accuracy == pytest.approx(0.9)
+    assert s.margin == pytest.approx(1.96 * 0.1 / math.sqrt(3))
+
+
+def test_calibration_error_of_a_hand_made_case():
+    assert calibration_error(np.array([0.9, 0.9, 0.9, 0.9]), np.array([True, True, False, False])) == pytest.approx(0.4)
+    assert calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == pytest.approx(0.0)
+
+
+def test_temperature_undoes_a_scaling_of_the_logits():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 2, (4000, 5))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([generator.choice(5, p=row) for row in probabilities])
+    assert fit_temperature((3 * logits).astype(np.float32), labels) == pytest.approx(3, rel=0.1)
+
+
+def test_auroc_of_hand_made_cases():
+    assert auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
+    assert auroc(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == 0.0
+    assert auroc(np.array([1.0, 1.0]), np.array([1.0, 1.0])) == 0.5
+    assert auroc(np.array([1.0, 3.0]), np.array([2.0])) == 0.5
+
+
+def test_two_learners_get_the_same_episodes(tmp_path):
+    """Trap 40: without the same episodes there is no paired comparison."""
+    drawn = []
+    for name in ("protonet", "maml"):
+        learner = Subject(name, tmp_path).build()
+        run = answers(learner, toy_images(), Shape(3, 1, 2), 10, seed=4)
+        drawn.append(torch.stack([episode.query for episode, _ in run]))
+    assert torch.equal(*drawn)
+
+
+def test_evaluation_keeps_no_graph_and_changes_nothing(tmp_path):
+    """Trap 22: second-order graphs at test time cost memory for nothing."""
+    learner = Subject("maml", tmp_path).build().train()
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    for _, logits in answers(learner, toy_images(), Shape(3, 1, 2), 3, seed=4):
+        assert not logits.requires_grad
+    assert learner.training
+    assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
+
+
+def test_the_number_of_episodes_is_the_one_asked_for(tmp_path):
+    learner = Subject("protonet", tmp_path).build()
+    assert evaluate(learner, toy_images(), Shape(3, 1, 2), 13, seed=0).episodes == 13
+
+
+def test_transductive_and_inductive_figures_differ_only_where_the_norm_lets_them(tmp_path):
+    """Trap 15: batch statistics of the queries are worth points, so both figures are given."""
+    for norm, differ in (("support", True), ("transductive", True), ("running", False), ("group", False)):
+        learner = Subject("protonet", tmp_path, {"norm": norm}).build()
+        pair = [
+            evaluate(learner, toy_images(), Shape(5, 1, 3), 20, seed=0, transductive=transductive).confidences
+            for transductive in (False, True)
+        ]
+        assert np.array_equal(*pair) is not differ, norm
+
+
+def test_calibration_finds_a_threshold_that_rejects_most_of_the_unknown():
+    learner = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config())
+    found = calibrate(learner, toy_images(), Shape(5, 2, 3), 40, seed=0)
+    assert found.auroc > 0.95
+    assert found.false_accepts < 0.2
+    assert 0 <= found.ece < 0.1

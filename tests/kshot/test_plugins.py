@@ -1,0 +1,68 @@
+"""Finding plugins: the broken are shown as broken, the rest works, and two of one name are named both."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from kshot import plugins
+from kshot_runtime.errors import KshotError
+
+
+def load(tmp_path, monkeypatch, **sources: str) -> plugins.Found:
+    monkeypatch.syspath_prepend(tmp_path)
+    points = []
+    for name, source in sources.items():
+        module = f"{name}_of_{tmp_path.name}"
+        (tmp_path / f"{module}.py").write_text(source)
+        points.append(EntryPoint(name, module, "kshot"))
+    return plugins.load(points)
+
+
+LEARNER = """
+from kshot import Learner, hookimpl
+class Mine(Learner):
+    name = "mine"
+    def adapt(self, support, labels, classes): return {}
+    def classify(self, state, query): return query
+@hookimpl
+def kshot_learners(): return [Mine]
+"""
+
+
+def test_installed_plugins_come_with_their_distribution_and_version():
+    found = plugins.find()
+    assert {"finetune", "maml", "protonet"} <= {p.name for p in found.of("learners")}
+    assert {"conv4", "resnet12", "torchvision"} <= {p.name for p in found.of("backbones")}
+    assert found.learner("maml").distribution == "kshot"
+    assert found.broken == []
+
+
+def test_a_broken_plugin_is_listed_and_the_rest_works(tmp_path, monkeypatch):
+    found = load(tmp_path, monkeypatch, one="import no_such_module", two=LEARNER, three="raise SystemExit(3)")
+    assert {b.plugin: b.reason for b in found.broken} == {
+        "one": "ModuleNotFoundError: No module named 'no_such_module'",
+        "three": "SystemExit: 3",
+    }
+    assert found.learner("mine").plugin == "two"
+
+
+def test_two_plugins_with_one_name_are_an_error_that_names_both(tmp_path, monkeypatch):
+    found = load(tmp_path, monkeypatch, one=LEARNER, two=LEARNER)
+    with pytest.raises(KshotError, match=r"'mine' from plugin 'one'.* and 'mine' from plugin 'two'"):
+        found.learner("mine")
+
+
+def test_a_misspelt_hook_is_an_error_and_not_silence(tmp_path, monkeypatch):
+    found = load(tmp_path, monkeypatch, one=LEARNER.replace("kshot_learners", "kshot_lerners"))
+    assert "kshot_lerners" in found.broken[0].reason
+
+
+def test_a_plugin_that_provides_nothing_is_broken(tmp_path, monkeypatch):
+    assert "provides nothing" in load(tmp_path, monkeypatch, one="x = 1").broken[0].reason
+
+
+def test_an_unknown_name_gets_a_suggestion_and_the_list():
+    with pytest.raises(
+        KshotError, match=r"no algorithm named 'protnet'; did you mean 'protonet'\? \(installed: .*maml"
+    ):
+        plugins.find().learner("protnet")

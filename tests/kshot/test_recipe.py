@@ -1,0 +1,60 @@
+"""Recipes: a typo is an error that says what was meant, long before anything trains."""
+
+import pytest
+
+from kshot.recipe import Recipe
+from kshot_runtime.errors import KshotError
+
+TEXT = """
+name = "tiny"
+[dataset]
+name = "toy"
+[backbone]
+name = "conv4"
+width = 8
+[learner]
+name = "maml"
+rate = 0.1
+"""
+
+
+def write(tmp_path, text=TEXT):
+    path = tmp_path / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_builds_the_learner_that_it_describes(tmp_path):
+    learner = Recipe.load(write(tmp_path)).build((1, 16, 16))
+    assert (learner.name, learner.config.rate, learner.backbone.features) == ("maml", 0.1, 8)
+
+
+def test_overrides_change_single_values_with_their_type(tmp_path):
+    recipe = Recipe.load(write(tmp_path), {"training.lr": "0.5", "learner.norm": "group", "seed": "3"})
+    assert (recipe.training.lr, recipe.learner.options["norm"], recipe.seed) == (0.5, "group", 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"training.lrr": "1"}, r"unknown key 'training.lrr'; did you mean 'lr'\?"),
+        ({"training.lr": "-1"}, r"training.lr = -1: input should be greater than 0"),
+        ({"training.lr": "fast"}, r"training.lr = 'fast': input should be a valid number"),
+        ({"learner.raet": "1"}, r"\[learner\] of 'maml': unknown key 'raet'; did you mean 'rate'\?"),
+        ({"backbone.width": "0"}, r"\[backbone\] of 'conv4': width = 0"),
+        ({"learner.name": "mmal"}, r"no algorithm named 'mmal'; did you mean 'maml'\?"),
+        ({"name.x": "1"}, r"'name' is a value, not a section"),
+    ],
+)
+def test_a_fault_says_where_it_is_and_what_would_fit(tmp_path, overrides, message):
+    with pytest.raises(KshotError, match=message):
+        Recipe.load(write(tmp_path), overrides)
+
+
+def test_a_missing_file_and_a_broken_one_are_errors_with_a_next_step(tmp_path):
+    with pytest.raises(KshotError, match="there is no recipe at"):
+        Recipe.load(tmp_path / "nowhere.toml")
+    with pytest.raises(KshotError, match="not a readable recipe"):
+        Recipe.load(write(tmp_path, "name = "))
+    with pytest.raises(KshotError, match="dataset is missing"):
+        Recipe.load(write(tmp_path, 'name = "x"\n[learner]\nname = "maml"'))
