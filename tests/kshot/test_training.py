@@ -1,0 +1,132 @@
+"""The outer loop: it can be killed at any point and ends with the same bits, and it chooses on validation only."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from kshot.episodes import sample_episodes
+from kshot.testing import Subject, toy_images
+from kshot.training import Training, learner_step, learning_rate, meta_train, save_atomically
+from kshot_runtime.errors import KshotError
+
+SETTINGS = dict(
+    ways=3, shots=1, queries=2, episodes_per_step=2, steps=24, lr=1e-2,
+    validate_every=4, validation_episodes=5, validation_queries=2,
+)  # fmt: skip
+
+TRAIN = """
+import sys, time, torch
+from pathlib import Path
+from kshot.testing import Subject, toy_images
+from kshot.training import Training, meta_train
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+learner = Subject("maml", folder).build()
+settings = Training(**{settings})
+for progress in meta_train(learner, toy_images(), toy_images(seed=1), settings, folder=folder, seed=3):
+    print(progress.step, flush=True)
+    time.sleep(float(sys.argv[2]))
+torch.save(learner.state_dict(), folder / "final.pt")
+""".replace("{settings}", repr(SETTINGS))
+
+
+def train(folder, name="maml", **changes):
+    learner = Subject(name, folder).build()
+    settings = Training(**{**SETTINGS, **changes})
+    return learner, list(meta_train(learner, toy_images(), toy_images(seed=1), settings, folder=folder, seed=3))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_killed_at_several_points_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    subprocess.run([sys.executable, "-c", TRAIN, whole, "0"], check=True, capture_output=True)
+    killed = 0
+    for last_seen in (2, 7, 12, 19):  # before the first checkpoint, and between later ones
+        process = subprocess.Popen([sys.executable, "-c", TRAIN, broken, "0.05"], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if int(line) >= last_seen:
+                break
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert killed == 4
+    subprocess.run([sys.executable, "-c", TRAIN, broken, "0"], check=True, capture_output=True)
+    first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, broken))
+    assert equal(first, second)
+
+
+def test_a_finished_run_called_again_does_no_step_and_gives_the_same_weights(tmp_path):
+    learner, steps = train(tmp_path)
+    again, none = train(tmp_path)
+    assert (len(steps), none) == (24, [])
+    assert equal(learner.state_dict(), again.state_dict())
+
+
+def test_the_best_validated_weights_are_kept_and_not_the_last(tmp_path):
+    """Trap 41: choose on validation episodes. A rate that ruins the learner later must not matter."""
+    _, steps = train(tmp_path, name="protonet", lr=0.5, schedule="constant", steps=40)
+    validated = [p for p in steps if p.validation is not None]
+    assert steps[-1].best == max(p.validation for p in validated)
+    held = torch.load(tmp_path / "last.pt", weights_only=True)
+    learner, _ = train(tmp_path, name="protonet", lr=0.5, schedule="constant", steps=40)
+    assert equal(learner.state_dict(), held["best_weights"])
+
+
+def test_patience_stops_a_run_that_no_longer_gets_better(tmp_path):
+    _, steps = train(tmp_path, name="protonet", lr=1e-9, steps=400, validate_every=1, patience=3)
+    assert len(steps) < 400
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(tmp_path, steps=4)
+    with pytest.raises(KshotError, match="checkpoint of another run: its settings"):
+        train(tmp_path, steps=8)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_says_what_to_do(tmp_path):
+    with pytest.raises(KshotError, match=r"Lower training.lr"):
+        train(tmp_path, lr=1e18, schedule="constant", steps=40)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    save_atomically({"x": 1}, tmp_path / "a.pt")
+    with pytest.raises(Exception, match=r"pickle|pickling"):
+        save_atomically({"x": lambda: 1}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_batch_taken_a_few_episodes_at_a_time_gives_the_same_step(tmp_path):
+    """Pain 4: memory does not grow with the meta-batch."""
+    weights = []
+    for at_once in (None, 1, 3):
+        learner = Subject("maml", tmp_path).build().train()
+        settings = Training(**{**SETTINGS, "episodes_per_step": 5}, episodes_at_once=at_once)
+        batch = sample_episodes(toy_images(), settings.shape, 5, seed=0, step=0)
+        learner_step(learner, batch, torch.optim.SGD(learner.parameters(), 0.1), settings)
+        weights.append(learner.state_dict())
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [1, 1, 1]), ("cosine", [1, 0.5, 0]), ("halve", [1, 0.25, 0.0625])]
+)
+def test_learning_rate_schedules(schedule, expected):
+    settings = Training(steps=100, lr=1.0, schedule=schedule, halve_every=25)
+    assert [learning_rate(settings, step) for step in (0, 50, 100)] == pytest.approx(expected)
+
+
+def test_training_reports_its_time_and_position(tmp_path):
+    started = time.perf_counter()
+    _, steps = train(tmp_path, steps=5)
+    assert [p.step for p in steps] == [1, 2, 3, 4, 5]
+    assert 0 < steps[-1].seconds < time.perf_counter() - started

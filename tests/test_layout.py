@@ -1,0 +1,35 @@
+"""The tree keeps the names of the libraries it uses free."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = {"mlflow", "onnx", "prefect", "dvc", "torch", "onnxruntime", "torchvision"}
+
+
+def test_no_python_file_shadows_a_library():
+    files = [p for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
+    assert not [p for p in files if p.stem in LIBRARIES]
+    assert not list((ROOT / "mlflow").rglob("*.py"))
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_mlflow_imported_at_the_root_is_the_library():
+    code = "import mlflow; print(mlflow.__file__)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "site-packages" in out.stdout
+
+
+def test_importing_kshot_sends_nothing_home(tmp_path):
+    """stack.md 0.3: onnxruntime writes a device id into an empty home unless its telemetry is off before the import."""
+    code = "import kshot_runtime, onnxruntime"
+    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_torchvision_imports_beside_a_cpu_build_of_torch():
+    code = "from kshot.vision import torchvision; print(torchvision().models.resnet18().fc.in_features)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "512"
