@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -375,26 +376,19 @@ def _move(
 
 def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> str:
     """Add an entry to the log, under a number that the database gives to no one else. Returns the entry's id."""
-    from mlflow.exceptions import MlflowException
-
     moves = name + _MOVES
     _create_model(door, moves, f"Who moved which version of {name} where, an entry to a version. By kshot.", log=True)
     entry = {"id": uuid.uuid4().hex, **entry}
     sentence = f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"[:1000]
-    for attempt in range(10):
-        try:
-            door.create_model_version(
-                moves,
-                source=f"kshot-move:/kshot-move/{name}",
-                tags={_ENTRY: json.dumps(entry)},
-                description=sentence,
-                await_creation_for=0,
-            )
-            break
-        except MlflowException:  # others wrote at the same moment, and MLflow gives up after three tries
-            if attempt == 9:
-                raise
-            time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
+    _patiently(
+        lambda: door.create_model_version(
+            moves,
+            source=f"kshot-move:/kshot-move/{name}",
+            tags={_ENTRY: json.dumps(entry)},
+            description=sentence,
+            await_creation_for=0,
+        )
+    )
     return str(entry["id"])
 
 
@@ -410,9 +404,17 @@ def _forget_deleted(door: MlflowClient, name: str, log: Log) -> Log:
 
 def _settle(door: MlflowClient, name: str) -> Log:
     """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
+    from mlflow.exceptions import MlflowException
+
     log = _log(door, name)
     while True:
-        _apply(door, name, log)
+        try:
+            _patiently(partial(_apply, door, name, log))
+        except MlflowException as error:
+            raise KshotError(
+                f"the move of {name} is in its log, but MLflow did not follow: {error}. When it is well again: "
+                f"kshot models {name} --repair"
+            ) from error
         newest = _log(door, name)
         if len(newest.entries) == len(log.entries):
             return newest
@@ -471,6 +473,20 @@ def _transition(door: MlflowClient, name: str, version: int, stage: Stage) -> No
         door.transition_model_version_stage(
             name, str(version), stage.value, archive_existing_versions=stage in SINGLE
         )  # fmt: skip
+
+
+def _patiently(call: Callable[[], object]) -> None:
+    """Call again when others write at the same moment: MLflow reads before it inserts, and the later one fails."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(10):
+        try:
+            call()
+            return
+        except MlflowException:
+            if attempt == 9:
+                raise
+            time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
 
 
 def _create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:

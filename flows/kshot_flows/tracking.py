@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +114,10 @@ class Run:
         self.client.set_tag(self.id, name, str(value))
 
     def picture(self, name: str, figure: Figure) -> None:
-        self.client.log_figure(self.id, figure, f"pictures/{name}.png", save_kwargs={"dpi": 150})
+        with warnings.catch_warnings():
+            # A class may be named in a script that matplotlib's font lacks: boxes will do.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.client.log_figure(self.id, figure, f"pictures/{name}.png", save_kwargs={"dpi": 150})
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the keys of the first one as columns, as CSV."""

@@ -1,4 +1,4 @@
-"""The same registry through a real MLflow server: versions are text there, and artifacts travel over HTTP."""
+"""The same registry through a real MLflow server with our settings: versions are text there, artifacts travel."""
 
 import itertools
 import os
@@ -19,22 +19,21 @@ from kshot_flows.gate import Check, GateReport
 from kshot_flows.stages import StageConflictError
 from kshot_runtime.errors import KshotError
 
+SETTINGS = Path(__file__).parents[2] / "mlflow"
+
 
 @pytest.fixture
 def server(shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    shutil.copy(shared_store / "mlflow" / "mlflow.db", tmp_path / "mlflow.db")  # saves making its tables
+    (tmp_path / "mlflow" / "server").mkdir(parents=True)
+    shutil.copy(shared_store / "mlflow" / "mlflow.db", tmp_path / "mlflow" / "server")  # saves making its tables
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/mlflow.db",
-        "--artifacts-destination",
-        f"{tmp_path}/artifacts",
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    lines = (SETTINGS / "server.env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    environment = {**os.environ, **settings, "MLFLOW_PORT": str(port)}
     environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "mlflow", "server"]
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -113,9 +112,14 @@ def test_register_move_race_roll_back_trace_and_fetch_through_a_server(server: s
     assert facts["gate"].startswith("passed runs:/")
     fetched = registry.fetch_bundle("toy", "production", tmp_path / "fetched")
     assert (fetched / "adapt.onnx").read_text() == "abc"[back.version - 1]
+    assert list((tmp_path / "mlflow" / "server" / "artifacts").rglob("adapt.onnx"))  # where server.env says
 
 
 def test_a_server_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     with pytest.raises(KshotError, match=r"no MLflow server answers at http://user:\*\*\*@127\.0\.0\.1:9 .*refused"):
         tracking.store()
+
+
+def test_the_folder_named_after_the_package_holds_no_python() -> None:
+    assert list(SETTINGS.glob("*.py")) == []
