@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # MLflow takes seconds to import, and `kshot --help` must not wait for it: every command imports what it needs.
 
-Name = Annotated[str, typer.Argument(help="The model's name: its recipe's.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name: its recipe's.", show_default=False)]
 Number = Annotated[int, typer.Argument(metavar="VERSION", help="The version's number.", show_default=False)]
 Why = Annotated[str, typer.Option(help="The reason. It is kept with the move.", show_default=False)]
 
@@ -27,7 +27,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show only this model.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show only this model.", show_default=False)
+    ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Finish moves that were interrupted.")] = False,
 ) -> None:
     """List models and their versions: stage, accuracy, data, when."""
@@ -69,7 +71,9 @@ def models(
 def promote(
     name: Name,
     version: Number,
-    stage: Annotated[str, typer.Argument(help="none, staging, production or archived.", show_default=False)],
+    stage: Annotated[
+        str, typer.Argument(metavar="STAGE", help="none, staging, production or archived.", show_default=False)
+    ],
     why: Why = "",
     force: Annotated[bool, typer.Option("--force", help="Pass by the gate; needs --why.")] = False,
 ) -> None:

@@ -212,7 +212,7 @@ def _not_worse(difference: tuple[float, float, float], margin: float) -> Check:
     # Equal answers differ by exactly zero; rounding must not turn that into a loss.
     passed = lower >= -margin - 1e-9
     return Check(
-        "not worse than the champion", passed, lower, -margin,
+        "not worse than the champion", passed, lower, 0.0 - margin,
         f"{mean * 100:+.2f} points on the same episodes, between {lower * 100:+.2f} and {upper * 100:+.2f} "
         f"with 95 % confidence; at most {_points(margin)} may be lost",
     )  # fmt: skip
