@@ -158,9 +158,7 @@ def import_dataset(
 
 def finish(events: Iterable[Progress | ImportReport]) -> ImportReport:
     """Let an import run to its end without watching it."""
-    report = None
-    for report in events:
-        pass
+    *_, report = events
     assert isinstance(report, ImportReport)
     return report
 
@@ -174,9 +172,13 @@ def _importer(source: str) -> Importer:
     if os.sep in source or source.startswith(".") or source.lower().endswith(".zip"):
         return _own_images(Path(source))
     found = plugins.find()
-    if Path(source).exists() and all(p.name != source for p in found.of("datasets")):
+    named = [p.name for p in found.of("datasets")]
+    if source not in named and Path(source).exists():
         return _own_images(Path(source))
-    return found.dataset(source).value
+    try:
+        return found.dataset(source).value
+    except KshotError as error:
+        raise KshotError(f"there is no folder or zip {source!r} here, and {error}") from None
 
 
 def _own_images(path: Path) -> Importer:
@@ -327,7 +329,7 @@ def _why_litter(name: str) -> str:
 
 
 class _Packing:
-    """Writes images.npy class after class, by plain writes: on a full disk those fail, where a memory map would crash."""
+    """Writes images.npy class after class, by plain writes: a full disk fails them, and would crash a memory map."""
 
     def __init__(self, place: Path, rule: ImageRule) -> None:
         self.place = place
@@ -393,7 +395,7 @@ def _refuse_classes_in_two_splits(pictures: Iterable[Picture]) -> None:
     for label, where in splits.items():
         if len(where) > 1:
             raise KshotError(
-                f"class {label!r} is in {' and in '.join(sorted(map(str, where)))}. Few-shot splits are by class: what is "
+                f"class {label!r} is in {' and in '.join(sorted(map(str, where)))}. Splits are by class: what is "
                 "tested must be new. Move each class to one split, or import without train/, val/ and test/ folders."
             )
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from kshot_runtime.errors import KshotError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-_WHITE = {1: 255, 3: (255, 255, 255)}
 
 
 class ImageError(KshotError):
@@ -65,7 +64,7 @@ def decode(data: bytes, rule: ImageRule, limits: ImageLimits = LIMITS, formats: 
         raise ImageTooLargeError(f"{len(data):,} bytes; at most {limits.max_bytes:,} are taken")
     kinds = " or ".join([", ".join(formats[:-1])] * (len(formats) > 1) + [formats[-1]])
     try:
-        image = Image.open(BytesIO(data), formats=formats)
+        image = Image.open(BytesIO(data), formats=tuple(formats))
     except UnidentifiedImageError:
         raise ImageError(f"not an image in a format that is taken ({kinds})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -93,7 +92,7 @@ def render(image: Image.Image, rule: ImageRule) -> np.ndarray:
             case "crop":
                 image = ImageOps.fit(image, box, method)
             case "pad":
-                image = ImageOps.pad(image, box, method, color=_WHITE[rule.channels])
+                image = ImageOps.pad(image, box, method, color="white")
     pixels = np.array(image).reshape(rule.size, rule.size, rule.channels).transpose(2, 0, 1)  # (C, H, W)
     return np.ascontiguousarray(255 - pixels if rule.invert else pixels)
 
