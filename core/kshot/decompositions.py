@@ -1,0 +1,166 @@
+"""The backward pass in ops that ONNX has: what autograd emits for common layers, rewritten for the exporter.
+
+Forward ops are left to the exporter. An op that is missing here makes the export fail by that op's name.
+"""
+
+# No lazy annotations here: the exporter reads the types of TRANSLATIONS off the functions themselves.
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from onnxscript import FLOAT, INT64
+from onnxscript import opset20 as op
+from torch import Tensor
+from torch._decomp import decomposition_table, get_decompositions
+
+aten = torch.ops.aten
+
+
+@cache
+def backward_ops() -> dict[Any, Callable[..., Any]]:
+    """The table for `make_fx`: torch's decompositions of backward ops, and ours where torch has none that exports."""
+    table = {o: f for o, f in decomposition_table.items() if "backward" in str(o)}
+    table |= get_decompositions([aten.nll_loss_forward, aten.native_group_norm])
+    table |= {
+        aten.convolution_backward.default: _convolution_backward,
+        aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
+        aten.avg_pool2d_backward.default: _avg_pool2d_backward,
+    }
+    return table
+
+
+def _convolution_backward(
+    grad: Tensor,  # (N, out, h, w)
+    x: Tensor,  # (N, in, H, W)
+    weight: Tensor,  # (out, in / groups, kh, kw); (in, out / groups, kh, kw) if transposed
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if weight.dim() != 4:
+        raise NotImplementedError(f"only 2D convolutions have an exportable gradient, not {weight.dim() - 2}D ones")
+    kernel = weight.shape[2:]
+    to_x = to_weight = to_bias = None
+    if wanted[0] and transposed:
+        to_x = aten.convolution(grad, weight, None, stride, padding, dilation, False, [0, 0], groups)
+    elif wanted[0]:
+        missing = [
+            x.shape[2 + d] - ((grad.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (kernel[d] - 1) + 1)
+            for d in range(2)
+        ]
+        to_x = aten.convolution(grad, weight, None, stride, padding, dilation, True, missing, groups)
+    if wanted[1]:
+        outer, inner = (x, grad) if transposed else (grad, x)
+        to_weight = _weight_gradient(outer, inner, kernel, stride, padding, dilation, groups)
+    if wanted[2]:
+        to_bias = grad.sum((0, 2, 3))
+    return to_x, to_weight, to_bias
+
+
+def _weight_gradient(
+    grad: Tensor,  # (N, out, h, w)
+    x: Tensor,  # (N, in, H, W)
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """One matrix product over patches cut out by slices: faster than a convolution with an image-sized kernel."""
+    out, (height, width) = grad.shape[1], grad.shape[2:]
+    if any(padding):
+        x = aten.constant_pad_nd(x, [padding[1], padding[1], padding[0], padding[0]])
+    x = x.permute(1, 0, 2, 3)  # (in, N, H, W)
+    patches = [
+        x[
+            :, :,
+            i * dilation[0] : i * dilation[0] + (height - 1) * stride[0] + 1 : stride[0],
+            j * dilation[1] : j * dilation[1] + (width - 1) * stride[1] + 1 : stride[1],
+        ].reshape(groups, x.shape[0] // groups, -1)
+        for i in range(kernel[0]) for j in range(kernel[1])
+    ]  # fmt: skip
+    columns = torch.cat(patches, 1)  # (groups, kh * kw * in / groups, N * h * w)
+    rows = grad.permute(1, 0, 2, 3).reshape(groups, out // groups, -1)
+    product = rows @ columns.transpose(1, 2)  # (groups, out / groups, kh * kw * in / groups)
+    return product.reshape(out, kernel[0], kernel[1], -1).permute(0, 3, 1, 2)
+
+
+def _max_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    """Send each gradient (N, C, h, w) back to the pixel that won its window."""
+    planes, height, width = x.shape[0] * x.shape[1], x.shape[2], x.shape[3]
+    winners, grads = indices.reshape(planes, -1), grad.reshape(planes, -1)
+    zeros = torch.zeros_like(x).reshape(planes, height * width)
+    stride = stride or kernel
+    apart = all(s >= d * (k - 1) + 1 for k, s, d in zip(_pair(kernel), _pair(stride), _pair(dilation), strict=True))
+    spread = zeros.scatter(1, winners, grads) if apart else zeros.scatter_add(1, winners, grads)
+    return spread.reshape(x.shape)
+
+
+def _avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Spread each gradient evenly over its window: a transposed convolution with a constant kernel."""
+    kernel, padding = _pair(kernel), _pair(padding)
+    if ceil_mode or (any(padding) and not count_include_pad):
+        raise NotImplementedError("avg_pool2d has no exportable gradient with ceil_mode or uncounted padding")
+    channels, area = x.shape[1], divisor_override or kernel[0] * kernel[1]
+    share = torch.full((channels, 1, *kernel), 1 / area, dtype=grad.dtype, device=grad.device)
+    stride = _pair(stride) if stride else kernel
+    missing = [x.shape[2 + d] - ((grad.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + kernel[d]) for d in range(2)]
+    spread: Tensor = aten.convolution(grad, share, None, stride, padding, [1, 1], True, missing, channels)
+    return spread
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
+
+
+def _max_pool2d_with_indices(
+    x: FLOAT,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> tuple[FLOAT, INT64]:
+    """MaxPool. ONNX numbers the winners over the whole batch, torch within each plane."""
+    padding = _pair(padding)
+    values, winners = op.MaxPool(
+        x,
+        kernel_shape=_pair(kernel_size),
+        strides=_pair(stride or kernel_size),
+        pads=padding * 2,
+        dilations=_pair(dilation),
+        ceil_mode=int(ceil_mode),
+    )
+    plane = int(x.shape[2]) * int(x.shape[3])  # images have one size
+    return values, op.Mod(winners, op.Constant(value_int=plane))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.max_pool2d_with_indices.default: _max_pool2d_with_indices
+}
+"""How the exporter is to write forward ops that it gets wrong, or slow, by itself."""

@@ -1,0 +1,194 @@
+"""From a learner to a bundle: traced, written, and checked against torch before it is called one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+
+from kshot import parity
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape
+from kshot.graphs import adapt_model, classify_model
+from kshot.learner import InnerLoop, Learner, State
+from kshot.tracing import ExportError, Piece, Spec, trace
+from kshot_runtime.bundle import Bundle, Graphs
+from kshot_runtime.manifest import ADAPT, CLASSIFY, MANIFEST, Facts, FileFacts, Manifest, TensorSpec
+
+__all__ = ["ExportError", "Facts", "Report", "export"]
+
+_TAKEN = {"support", "labels", "classes", "steps", "query", "logits", "i"}
+_TYPES = {torch.float32: "float32", torch.int64: "int64"}
+_INT = torch.int64
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished bundle, and how it compared with torch."""
+
+    folder: Path
+    manifest: Manifest
+    seconds: float
+
+    def __str__(self) -> str:
+        found, size = self.manifest.parity, sum(file.size for file in self.manifest.files.values())
+        return (
+            f"{self.folder}: {size / 1000:,.0f} kB, torch's answer to {100 * found.agreement:.2f} % of the queries of "
+            f"{found.episodes} episodes, logits at most {found.logit_difference:.1g} apart ({self.seconds:.0f} s)"
+        )
+
+
+def export(
+    learner: Learner,
+    folder: str | Path,
+    *,
+    facts: Facts,
+    data: ClassImages,
+    shape: Shape,
+    seed: int,
+    episodes: int = 100,
+) -> Report:
+    """Write `learner` as a bundle to `folder`, which appears only if all checks pass, in the place of an older bundle.
+
+    The checks play `episodes` episodes of `shape` from the classes in `data`, those of the evaluation with this seed.
+    """
+    started, folder = time.perf_counter(), Path(folder)
+    learner = deepcopy(learner).to("cpu", torch.float32).eval()
+    image = learner.backbone.image
+    if not facts.image.shape == image == data.shape:
+        raise ExportError(
+            f"the learner takes images {image}, the image rule makes {facts.image.shape} and the data are "
+            f"{data.shape}: they must be one"
+        )
+    with _appearing(folder) as staging:
+        parity.check_learner(learner, data, shape, seed=seed)
+        models, state = _models(learner, image)
+        contents = {name: _serialised(model, name) for name, model in models.items()}
+        compared = parity.compare(learner, Graphs(contents), data, shape, seed=seed, episodes=episodes)
+        manifest = Manifest(
+            **dict(facts),
+            norm=learner.config.norm,
+            steps=learner.steps if isinstance(learner, InnerLoop) else None,
+            state={name: TensorSpec(shape=spec.shape, dtype=_TYPES[spec.dtype]) for name, spec in state.items()},
+            parity=compared,
+            files={name: FileFacts.of(content) for name, content in contents.items()},
+        )
+        for name, content in {**contents, MANIFEST: manifest.to_bytes()}.items():
+            (staging / name).write_bytes(content)
+        Bundle.open(staging)  # as a server will
+    return Report(folder, manifest, time.perf_counter() - started)
+
+
+def _models(learner: Learner, image: tuple[int, int, int]) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
+    """The two graphs, and the shapes of the state that goes from one to the other."""
+    episode = {"support": Spec(("S", *image)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
+    if isinstance(learner, InnerLoop):
+        begin, step, finish = _inner_loop(learner, episode)
+        state, adapt = finish.outputs, adapt_model(begin, step, finish, image)
+    else:
+        only = trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode)
+        state, adapt = only.outputs, adapt_model(only, image=image)
+    _check_state("adapt", learner, state)
+    classify = trace(
+        learner,
+        "classify",
+        lambda given: {"logits": learner.classify(_only(given, state), given["query"])},
+        {**state, "query": Spec(("Q", *image))},
+    )
+    if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
+        raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
+    return {ADAPT: adapt, CLASSIFY: classify_model(classify, image)}, state
+
+
+def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> tuple[Piece, Piece, Piece]:
+    begin = trace(learner, "begin", lambda given: learner.begin(*_episode(given)), episode)
+    _check_state("begin", learner, begin.outputs)
+    step = trace(
+        learner,
+        "step",
+        lambda given: learner.step(_only(given, begin.outputs), *_episode(given), given["i"]),
+        {**episode, "i": Spec((), _INT), **begin.outputs},
+    )
+    _check_step(learner, begin, step)
+    finish = trace(
+        learner,
+        "finish",
+        lambda given: learner.finish(_only(given, begin.outputs), *_episode(given)),
+        {**episode, **begin.outputs},
+    )
+    return begin, step, finish
+
+
+def _episode(given: State) -> tuple[Tensor, Tensor, Tensor]:
+    return given["support"], given["labels"], given["classes"]
+
+
+def _only(given: State, names: Mapping[str, object]) -> State:
+    return {name: given[name] for name in names}
+
+
+def _check_state(what: str, learner: Learner, state: Mapping[str, Spec]) -> None:
+    whose = f"{what} of {learner.name!r} gives"
+    if not state:
+        raise ExportError(f"{whose} an empty state: classify would know nothing of the classes")
+    for name, spec in state.items():
+        if name in _TAKEN:
+            raise ExportError(f"{whose} a tensor named {name!r}, as an input of the graphs is: give it another name")
+        if spec.dtype not in _TYPES:
+            raise ExportError(f"{whose} {name!r} as {spec.dtype}; a state holds float32 or int64")
+        if odd := [size for size in spec.shape if isinstance(size, str) and size not in ("S", "W")]:
+            raise ExportError(
+                f"{whose} {name!r} of shape {_spelt(spec.shape)}; a size is a fixed number, the number of ways W or of "
+                f"support images S, and {odd[0]} is none of these. Give the tensor another shape, or more dimensions."
+            )
+
+
+def _check_step(learner: Learner, begin: Piece, step: Piece) -> None:
+    before, after = begin.outputs, step.outputs
+    if names := set(before) ^ set(after):
+        raise ExportError(
+            f"begin and step of {learner.name!r} give different states: only one has {', '.join(sorted(names))}. "
+            "A step hands on every tensor, under its name."
+        )
+    for name, spec in before.items():
+        if after[name] != spec:
+            raise ExportError(
+                f"step of {learner.name!r} turns {name!r} from {_spelt(spec.shape)} {spec.dtype} into "
+                f"{_spelt(after[name].shape)} {after[name].dtype}; a step keeps shapes and types"
+            )
+
+
+def _spelt(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _serialised(model: onnx.ModelProto, name: str) -> bytes:
+    try:
+        content: bytes = model.SerializeToString(deterministic=True)
+    except ValueError as error:  # protobuf's limit of 2 GiB
+        raise ExportError(f"{name} does not fit into one ONNX file: {error}. Use a smaller backbone.") from None
+    return content
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `folder` if the block ends well, and vanishes if it does not."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} is in the way: it is no bundle. Remove it, or export to another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        staging = Path(scratch) / "new"
+        staging.mkdir()
+        yield staging
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "old")  # and gone with the scratch folder
+        os.rename(staging, folder)

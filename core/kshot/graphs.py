@@ -1,0 +1,154 @@
+"""ONNX models out of traced pieces: photos go in as bytes, and the one traced step runs in a Loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import torch
+from onnxscript import ir
+
+from kshot.tracing import OPSET, Piece, Spec
+
+_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.int64: ir.DataType.INT64,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
+}
+_NO_SIZE = 1 << 40
+
+
+def adapt_model(
+    begin: Piece, step: Piece | None = None, finish: Piece | None = None, image: tuple[int, ...] = ()
+) -> onnx.ModelProto:
+    """support, labels and classes in, the state out; with a step, `steps` too, and the Loop that takes so many."""
+    model = _Model("adapt")
+    support = model.input("support", Spec(("S", *image), torch.uint8))
+    given = {name: model.input(name, spec) for name, spec in begin.inputs.items() if name != "support"}
+    given["support"] = model.scaled(support)
+    state = model.place("begin", begin, given)
+    specs = begin.outputs
+    if step is not None:
+        steps = model.input("steps", Spec((), torch.int64))
+        state = model.loop("step", step, steps, given, state)
+    if finish is not None:
+        state = model.place("finish", finish, {**given, **state})
+        specs = finish.outputs
+    return model.finish(state, specs)
+
+
+def classify_model(classify: Piece, image: tuple[int, ...]) -> onnx.ModelProto:
+    """query and the state in, logits out."""
+    model = _Model("classify")
+    query = model.input("query", Spec(("Q", *image), torch.uint8))
+    given = {name: model.input(name, spec) for name, spec in classify.inputs.items() if name != "query"}
+    return model.finish(model.place("classify", classify, {**given, "query": model.scaled(query)}), classify.outputs)
+
+
+class _Model:
+    """A model that grows piece by piece."""
+
+    def __init__(self, name: str) -> None:
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+
+    def input(self, name: str, spec: Spec) -> ir.Value:
+        value = _value(name, spec)
+        self.graph.inputs.append(value)
+        return value
+
+    def scaled(self, images: ir.Value) -> ir.Value:
+        """Bytes as floats in 0..1, by the very division that made the training images."""
+        most = ir.Value(name="most", const_value=ir.tensor(255.0, name="most"))
+        self.graph.register_initializer(most)
+        floats = ir.node("Cast", [images], {"to": ir.DataType.FLOAT})
+        scaled = ir.node("Div", [floats.outputs[0], most])
+        for name, node in (("floats", floats), ("images", scaled)):
+            node.outputs[0].name = name
+            self.graph.append(node)
+        return scaled.outputs[0]
+
+    def place(self, name: str, piece: Piece, given: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+        """Add a piece, fed with `given`; its outputs."""
+        nodes, outputs = self._take(name, piece, given)
+        self.graph.extend(nodes)
+        return outputs
+
+    def loop(
+        self, name: str, piece: Piece, times: ir.Value, given: Mapping[str, ir.Value], state: Mapping[str, ir.Value]
+    ) -> dict[str, ir.Value]:
+        """Add a piece that maps a state to the next, `times` times over; the last state.
+
+        What the step leaves as it is, is not carried around but used from outside, as are the support set and weights.
+        """
+        changed = [key for key in piece.outputs if key not in piece.unchanged]
+        number, go_on = _value(f"{name}/i", Spec((), torch.int64)), _value(f"{name}/go_on", Spec((), torch.bool))
+        carried = {key: _value(f"{name}/{key}", piece.outputs[key]) for key in changed}
+        nodes, outputs = self._take(f"{name}/body", piece, {**given, **state, **carried, "i": number})
+        still = ir.node("Identity", [go_on])
+        results = [still.outputs[0], *(outputs[key] for key in changed)]
+        for value, spec in zip(results, [Spec((), torch.bool), *(piece.outputs[key] for key in changed)], strict=True):
+            _describe(value, spec)
+        still.outputs[0].name = f"{name}/still"
+        body = ir.Graph([number, go_on, *carried.values()], results, nodes=[*nodes, still], name=name)
+        loop = ir.node(
+            "Loop", [times, None, *(state[key] for key in changed)], {"body": body}, num_outputs=len(changed), name=name
+        )
+        self.graph.append(loop)
+        for value, key in zip(loop.outputs, changed, strict=True):
+            value.name = f"{name}/after/{key}"
+        return {**state, **dict(zip(changed, loop.outputs, strict=True))}
+
+    def finish(self, outputs: Mapping[str, ir.Value], specs: Mapping[str, Spec]) -> onnx.ModelProto:
+        """The model with these outputs, valid to the checker; an error of onnx if it is not."""
+        for name, value in outputs.items():
+            node = ir.node("Identity", [value], name=name)
+            self.graph.append(node)
+            node.outputs[0].name = name
+            _describe(node.outputs[0], specs[name])
+            self.graph.outputs.append(node.outputs[0])
+        model = ir.Model(self.graph, ir_version=10, producer_name="kshot")
+        common = ir.passes.common
+        ir.passes.Sequential(
+            common.DeduplicateInitializersPass(size_limit=_NO_SIZE),
+            common.IdentityEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+        )(model)
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+        return proto
+
+    def _take(
+        self, prefix: str, piece: Piece, given: Mapping[str, ir.Value]
+    ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+        """A piece's nodes and outputs, fed with `given`; its weights move here, and names are made unique."""
+        source = piece.graph
+        outputs = dict(zip(piece.outputs, list(source.outputs), strict=True))
+        nodes = list(source)
+        source.outputs.clear()
+        source.remove(nodes)
+        for value in list(source.inputs):
+            assert value.name is not None
+            ir.convenience.replace_all_uses_with(value, given[value.name])
+        for value in list(source.initializers.values()):
+            assert value.name is not None
+            source.initializers.pop(value.name)
+            value.name = f"{prefix}/{value.name}"
+            self.graph.register_initializer(value)
+        for node in nodes:
+            node.name = f"{prefix}/{node.name}"
+            for value in node.outputs:
+                value.name = f"{prefix}/{value.name}"
+                value.shape = value.type = None  # in the exporter's names for sizes; onnxruntime infers its own
+        return nodes, outputs
+
+
+def _value(name: str, spec: Spec) -> ir.Value:
+    value = ir.Value(name=name)
+    _describe(value, spec)
+    return value
+
+
+def _describe(value: ir.Value, spec: Spec) -> None:
+    value.type = ir.TensorType(_TYPES[spec.dtype])
+    value.shape = ir.Shape(spec.shape)

@@ -1,0 +1,313 @@
+"""A bundle at work: photos and their labels in, a state out; a state and photos in, probabilities out. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from kshot_runtime.images import decode
+from kshot_runtime.manifest import ADAPT, CLASSIFY, BundleError, Manifest, read
+
+Device = Literal["cpu", "cuda", "tensorrt", "auto"]
+Photo = bytes | bytearray | memoryview | str | Path | np.ndarray
+"""An encoded photo, the path of one, or uint8 (C, H, W) of the bundle's size."""
+Tensors = dict[str, np.ndarray]
+
+AT_ONCE = 64  # queries in one run, which bounds memory
+
+_ASKED = ("support", "labels", "classes", "steps", "query")
+_CUDA = (
+    "CUDAExecutionProvider",
+    # The default search tries every algorithm again for each new number of images.
+    {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"},
+)
+_PROVIDERS: dict[Device, list[Any]] = {"cpu": [], "cuda": [_CUDA], "tensorrt": ["TensorrtExecutionProvider", _CUDA]}
+_NAMES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What adapting gave: the learner's tensors, the classes in the order of the logits, and the images of each."""
+
+    tensors: Tensors
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    bundle: str  # the id of the bundle that made it
+
+    def to_bytes(self) -> bytes:
+        """The state as an .npz file."""
+        file = io.BytesIO()
+        arrays: dict[str, Any] = {f"tensor {name}": value for name, value in self.tensors.items()}
+        names = np.frombuffer("\0".join(self.classes).encode(), np.uint8)
+        np.savez(file, classes=names, counts=np.array(self.counts), bundle=np.array(self.bundle), **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> State:
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return cls(
+                    {name.removeprefix("tensor "): arrays[name] for name in arrays if name.startswith("tensor ")},
+                    tuple(arrays["classes"].tobytes().decode().split("\0")),
+                    tuple(arrays["counts"].tolist()),
+                    str(arrays["bundle"]),
+                )
+        except Exception as error:  # numpy and zipfile raise many kinds
+            raise BundleError(f"not a saved state: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> State:
+        return cls.from_bytes(Path(path).read_bytes())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a bundle makes of photos: a row for each."""
+
+    probabilities: np.ndarray  # (Q, W) float32, calibrated if the bundle is
+    logits: np.ndarray  # (Q, W) float32
+    classes: tuple[str, ...]  # (W,) the columns' names
+    known: np.ndarray  # (Q,) bool: false where a photo seems to belong to none of the classes
+
+    @property
+    def names(self) -> list[str]:
+        """The likeliest class of each photo."""
+        return [self.classes[i] for i in self.probabilities.argmax(1)] if len(self.classes) else []
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+
+class Graphs:
+    """The two ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads."""
+
+    def __init__(self, contents: Mapping[str, bytes], device: Device = "cpu", threads: int = 1) -> None:
+        self._adapt = _session(contents[ADAPT], device, threads)
+        self._classify = _session(contents[CLASSIFY], device, threads)
+        self.device: str = _NAMES[self._classify.get_providers()[0]]
+        self.state = [output.name for output in self._adapt.get_outputs()]
+        self.takes_steps = any(given.name == "steps" for given in self._adapt.get_inputs())
+
+    def adapt(self, support: np.ndarray, labels: np.ndarray, classes: np.ndarray, steps: int | None = None) -> Tensors:
+        """The state after adapting to support (S, C, H, W) uint8, labels (S,), the classes' ids (W,)."""
+        given = {"support": support, "labels": labels.astype(np.int64), "classes": classes.astype(np.int64)}
+        if self.takes_steps:
+            if steps is None:
+                raise BundleError("this learner adapts in steps: say how many")
+            given["steps"] = np.array(steps, np.int64)
+        return dict(zip(self.state, _run(self._adapt, self.state, given), strict=True))
+
+    def logits(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
+        """Logits (Q, W) of query (Q, C, H, W) uint8."""
+        return _run(self._classify, ["logits"], {**state, "query": query})[0]
+
+
+class Bundle:
+    """A learner ready to serve.
+
+    >>> bundle = Bundle.open("bundle")                                        # a folder or a zip
+    >>> state = bundle.adapt(["cat.jpg", "dog.jpg"], ["cat", "dog"])          # one photo of each is enough
+    >>> answers = bundle.classify(state, ["mystery.jpg"])
+    >>> print(answers.names, answers.probabilities)
+    >>> state.save("pets.npz")                                                # and later: State.load("pets.npz")
+    """
+
+    def __init__(self, manifest: Manifest, graphs: Graphs) -> None:
+        self.manifest = manifest
+        self.graphs = graphs
+
+    @classmethod
+    def open(cls, source: str | Path, device: Device = "cpu", threads: int = 1) -> Bundle:
+        """Check a bundle and load it. `auto` takes a GPU if there is one; to ask for a missing one is an error."""
+        manifest, contents = read(source)
+        bundle = cls(manifest, Graphs(contents, device, threads))
+        bundle._check_graphs()
+        return bundle
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu, cuda or tensorrt."""
+        return self.graphs.device
+
+    def adapt(self, photos: Sequence[Photo], labels: Sequence[str | int], steps: int | None = None) -> State:
+        """Learn classes from photos and their labels, in any order and any number of each."""
+        if len(photos) != len(labels):
+            raise BundleError(f"{len(photos)} photos came with {len(labels)} labels; each photo needs one")
+        names = [str(label) for label in labels]
+        classes = list(dict.fromkeys(names))  # in order of first appearance
+        ids = {name: i for i, name in enumerate(classes)}
+        numbers = np.array([ids[name] for name in names], np.int64)
+        if bad := [name for name in classes if not name or "\0" in name]:
+            raise BundleError(f"{bad[0]!r} cannot name a class: give it at least one character, and no NUL")
+        tensors = self.adapt_arrays(self.images(photos), numbers, np.arange(len(classes)), steps)
+        return State(tensors, tuple(classes), tuple(np.bincount(numbers).tolist()), self.manifest.id)
+
+    def classify(self, state: State, photos: Sequence[Photo]) -> Answers:
+        """Probabilities of each of the state's classes, for each photo."""
+        if state.bundle != self.manifest.id:
+            raise BundleError(
+                f"this state was made by bundle {state.bundle}, and this is {self.manifest.id}: adapt again, "
+                "to the same photos"
+            )
+        logits = self.logits(state.tensors, self.images(photos))
+        calibration = self.manifest.calibration_for(len(state.classes), float(np.mean(state.counts)))
+        probabilities = softmax(logits / (calibration.temperature if calibration else 1.0))
+        known = np.ones(len(logits), bool)
+        if calibration is not None and calibration.threshold is not None and len(logits):
+            evidence = logits if calibration.by == "logit" else probabilities
+            known = evidence.max(1) >= calibration.threshold
+        return Answers(probabilities, logits, state.classes, known)
+
+    def images(self, photos: Sequence[Photo]) -> np.ndarray:
+        """Photos as the graphs take them: uint8 (N, C, H, W)."""
+        images = [self._image(photo, i) for i, photo in enumerate(photos)]
+        return np.stack(images) if images else np.empty((0, *self.manifest.image.shape), np.uint8)
+
+    def adapt_arrays(
+        self, support: np.ndarray, labels: np.ndarray, classes: np.ndarray, steps: int | None = None
+    ) -> Tensors:
+        """The state's tensors for support (S, C, H, W) uint8, labels (S,), and classes (W,) in the logits' order."""
+        support, labels, classes = self._uint8(support), np.asarray(labels), np.asarray(classes)
+        limits = self.manifest.limits
+        if not len(support):
+            raise BundleError("there are no support images: give at least one photo of each class")
+        if labels.shape != (len(support),) or classes.ndim != 1:
+            raise BundleError(f"{len(support)} images need as many labels, not {labels.shape}; classes are (W,)")
+        if labels.dtype.kind not in "iu" or classes.dtype.kind not in "iu":
+            raise BundleError(f"labels and classes are whole numbers, not {labels.dtype} and {classes.dtype}")
+        if len(np.unique(classes)) != len(classes):
+            raise BundleError("a class is listed twice")
+        members = (labels[:, None] == classes[None, :]).sum(0)  # (W,)
+        if members.sum() != len(labels):
+            strange = sorted(set(labels.tolist()) - set(classes.tolist()))
+            raise BundleError(f"labels {strange[:5]} are none of the classes")
+        if not members.all():
+            raise BundleError(f"class {classes[members == 0][0]} has no support image; each needs at least one")
+        for name, came, most in (
+            ("classes", len(classes), limits.ways),
+            ("photos of one class", int(members.max()), limits.shots),
+            ("photos", len(support), limits.support),
+        ):
+            if came > most:
+                raise BundleError(f"{came} {name} came; this bundle adapts to at most {most}")
+        return self.graphs.adapt(support, labels, classes, self._steps(steps))
+
+    def logits(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
+        """Logits (Q, W) of query (Q, C, H, W) uint8. No query's depend on its companions, so many go in parts."""
+        query = self._uint8(query)
+        if missing := set(self.manifest.state) - set(tensors):
+            raise BundleError(f"the state lacks {', '.join(sorted(missing))}")
+        parts = [query[i : i + AT_ONCE] for i in range(0, len(query), AT_ONCE)]
+        if not parts:
+            return np.empty((0, self._ways(tensors)), np.float32)
+        return np.concatenate([self.graphs.logits(tensors, part) for part in parts])
+
+    def _ways(self, tensors: Mapping[str, np.ndarray]) -> int:
+        for name, spec in self.manifest.state.items():
+            if "W" in spec.shape:
+                return int(tensors[name].shape[spec.shape.index("W")])
+        return 0
+
+    def _steps(self, steps: int | None) -> int | None:
+        if self.manifest.steps is None:
+            if steps is not None:
+                raise BundleError(f"{self.manifest.learner.name} does not adapt in steps: leave steps={steps} out")
+            return None
+        steps = self.manifest.steps if steps is None else steps
+        if not 0 <= steps <= self.manifest.limits.steps:
+            raise BundleError(f"{steps} inner steps asked for; this bundle takes 0 to {self.manifest.limits.steps}")
+        return steps
+
+    def _image(self, photo: Photo, i: int) -> np.ndarray:
+        if isinstance(photo, np.ndarray):
+            if photo.shape != self.manifest.image.shape:
+                raise BundleError(f"photo {i} is an array {photo.shape}; this bundle takes {self.manifest.image.shape}")
+            return self._uint8(photo[None])[0]
+        if isinstance(photo, (str, Path)):
+            try:
+                photo = Path(photo).read_bytes()
+            except OSError as error:
+                raise BundleError(f"photo {i} cannot be read: {error}") from None
+        return decode(bytes(photo), self.manifest.image)
+
+    def _uint8(self, images: np.ndarray) -> np.ndarray:
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.manifest.image.shape:
+            wanted = ", ".join(map(str, self.manifest.image.shape))
+            raise BundleError(f"images are uint8 (N, {wanted}) in 0..255, not {images.dtype} {images.shape}")
+        return images
+
+    def _check_graphs(self) -> None:
+        """The graphs must give and take the state that the manifest describes."""
+        given = set(self.graphs.state)
+        if given != set(self.manifest.state):
+            raise BundleError(f"{ADAPT} gives {', '.join(sorted(given))}, not the state that the manifest describes")
+        if self.graphs.takes_steps != (self.manifest.steps is not None):
+            raise BundleError(f"{ADAPT} and the manifest disagree on whether there are inner steps")
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (Q, W) of logits (Q, W)."""
+    powers = np.exp(logits - logits.max(1, keepdims=True)) if logits.size else logits
+    probabilities: np.ndarray = powers / powers.sum(1, keepdims=True)
+    return probabilities
+
+
+def _session(model: bytes, device: Device, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would burn a core each
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch for good
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    if device not in ("cpu", "cuda", "tensorrt", "auto"):
+        raise BundleError(f"no device {device!r}; there are cpu, cuda, tensorrt and auto")
+    reason = None if device == "cpu" else _no_gpu()
+    if reason and device != "auto":
+        raise BundleError(f"{device} was asked for, but {reason}. Use the device cpu, or auto to take what there is.")
+    wanted = _PROVIDERS["cuda" if device == "auto" else device] if reason is None else []
+    if wanted:
+        onnxruntime.preload_dlls()
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[*wanted, "CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common ancestor
+        raise BundleError(f"onnxruntime does not load the graph: {error}") from None
+    active = _NAMES.get(session.get_providers()[0])
+    if device not in (active, "auto"):
+        raise BundleError(
+            f"{device} was asked for, but onnxruntime {onnxruntime.__version__} started on {active} only. It needs "
+            "CUDA 13 and cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'. Use the device cpu, or auto."
+        )
+    return session
+
+
+def _run(session: onnxruntime.InferenceSession, outputs: list[str], given: Tensors) -> list[np.ndarray]:
+    try:
+        results: list[np.ndarray] = session.run(outputs, given)
+    except Exception as error:  # onnxruntime's own exceptions have no common ancestor
+        shapes = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in given.items() if name in _ASKED)
+        raise BundleError(f"the graph failed for {shapes}: {error}") from None
+    return results
+
+
+def _no_gpu() -> str | None:
+    """Why there can be no NVIDIA GPU here, if so. onnxruntime lists the providers it was built for, not what works."""
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime is built without it (install onnxruntime-gpu in its place)"
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "this machine has no NVIDIA driver"
+    return None

@@ -1,0 +1,329 @@
+"""What a bundle says of itself: bundle.json as a type, and the checks that its files are what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kshot_runtime.errors import KshotError
+from kshot_runtime.images import ImageRule
+
+MANIFEST, ADAPT, CLASSIFY = "bundle.json", "adapt.onnx", "classify.onnx"
+SCHEMA_VERSION: Literal[1] = 1
+
+_LARGEST = {MANIFEST: 16 << 20, ADAPT: 2 << 30, CLASSIFY: 2 << 30}  # bytes; protobuf ends at 2 GiB
+
+
+class BundleError(KshotError):
+    """A bundle, or a request to one, that cannot be served, and why."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Measured = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
+"""A figure that may not have been measured: none, or NaN."""
+
+
+class Plugin(_Part):
+    """An algorithm or a backbone: its name, its settings, and the distribution that it came from."""
+
+    name: str
+    config: dict[str, Any] = {}
+    distribution: str = ""
+    version: str = ""
+
+
+class Limits(_Part):
+    """The most that one adaptation takes; they bound its time and memory."""
+
+    ways: int = Field(100, ge=1, description="classes")
+    shots: int = Field(100, ge=1, description="support images of one class")
+    support: int = Field(1000, ge=1, description="support images in all")
+    steps: int = Field(1000, ge=0, description="inner steps, for a learner that takes steps")
+
+
+class Calibration(_Part):
+    """How to read the logits at one size of episode, from validation classes that no training has seen."""
+
+    ways: int = Field(ge=2)
+    shots: int = Field(ge=1)
+    temperature: float = Field(1.0, gt=0, description="divide logits by it before the softmax")
+    by: Literal["logit", "probability"] = Field("probability", description="what the threshold is compared with")
+    threshold: Measured = Field(None, description="a query whose largest is below it belongs to none of the classes")
+    auroc: Measured = Field(None, description="of telling known classes from unknown ones by it")
+    false_accepts: Measured = Field(None, description="share of unknown queries that pass the threshold")
+    ece: Measured = Field(None, description="expected calibration error at this temperature")
+
+
+class Accuracy(_Part):
+    """What to expect: mean accuracy over test episodes, with its 95 % interval."""
+
+    ways: int
+    shots: int
+    queries: int
+    episodes: int
+    accuracy: float
+    margin: float = Field(description="half the interval")
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.accuracy:.2f} ± {100 * self.margin:.2f} % "
+            f"({self.ways}-way {self.shots}-shot, {self.episodes} episodes)"
+        )
+
+
+class Source(_Part):
+    """Where a bundle comes from."""
+
+    dataset: str = ""
+    dataset_hash: str = ""
+    commit: str = Field("", description="of git, with -dirty behind it if files had changed")
+    run_id: str = Field("", description="MLflow's")
+    recipe: str = ""
+
+
+class TensorSpec(_Part):
+    """One tensor of the state. W stands for the number of ways, S for the number of support images."""
+
+    shape: tuple[int | Literal["S", "W"], ...]
+    dtype: Literal["float32", "int64"] = "float32"
+
+
+class Parity(_Part):
+    """How the graphs compared with torch, before they were called a bundle. Differences are relative to the scale."""
+
+    episodes: int
+    accuracy: float = Field(description="of the graphs")
+    torch_accuracy: float
+    agreement: float = Field(description="share of queries that both gave to the same class")
+    logit_difference: float = Field(description="largest absolute difference of two logits, over all the episodes")
+    step_difference: float = Field(description="of the state after one step, to float64: median over episodes")
+    torch_step_difference: float = Field(description="torch's own float32, compared in the same way")
+    float64_difference: float = Field(description="of the logits after all steps, to float64: median over episodes")
+    torch_float64_difference: float
+
+
+class FileFacts(_Part):
+    """The size and hash of a file."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        return cls(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+class Facts(_Part):
+    """What whoever exports a learner knows of it, and the graphs do not tell."""
+
+    learner: Plugin
+    backbone: Plugin
+    image: ImageRule
+    limits: Limits = Limits()
+    calibration: tuple[Calibration, ...] = ()
+    expected: tuple[Accuracy, ...] = ()
+    source: Source = Source()
+
+
+class Manifest(Facts):
+    """bundle.json: all that serving needs to know beside the two graphs, and where they come from."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    norm: str
+    transductive: Literal[False] = False
+    steps: int | None = Field(None, description="inner steps unless told; none for a learner that takes none")
+    state: dict[str, TensorSpec]
+    parity: Parity
+    files: dict[str, FileFacts]
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> Self:
+        if set(self.files) != {ADAPT, CLASSIFY}:
+            raise ValueError(f"files must be {ADAPT} and {CLASSIFY}, not {', '.join(sorted(self.files)) or 'none'}")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path) -> Manifest:
+        """The manifest of a bundle, a folder or a zip, whose files have been checked against it."""
+        return read(source)[0]
+
+    def to_bytes(self) -> bytes:
+        """bundle.json: the same manifest gives the same bytes."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+    @property
+    def id(self) -> str:
+        """A name for exactly these graphs, which a state carries to be told from other bundles' states."""
+        return hashlib.sha256("".join(self.files[name].sha256 for name in sorted(self.files)).encode()).hexdigest()[:16]
+
+    def calibration_for(self, ways: int, shots: float) -> Calibration | None:
+        """The calibration measured nearest to this many classes and images of each; shots count first."""
+        return min(self.calibration, key=lambda c: (abs(c.shots - shots), abs(c.ways - ways)), default=None)
+
+
+def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:
+    """A bundle's manifest and graphs, from a folder or a zip, each file read once and then checked.
+
+    Refused: another schema, a file that is missing, a link, too large or changed, and graphs that keep weights
+    in other files.
+    """
+    source = Path(source)
+    contents = _from_zip(source) if source.is_file() else _from_folder(source)
+    manifest = _parse(contents.pop(MANIFEST), source)
+    for name, facts in manifest.files.items():
+        found = FileFacts.of(contents[name])
+        if found != facts:
+            raise BundleError(
+                f"{source}: {name} is not the file that {MANIFEST} describes: {found.size:,} bytes with sha256 "
+                f"{found.sha256[:12]}…, not {facts.size:,} with {facts.sha256[:12]}…. Fetch or export the bundle again."
+            )
+        if elsewhere := external_tensor(contents[name]):
+            raise BundleError(
+                f"{source}: {name} keeps {elsewhere!r} in another file. The graphs of a bundle hold their weights."
+            )
+    return manifest, contents
+
+
+def external_tensor(model: bytes) -> str | None:
+    """The name of a tensor whose data lie outside an ONNX file, if there is one.
+
+    Reads just so much protobuf as leads to tensors, since the serving host has no onnx package.
+    """
+    try:
+        return next(_external(memoryview(model), "model"), None)
+    except (IndexError, ValueError, RecursionError) as error:
+        raise BundleError(f"not an ONNX file: {error}") from None
+
+
+def _parse(content: bytes, source: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        faults = error.errors()
+        if any(fault["loc"] == ("schema_version",) for fault in faults):
+            raise BundleError(
+                f"{source}: {MANIFEST} has schema {faults[0]['input']!r}, and this kshot reads {SCHEMA_VERSION}. "
+                "Export the model again, or install the kshot that wrote it."
+            ) from None
+        lines = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in faults[:5])
+        raise BundleError(f"{source}: {MANIFEST} is not valid: {lines}") from None
+
+
+def _from_folder(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        raise BundleError(f"there is no bundle at {folder}: expected a folder or a zip with {MANIFEST}")
+    return {name: _read_file(folder, name) for name in _LARGEST}
+
+
+def _read_file(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it lacks {name}") from None
+    except OSError as error:
+        why = "is a link, and a bundle holds its files itself" if path.is_symlink() else f"cannot be read: {error}"
+        raise BundleError(f"{folder}: {name} {why}") from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{folder}: {name} is not a file")
+        _check_size(folder, name, status.st_size)
+        return file.read()
+
+
+def _from_zip(path: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            for entry in entries:
+                _check_entry(path, entry)
+            if missing := [name for name in _LARGEST if names.count(name) != 1]:
+                raise BundleError(f"{path} is not a bundle: it must hold {', '.join(missing)} once, at its top")
+            return {name: archive.read(name) for name in _LARGEST}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+        raise BundleError(f"{path} is not a readable zip: {error}") from None
+
+
+def _check_entry(path: Path, entry: zipfile.ZipInfo) -> None:
+    if entry.filename.startswith(("/", "\\")) or ".." in entry.filename.replace("\\", "/").split("/"):
+        raise BundleError(f"{path}: {entry.filename!r} points outside the bundle")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise BundleError(f"{path}: {entry.filename!r} is a link, and a bundle holds its files itself")
+    if entry.filename in _LARGEST:
+        _check_size(path, entry.filename, entry.file_size)
+
+
+def _check_size(source: Path, name: str, size: int) -> None:
+    if size > _LARGEST[name]:
+        raise BundleError(f"{source}: {name} has {size:,} bytes; at most {_LARGEST[name]:,} are taken")
+
+
+# Where tensors are found, by field number (onnx.proto, unchanged since 2017): field -> the kind of message it holds.
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+_TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
+
+
+def _external(message: memoryview, kind: str) -> Iterator[str]:
+    if kind == "tensor":
+        fields = dict(_fields(message))
+        if _TENSOR_EXTERNAL in fields or fields.get(_TENSOR_LOCATION, 0) != 0:
+            name = fields.get(_TENSOR_NAME, b"")
+            yield bytes(name).decode(errors="replace") if not isinstance(name, int) else ""
+        return
+    inner = _FIELDS[kind]
+    for number, value in _fields(message):
+        if number in inner and not isinstance(value, int):
+            yield from _external(value, inner[number])
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields of a protobuf message: number, and content or integer."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(message, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"unknown wire type {wire}")
+        if at + size > len(message):
+            raise ValueError("it is cut short")
+        yield number, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number of more than ten bytes")
