@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -472,7 +472,7 @@ def _report(folder: Path, index: Index) -> ImportReport:
         folder=folder,
         version=data_set.version,
         images=len(index.files),
-        splits=Counter(c.split for c in index.classes),
+        splits=data_set.splits,
         skipped=index.skipped,
         duplicates=index.duplicates,
         leaks=[group for group in index.duplicates if len({split_of[name] for name in group}) > 1],

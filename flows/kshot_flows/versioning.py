@@ -111,12 +111,20 @@ def push(root: Path) -> int:
 
 
 def pull(root: Path) -> dict[str, Any]:
-    """Make the data folder what data.dvc names. Data sets that were never recorded stop it: it would remove them."""
+    """Make the data folder what data.dvc names, unless that would remove what no version records."""
     _need_remote(root)
     if not recorded(root):
         raise KshotError(f"{_pointer(root)} is missing: nothing is recorded that could be pulled. Is it committed?")
-    with _dvc(root) as repo:
-        return dict(repo.pull(allow_missing=False)["stats"])
+    try:
+        with _dvc(root) as repo:
+            return dict(repo.pull()["stats"])
+    except KshotError as error:
+        if "unsaved files" not in str(error):
+            raise
+        raise KshotError(
+            f"a pull would remove data that no version records ({'; '.join(differences(root))}). "
+            f"Move it away, or record it: dvc add {root.name}"
+        ) from None
 
 
 def differences(root: Path) -> list[str]:
