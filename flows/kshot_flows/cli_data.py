@@ -135,7 +135,6 @@ def list_() -> None:
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", show_default=False)]) -> None:
     """Show what is in a data set, and where its contact sheet lies."""
     from rich.console import Console
-    from rich.markup import escape
 
     from kshot.datasets import SHEET, ImageSet
     from kshot_flows.versioning import data_root
@@ -148,7 +147,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", 
         counts = [c.count for c in classes]
         spread = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         examples = ", ".join(c.name for c in classes[:3])
-        table.add_row(split, str(len(classes)), f"{sum(counts):,}", spread, escape(examples))
+        table.add_row(split, str(len(classes)), f"{sum(counts):,}", spread, examples)
     out.print(table)
     out.print(f"each image  {_size(data_set.rule)}, {data_set.rule.fit}, {data_set.rule.resize}", soft_wrap=True)
     out.print(f"from        {index.source}: {index.provenance}", soft_wrap=True)
