@@ -1,0 +1,252 @@
+"""The command line: one word for everything that kshot does, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from typer.core import TyperGroup
+
+from kshot_flows import cli_data, cli_models
+from kshot_runtime.errors import KshotError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+# torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
+
+
+_ORDER = "run", "data", "recipes", "algorithms", "schedule", "models", "promote", "rollback", "history", "trace"
+
+
+class _Group(TyperGroup):
+    """Commands in the order in which one meets them, with a guess at what an unknown one was meant to be."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = super().list_commands(ctx)
+        return [name for name in _ORDER if name in known] + [name for name in known if name not in _ORDER]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            close = difflib.get_close_matches(args[0], known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            ctx.fail(f"there is no command {args[0]!r}{hint} There are: {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Few-shot image classification, from versioned data to a served model.
+
+    [bold]A first run[/bold], data and all, in about three minutes: [cyan]kshot run glyphs-protonet[/cyan]
+
+    [bold]Your own photos[/bold], a folder for each class:
+
+    [cyan]kshot data import ./photos pets[/cyan]
+
+    [cyan]kshot run glyphs-protonet name=pets dataset.name=pets[/cyan]
+    """,
+)
+app.add_typer(cli_data.app, name="data")
+cli_models.add_commands(app)
+
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe that comes along.", show_default=False),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Single values to change.", show_default=False),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"kshot {version('kshot')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kshot(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(recipe: Recipe, changes: Changes = None) -> None:
+    """Take images to a promoted model: data, meta-training, evaluation, ONNX, registry, gate.
+
+    What has not changed since an earlier run is used again, and a run that was cut off goes on where it was:
+
+    [cyan]kshot run glyphs-protonet[/cyan]
+
+    [cyan]kshot run glyphs-protonet training.lr=0.01 evaluation.shots=[1,5][/cyan]
+
+    [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
+    again = " ".join(["kshot run", recipe, *(changes or [])])
+    try:
+        from kshot_flows import pipeline, report
+
+        report.show(pipeline.run(recipe, changes or []), again)
+    except KeyboardInterrupt:
+        _stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come along. Copy one to make your own."""
+    from rich.console import Console
+
+    from kshot_flows import shipped
+
+    table = _table("recipe", "what it is", "file")
+    for name, path in shipped.recipes().items():
+        table.add_row(name, shipped.about(path), os.path.relpath(path))
+    Console().print(table)
+
+
+@app.command()
+def schedule(
+    recipe: Recipe,
+    changes: Changes = None,
+    cron: Annotated[
+        str, typer.Option(help="When: minute, hour, day, month, weekday.", show_default=False, metavar="EXPR")
+    ] = ...,  # type: ignore[assignment]
+    timezone: Annotated[str, typer.Option(help="In which the expression is meant.")] = "UTC",
+) -> None:
+    """Run a recipe again and again, one run at a time, for as long as this command lives.
+
+    Every night at three, from the data and the recipe as they are then:
+
+    [cyan]kshot schedule glyphs-protonet --cron "0 3 * * *"[/cyan]
+
+    A run on unchanged data and recipe uses everything again and takes seconds. For several machines, see
+    flows/prefect.yaml.
+    """
+    try:
+        from kshot_flows import schedules
+
+        schedules.serve(recipe, changes or [], cron=cron, timezone=timezone)
+    except KeyboardInterrupt:
+        _stop("Stopped: nothing is scheduled any more. The same command schedules it again.")
+
+
+@app.command()
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Explain this one's settings.", show_default=False)
+    ] = None,
+) -> None:
+    """List the algorithms and backbones that are installed, or explain the settings of one.
+
+    [cyan]kshot algorithms[/cyan]
+
+    [cyan]kshot algorithms maml[/cyan]
+    """
+    from rich.console import Console
+
+    from kshot import plugins
+
+    out, found = Console(), plugins.find()
+    if name is not None:
+        kind = "backbones" if name in {p.name for p in found.of("backbones")} else "learners"
+        one = found.backbone(name) if kind == "backbones" else found.learner(name)
+        section = "backbone" if kind == "backbones" else "learner"
+        out.print(
+            f"[bold]{name}[/bold], from plugin {one.plugin!r} of {one.distribution} {one.version}", highlight=False
+        )
+        out.print(_about(one.value, paper=True), highlight=False)
+        out.print(_settings(one.value.Config, section))
+        return
+    for kind, title in (("learners", "algorithm"), ("backbones", "backbone")):
+        table = _table(title, "from", "version", "idea")
+        for one in found.of(kind):
+            table.add_row(one.name, one.distribution, one.version, _about(one.value))
+        if kind == "learners":
+            for broken in found.broken:
+                table.add_row(
+                    f"[red]{broken.plugin}[/red]",
+                    broken.distribution,
+                    broken.version,
+                    f"[red]broken:[/red] {broken.reason}",
+                )
+        out.print(table)
+    out.print("[dim]Settings: kshot algorithms NAME. To add one: docs/plugins.md[/dim]")
+
+
+def main() -> None:
+    """The entry point: errors that are a user's to mend become a message, anything else stays a traceback."""
+    # Threads of a math library that wait in a busy loop take the cores from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except KshotError as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _stop("Stopped.")
+    finally:
+        gc.freeze()  # at exit Python looks through a million live objects for garbage, for two seconds
+
+
+def _complain(error: KshotError) -> None:
+    typer.secho(str(error), fg="red", err=True)
+
+
+def _stop(message: str) -> None:
+    typer.secho(f"\n{message}", err=True)
+    sys.exit(130)
+
+
+def _about(value: type, paper: bool = False) -> str:
+    """The first sentence of what a plugin's module says of it, or all of it."""
+    import inspect
+
+    text = inspect.getdoc(sys.modules[value.__module__]) or inspect.getdoc(value) or ""
+    return text if paper else text.split("\n\n")[0].replace("\n", " ")
+
+
+def _settings(config: type[BaseModel], section: str) -> Any:
+    from pydantic_core import PydanticUndefined
+
+    table = _table(f"[{section}]".replace("[", "\\["), "default", "type", "what it does")
+    for name, field in config.model_fields.items():
+        default = "(needed)" if field.default is PydanticUndefined else repr(field.default)
+        table.add_row(name, default, _kind(field.annotation), field.description or "")
+    return table
+
+
+def _kind(annotation: Any) -> str:
+    """A type as one reads it: `int`, `float or None`, `'pool' or 'stride'`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, parts))
+    if parts and type(None) in parts:
+        return " or ".join(map(_kind, parts))
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,118 @@
+"""Challenger against champion: what the gate judges by, gathered so that both played the very same episodes."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape
+from kshot.evaluation import evaluate
+from kshot.learner import Learner, State
+from kshot_flows import progress, registry, tracking
+from kshot_flows.gate import EpisodeSet, Evidence
+from kshot_flows.products import DataVersion, Exported, Scores
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+
+EVIDENCE = "evidence.json"
+
+
+def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
+    """What was measured of a new version, on the first shape of its recipe."""
+    first = scores.lines[0]
+    fit = next(fit for fit in scores.calibrations if fit.shape.shots == first.shape.shots)
+    with np.load(scores.arrays.file) as arrays:
+        accuracies = arrays[f"{first.key}.accuracies"]
+    return Evidence(
+        episodes=EpisodeSet(
+            data.version,
+            scores.split,
+            first.shape.ways,
+            first.shape.shots,
+            first.shape.queries,
+            scores.seed,
+            data.rotations,
+        ),
+        accuracies=accuracies,
+        ece=first.ece,
+        agreement=bundle.agreement,
+        auroc=None if math.isnan(fit.auroc) else fit.auroc,
+        latency_ms=bundle.latency_ms,
+    )
+
+
+def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion) -> Evidence:
+    """The champion's results on the challenger's episodes: those on record if they are of these, else played now."""
+    episodes, count = challenger.episodes, len(challenger.accuracies)
+    kept = _on_record(name, version)
+    if kept is not None and kept.episodes == episodes and len(kept.accuracies) == count:
+        return kept
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Bundle.open(registry.fetch_bundle(name, version, Path(scratch) / "champion"))
+        images = data.open().split(episodes.split, episodes.rotations)
+        shape = Shape(episodes.ways, episodes.shots, episodes.queries)
+        with progress.busy(f"version {version}, the champion, plays these {count} episodes"):
+            return _play(bundle, version, images, episodes, shape, count)
+
+
+def _on_record(name: str, version: int) -> Evidence | None:
+    from mlflow.artifacts import download_artifacts
+
+    run = next(known.run for known in registry.versions(name) if known.version == version)
+    door = tracking.client()
+    if run is None or EVIDENCE not in {artifact.path for artifact in door.list_artifacts(run)}:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        file = download_artifacts(run_id=run, artifact_path=EVIDENCE, dst_path=scratch, tracking_uri=door.tracking_uri)
+        return Evidence.from_dict({**json.loads(Path(file).read_text()), "version": version})
+
+
+def _play(
+    bundle: Bundle, version: int, images: ClassImages, episodes: EpisodeSet, shape: Shape, count: int
+) -> Evidence:
+    """Let a bundle answer `count` evaluation episodes: the very ones that torch was scored on."""
+    wanted = bundle.manifest.image.shape
+    if images.shape != tuple(wanted):
+        raise KshotError(
+            f"the champion, version {version}, takes images {wanted}, and these are {images.shape}: the two cannot "
+            "play the same episodes. Give the recipe another name, or put the version into production by hand."
+        )
+    fit = bundle.manifest.calibration_for(shape.ways, shape.shots)
+    temperature = fit.temperature if fit else 1.0
+    played = evaluate(cast(Learner, _Served(bundle)), images, shape, count, seed=episodes.seed, temperature=temperature)
+    return Evidence(
+        episodes=episodes,
+        accuracies=played.accuracies,
+        ece=played.ece,
+        auroc=fit.auroc if fit else None,
+        version=version,
+    )
+
+
+class _Served(nn.Module):
+    """A bundle that plays like a learner."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        self.bundle = bundle
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        state = self.bundle.adapt_arrays(_bytes(support), labels.numpy(), classes.numpy())
+        return {name: torch.from_numpy(value) for name, value in state.items()}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return torch.from_numpy(self.bundle.logits({k: v.numpy() for k, v in state.items()}, _bytes(query)))
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    """Images in 0..1 as the bytes that they were: uint8 (N, C, H, W)."""
+    pixels: np.ndarray = (images * 255).round().byte().contiguous().numpy()
+    return pixels

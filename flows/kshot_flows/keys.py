@@ -1,0 +1,103 @@
+"""When a step's result may be used again: keys made from content only, never from times, paths or names of runs.
+
+A key holds what came in (hashes), the part of the recipe that the step reads, and the code that does it: kshot's
+version, the source of the modules that the step uses, and of the plugins with their distribution's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kshot import plugins
+
+if TYPE_CHECKING:
+    from kshot.plugins import Provided
+    from kshot.recipe import Recipe
+    from kshot_flows.products import DataVersion, Exported, Registered, Scores, Trained
+
+_LEARNING = (
+    "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
+)  # fmt: skip
+_EVALUATING = ("kshot.evaluation", "kshot.calibration")
+_EXPORTING = (
+    "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.tracing", "kshot.decompositions",
+    "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
+)  # fmt: skip
+
+
+def version_data(recipe: Recipe) -> str:
+    """By name: whether that name still stands for the same content is looked at when the result is used again."""
+    return _key("data", recipe.dataset.model_dump(mode="json", include={"name", "source", "rotations"}))
+
+
+def meta_train(recipe: Recipe, data: DataVersion) -> str:
+    return _key(
+        "train", data.identity, training_part(recipe),
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.training"),
+    )  # fmt: skip
+
+
+def evaluate(recipe: Recipe, learner: Trained) -> str:
+    read = recipe.model_dump(mode="json", include={"evaluation": True, "dataset": {"rotations", "validation", "test"}})
+    return _key(
+        "evaluate", learner.identity, learner.data.identity, read, _plugins(recipe), code(*_LEARNING, *_EVALUATING)
+    )
+
+
+def export(recipe: Recipe, learner: Trained, score: Scores) -> str:
+    return _key(
+        "export", learner.identity, score.identity, _plugins(recipe), code(*_LEARNING, *_EVALUATING, *_EXPORTING)
+    )
+
+
+def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> str:
+    from kshot_flows import tracking
+
+    everything = recipe.model_dump(mode="json", exclude={"gate"})
+    store = tracking.store()
+    return _key("register", everything, data.identity, score.identity, bundle.identity, store)
+
+
+def promote(recipe: Recipe, version: Registered) -> str:
+    return _key("promote", version.identity, recipe.gate)
+
+
+def training_part(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides what is learned; a checkpoint of another training is refused by it."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", include={"seed", "backbone", "learner", "training"})
+    data = recipe.dataset.model_dump(mode="json", include={"rotations", "train", "validation"})
+    return {**content, "dataset": data}
+
+
+@cache
+def code(*modules: str) -> str:
+    """sha256 over the source of some modules."""
+    digest = hashlib.sha256(importlib.metadata.version("kshot").encode())
+    for name in modules:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError(name)
+        digest.update(name.encode() + Path(found.origin).read_bytes())
+    return digest.hexdigest()
+
+
+def _plugins(recipe: Recipe) -> list[str]:
+    found = plugins.find()
+    return [_plugin(found.learner(recipe.learner.name)), _plugin(found.backbone(recipe.backbone.name))]
+
+
+def _plugin(provided: Provided) -> str:
+    source = Path(inspect.getfile(provided.value)).read_bytes()
+    return f"{provided.name} {provided.distribution} {provided.version} {hashlib.sha256(source).hexdigest()}"
+
+
+def _key(step: str, *parts: Any) -> str:
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return f"{step}-{digest[:32]}"

@@ -1,0 +1,98 @@
+"""What a run of the pipeline says at its end: what was done, how good it is, and where to look next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.table import Table
+
+from kshot_flows import progress, tracking
+from kshot_flows.engine import Done
+from kshot_flows.products import DataVersion, Exported, Product, Promotion, Registered, Scores, Trained, relative
+
+T = TypeVar("T")
+
+
+def show(done: Sequence[Done], command: str) -> None:
+    """Print the result of a pipeline whose steps are `done`; `command` is what started it."""
+    out = progress.console()
+    out.print(_steps(done))
+    products = [step.product for step in done]
+    if scores := _find(products, Scores):
+        out.print(_scores(scores))
+    bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
+    if bundle and version and promotion:
+        out.print(_verdict(promotion))
+        out.print(_next(bundle, version, command))
+
+
+def _steps(done: Sequence[Done]) -> Table:
+    table = _table("step", "", "seconds", "what it gave")
+    table.columns[2].justify = "right"
+    for step in done:
+        how = "[cyan]reused[/cyan]" if step.reused else "[green]ran[/green]"
+        table.add_row(step.step, how, f"{step.seconds:.1f}", _summary(step.product))
+    return table
+
+
+def _summary(product: Product) -> str:
+    match product:
+        case DataVersion():
+            return f"{product.name}, version {(product.md5 or product.version)[:12]}"
+        case Trained():
+            best = f"{100 * product.validation:.2f} ± {100 * product.margin:.2f} % on validation"
+            return f"{best} at step {product.best_step} of {product.steps}, {product.seconds:.0f} s of training"
+        case Scores():
+            return f"{product.lines[0].episodes} episodes of each shape from {product.split}"
+        case Exported():
+            return (
+                f"ONNX answers {100 * product.agreement:.2f} % of the queries as torch does "
+                f"(logits differ by {product.largest_difference:.1e}); {product.latency_ms:.1f} ms a photo"
+            )
+        case Registered():
+            return f"{product.name} version {product.version}"
+        case Promotion():
+            return f"{product.stage}: {product.why}"
+
+
+def _scores(scores: Scores) -> Table:
+    table = _table("test episodes", "accuracy (95 % interval)", "calibration error")
+    for line in scores.lines:
+        accuracy = f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]"
+        table.add_row(f"{line.label}, {line.shape.queries} queries", accuracy, f"{100 * line.ece:.1f} %")
+    return table
+
+
+def _verdict(promotion: Promotion) -> str:
+    what = f"{promotion.name} version {promotion.version}"
+    if promotion.stage == "Production":
+        return f"[bold green]{what} is in production.[/bold green]"
+    return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {promotion.why}"
+
+
+def _next(bundle: Exported, version: Registered, command: str) -> str:
+    store = tracking.store()
+    pages = store if store.startswith("http") else f"mlflow ui --backend-store-uri {store}"
+    return f"""
+[bold]The bundle[/bold]   {relative(bundle.folder)}
+[bold]Use it[/bold]       from kshot_runtime.bundle import Bundle
+             bundle = Bundle.open("{relative(bundle.folder)}")
+             state = bundle.adapt(["a.png", "b.png"], ["class a", "class b"])
+             print(bundle.classify(state, ["new.png"]).names)
+[bold]Where from[/bold]   kshot trace {version.name} {version.version}
+[bold]Versions[/bold]     kshot models {version.name}
+[bold]Pictures[/bold]     {tracking.public(pages)}
+[bold]Again[/bold]        {command}"""
+
+
+def _find(products: Sequence[Product], kind: type[T]) -> T | None:
+    return next((product for product in products if isinstance(product, kind)), None)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

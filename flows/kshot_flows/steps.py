@@ -1,0 +1,283 @@
+"""The steps of the pipeline as plain functions: each one a few calls into kshot, versioning, tracking and registry.
+
+They work without Prefect, hand files and hashes on (see `products`), and each can be run again alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kshot import exporting, plugins, training
+from kshot.calibration import Calibration, calibrate
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape
+from kshot.evaluation import Score
+from kshot.evaluation import evaluate as play
+from kshot.learner import Learner
+from kshot.plugins import Provided
+from kshot.recipe import Recipe
+from kshot_flows import contest, curves, keys, learners, progress, records, registry, tracking, versioning
+from kshot_flows.gate import Evidence, GateSettings, judge
+from kshot_flows.products import DataVersion, Exported, Line, Pin, Promotion, Registered, Scores, Trained
+from kshot_flows.stages import Stage, StageConflictError
+from kshot_runtime import manifest
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+from kshot_runtime.images import ImageRule
+from kshot_runtime.manifest import MANIFEST
+
+TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
+_CALIBRATION_EPISODES = 200
+
+
+def version_data(recipe: Recipe) -> DataVersion:
+    """The recipe's data, brought in where they are missing, and the whole data folder recorded in data.dvc."""
+    root = versioning.data_root()
+    with progress.counting(f"making {recipe.dataset.name}") as watch:
+        present = versioning.ensure(recipe.dataset.name, root, recipe.dataset.source, watch)
+    recorded = versioning.version_data(root)
+    for remark in filter(None, (present.note, recorded.why_not)):
+        progress.say(f"  {remark}")
+    found = present.data_set
+    return DataVersion(found.name, found.version, recorded.md5, found.index.source, recipe.dataset.rotations)
+
+
+def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
+    """Meta-train in `runs/RECIPE/KEY`, from the last checkpoint there if a run was cut off, to `learner.pt`."""
+    folder = tracking.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
+    train, validation = (_split(recipe, data, part) for part in (recipe.dataset.train, recipe.dataset.validation))
+    torch.manual_seed(recipe.seed)
+    learner = recipe.build(train.shape)
+    position = _checkpoint(folder).get("step", 0)
+    if position:
+        progress.say(f"  goes on from the checkpoint at step {position} of {recipe.training.steps}")
+    curve = curves.Curve(folder / "curve.jsonl", recipe.training.steps, position)
+    with records.training_run(recipe, data, folder) as run:
+        steps = training.meta_train(
+            learner, train, validation, recipe.training,
+            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=device(),
+        )  # fmt: skip
+        for step in progress.training(steps):
+            if point := curve.add(step):
+                run.metrics(step.step, curves.metrics(point))
+    reached = _checkpoint(folder)
+    learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
+    best = next(point for point in reached["history"] if point["step"] == reached["best_step"])
+    return Trained(
+        Pin.of(folder / "learner.pt"), data, run.id,
+        reached["step"], reached["best_step"], best["validation"], best["margin"], reached["seconds"],
+    )  # fmt: skip
+
+
+def evaluate(recipe: Recipe, learner: Trained) -> Scores:
+    """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
+    model = learners.load(learner.learner.file).to(device())
+    test, validation = (_split(recipe, learner.data, part) for part in (recipe.dataset.test, recipe.dataset.validation))
+    calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
+    hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
+    scores = []
+    for shape in recipe.evaluation.shapes:
+        for transductive in hows:
+            with progress.busy(f"{recipe.evaluation.episodes} episodes, {shape}"):
+                scores.append(
+                    play(
+                        model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
+                        temperature=calibrations[shape.shots].temperature, device=device(),
+                    )
+                )  # fmt: skip
+    return _keep(scores, tuple(calibrations.values()), recipe, learner)
+
+
+def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
+    """Write the learner as ONNX with all that serving needs to know, checked against torch."""
+    model = learners.load(learner.learner.file)
+    data, shape = learner.data.open(), score.lines[0].shape
+    folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
+    with progress.busy("tracing to ONNX, and comparing with torch"):
+        report = exporting.export(
+            model, folder, facts=_facts(recipe, data.rule, learner, score),
+            data=_split(recipe, learner.data, recipe.dataset.test), shape=shape, seed=score.seed,
+        )  # fmt: skip
+    parity = report.manifest.parity
+    files = tuple(Pin.of(folder / name) for name in (MANIFEST, *report.manifest.files))
+    return Exported(files, parity.agreement, parity.logit_difference, _latency(Bundle.open(folder), shape))
+
+
+def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:
+    """Log everything of the experiment in one MLflow run, and make the bundle a version of the recipe's model."""
+    evidence = contest.evidence_of(data, score, bundle)
+    file = bundle.folder.with_suffix(".evidence.json")
+    file.write_text(json.dumps(evidence.to_dict()))
+    first = score.lines[0]
+    with progress.busy("metrics, pictures and files"), records.version_run(recipe, data, score.learner) as run:
+        records.log_scores(run, recipe, score.learner, score)
+        run.text(contest.EVIDENCE, file.read_text())
+        version = registry.register(
+            recipe.name,
+            run.id,
+            bundle.folder,
+            tags={"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"},
+        )
+        records.mark_registered(run, version)
+    return Registered(recipe.name, version, run.id, tracking.public(tracking.store()), Pin.of(file), data)
+
+
+def unregister(version: Registered) -> None:
+    """Take a version back out of the registry."""
+    tracking.client().delete_model_version(version.name, str(version.version))
+
+
+def remove_bundle(bundle: Exported) -> None:
+    """Take a bundle's files away."""
+    shutil.rmtree(bundle.folder, ignore_errors=True)
+
+
+def promote(recipe: Recipe, version: Registered) -> Promotion:
+    """Let a version meet the champion: into production if the gate opens, and else it waits in staging.
+
+    A version that someone archived stays there: what a person took out of service, no schedule puts back.
+    """
+    settings = GateSettings.of(recipe.gate)
+    name, number = version.name, version.version
+    stage = next(known.stage for known in registry.versions(name) if known.version == number)
+    if stage is Stage.PRODUCTION:
+        return Promotion(name, number, stage, number, "it is in production already")
+    if stage is Stage.ARCHIVED:
+        why = f"it was archived, and only a person brings it back: kshot promote {name} {number} production"
+        return Promotion(name, number, stage, registry.champion(name), why)
+    if stage is Stage.NONE:
+        registry.move(name, number, Stage.STAGING, why="made by the pipeline")
+    challenger = Evidence.from_dict({**json.loads(version.evidence.file.read_text()), "version": number})
+    while True:
+        champion = registry.champion(name)
+        try:
+            other = None if champion is None else contest.champions_evidence(name, champion, challenger, version.data)
+        except KshotError as error:
+            return Promotion(name, number, Stage.STAGING, champion, str(error))
+        report = judge(challenger, other, settings)
+        registry.record_gate(name, number, report.to_dict())
+        if not report.passed:
+            return Promotion(name, number, Stage.STAGING, champion, "; ".join(report.failures))
+        with suppress(StageConflictError):  # another version came first: meet that one
+            why = "passed the gate" + (f" against version {champion}" if champion else ", the first version")
+            registry.promote(name, number, Stage.PRODUCTION, why=why)
+            return Promotion(name, number, Stage.PRODUCTION, champion, why)
+
+
+def device() -> str:
+    """Where to compute: KSHOT_DEVICE, or else a GPU if there is one."""
+    return os.environ.get("KSHOT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _facts(recipe: Recipe, rule: ImageRule, learner: Trained, score: Scores) -> manifest.Facts:
+    """What a bundle says of where it comes from and of what to expect of it."""
+    commit, dirty, _ = tracking.git()
+    found = plugins.find()
+    return manifest.Facts(
+        learner=_plugin(found.learner(recipe.learner.name), recipe.learner.options),
+        backbone=_plugin(found.backbone(recipe.backbone.name), recipe.backbone.options),
+        image=rule,
+        calibration=tuple(
+            manifest.Calibration(
+                ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
+                threshold=fit.threshold, auroc=_finite(fit.auroc), false_accepts=_finite(fit.false_accepts),
+                ece=fit.ece,
+            )
+            for fit in score.calibrations
+        ),
+        expected=tuple(
+            manifest.Accuracy(**asdict(line.shape), episodes=line.episodes, accuracy=line.accuracy, margin=line.margin)
+            for line in score.lines
+            if not line.transductive
+        ),
+        source=manifest.Source(
+            dataset=learner.data.name, dataset_hash=learner.data.ref().digest,
+            commit=f"{commit}-dirty" if commit and dirty else commit or "", run_id=learner.run, recipe=recipe.name,
+        ),
+    )  # fmt: skip
+
+
+def _plugin(provided: Provided, options: dict[str, Any]) -> manifest.Plugin:
+    config = provided.value.Config.model_validate(options).model_dump(mode="json")
+    return manifest.Plugin(
+        name=provided.name, config=config, distribution=provided.distribution, version=provided.version
+    )  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _latency(bundle: Bundle, shape: Shape) -> float:
+    """Milliseconds that the bundle takes for one photo, the median of some, on this machine's CPU."""
+    photos = np.zeros((shape.ways * shape.shots, *bundle.manifest.image.shape), np.uint8)  # (S, C, H, W)
+    labels = np.arange(shape.ways).repeat(shape.shots)
+    state = bundle.adapt_arrays(photos, labels, np.arange(shape.ways))
+    took = []
+    for _ in range(30):
+        began = time.perf_counter()
+        bundle.logits(state, photos[:1])
+        took.append(1000 * (time.perf_counter() - began))
+    return float(np.median(took))
+
+
+def _split(recipe: Recipe, data: DataVersion, part: str) -> ClassImages:
+    return data.open().split(part, recipe.dataset.rotations)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint of a training says; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        held: dict[str, Any] = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+        return held
+    return {}
+
+
+def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shots: int) -> Calibration:
+    ways = min(recipe.evaluation.ways[0], max(2, len(validation) // 2))  # the other half: classes to be told apart
+    shape = Shape(ways, shots, recipe.evaluation.queries)
+    episodes = min(_CALIBRATION_EPISODES, recipe.evaluation.episodes)
+    with progress.busy(f"calibration on {episodes} validation episodes, {shape}"):
+        return calibrate(model, validation, shape, episodes, seed=TEST_SEED, device=device())
+
+
+def _keep(scores: list[Score], calibrations: tuple[Calibration, ...], recipe: Recipe, learner: Trained) -> Scores:
+    """Write scores to files beside the learner: a summary to read, and what every episode gave."""
+    lines = tuple(
+        Line(score.shape, score.episodes, score.transductive, score.accuracy, score.margin, score.ece)
+        for score in scores
+    )
+    stem = learner.folder / f"scores-{keys.evaluate(recipe, learner).removeprefix('evaluate-')[:12]}"
+    arrays, report = stem.with_suffix(".npz"), stem.with_suffix(".json")
+    np.savez_compressed(
+        arrays,
+        allow_pickle=False,
+        **{
+            f"{line.key}.{name}": getattr(score, name)
+            for line, score in zip(lines, scores, strict=True)
+            for name in ("accuracies", "confidences", "right")
+        },
+    )
+    report.write_text(
+        json.dumps(
+            {
+                "seed": TEST_SEED,
+                "split": recipe.dataset.test,
+                "lines": [asdict(line) for line in lines],
+                "calibrations": [asdict(calibration) for calibration in calibrations],
+            },
+            indent=2,
+        )
+    )
+    return Scores(lines, calibrations, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner)

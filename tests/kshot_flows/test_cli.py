@@ -1,0 +1,166 @@
+"""The command line: quick to answer, with messages that say what to do next, and no traceback for a user's mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import EntryPoint, version
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kshot import plugins
+from kshot_flows import cli, shipped
+from kshot_runtime.errors import KshotError
+
+HEAVY = ("torch", "prefect", "mlflow", "dvc", "onnx", "onnxruntime", "matplotlib", "numpy", "sqlalchemy", "fastapi")
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def kshot(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "from kshot_flows.cli import main; main()", *arguments],
+        capture_output=True, text=True, timeout=120, **more,
+    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from kshot_flows.cli import app
+app(["--help"], standalone_mode=False)
+print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == []
+
+
+def test_help_lists_every_command_and_shows_a_first_run() -> None:
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    for command in (
+        "run",
+        "recipes",
+        "schedule",
+        "algorithms",
+        "data",
+        "models",
+        "promote",
+        "rollback",
+        "history",
+        "trace",
+    ):
+        assert command in shown
+    assert "kshot run glyphs-protonet" in shown
+
+
+@pytest.mark.parametrize("command", ["run", "schedule", "algorithms"])
+def test_the_help_of_a_command_teaches_with_an_example(command: str) -> None:
+    assert f"kshot {command} " in CliRunner().invoke(cli.app, [command, "--help"]).output.split("Arguments")[0]
+
+
+def test_version_says_which_kshot_this_is() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"kshot {version('kshot')}\n"
+
+
+def test_a_misspelt_command_is_answered_with_a_guess() -> None:
+    done = CliRunner().invoke(cli.app, ["algoritms"])
+    assert done.exit_code == 2
+    assert "no command 'algoritms'; did you mean 'algorithms'?" in done.stderr
+
+
+def test_a_users_mistake_is_a_message_on_stderr_and_no_traceback(tmp_path: Path) -> None:
+    done = kshot("run", "glyph-protonet", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no recipe 'glyph-protonet'; did you mean 'glyphs-protonet'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_errors_are_red_in_a_terminal_and_plain_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._complain(KshotError("[dataset] is missing"))
+    assert capsys.readouterr().err == "[dataset] is missing\n"  # brackets are no markup here
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from kshot_flows.cli import main; main()", "run", "glyphs-protonet", "seed=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "KSHOT_HOME": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        time.sleep(1.5)  # while it imports or draws glyphs
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert shown.strip().splitlines()[-1].endswith("kshot run glyphs-protonet seed=2")
+    assert "Traceback" not in shown
+
+
+def test_recipes_are_listed_with_a_line_each() -> None:
+    shown = CliRunner().invoke(cli.app, ["recipes"]).output
+    assert all(name in shown for name in shipped.recipes())
+    assert "Prototypical networks" in shown
+
+
+def test_algorithms_shows_where_each_comes_from_and_its_idea() -> None:
+    shown = CliRunner().invoke(cli.app, ["algorithms"]).output
+    [row] = [line for line in shown.splitlines() if line.strip().startswith("maml ")]
+    assert version("kshot") in row
+    assert "a few gradient steps" in row
+
+
+def test_algorithms_shows_a_broken_plugin_as_broken_and_the_rest_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("protonet", "kshot_plugins.protonet", "kshot"),
+        EntryPoint("mine", "no_such_module.mine", "kshot"),
+    ]
+    found = plugins.load(points)
+    monkeypatch.setattr(plugins, "find", lambda: found)
+    shown = CliRunner().invoke(cli.app, ["algorithms"]).output
+    [row] = [line for line in shown.splitlines() if line.strip().startswith("mine ")]
+    assert "broken: ModuleNotFoundError" in row
+    assert "protonet" in shown
+
+
+def test_algorithms_with_a_name_explains_its_settings_and_their_defaults() -> None:
+    shown = CliRunner().invoke(cli.app, ["algorithms", "maml"]).output
+    [row] = [line for line in shown.splitlines() if line.strip().startswith("eval_steps")]
+    assert " 3 " in row
+    assert "int" in row
+    assert "inner steps afterwards" in row
+    assert "arxiv.org/abs/1703.03400" in shown
+
+
+def test_backbones_are_explained_too() -> None:
+    shown = CliRunner().invoke(cli.app, ["algorithms", "conv4"]).output
+    assert "[backbone]" in shown
+    assert "width" in shown
+
+
+def test_an_unknown_algorithm_is_answered_with_a_guess() -> None:
+    failed = CliRunner().invoke(cli.app, ["algorithms", "protnet"]).exception
+    assert isinstance(failed, KshotError)
+    assert "did you mean 'protonet'?" in str(failed)
+
+
+def test_a_schedule_that_names_no_time_is_refused_before_anything_starts() -> None:
+    failed = CliRunner().invoke(cli.app, ["schedule", "glyphs-protonet", "--cron", "every night"]).exception
+    assert isinstance(failed, KshotError)
+    assert "'every night' names no time" in str(failed)

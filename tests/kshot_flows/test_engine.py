@@ -1,0 +1,180 @@
+"""Steps as Prefect tasks: kept by content, looked at before they are used again, taken back together, locked."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.transactions import transaction
+
+from kshot_flows import engine
+from kshot_flows.engine import ProcessLocks
+from kshot_flows.products import Exported, Pin
+from kshot_runtime.errors import KshotError
+
+Write = Callable[[str], Exported]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_api: str) -> Path:
+    monkeypatch.setenv("KSHOT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def writing(home: Path, calls: list[str], undone: list[str] | None = None) -> Write:
+    """A step that writes a file named by its text, which is also its key."""
+
+    def undo(made: Exported) -> None:
+        if undone is not None:
+            undone.append(made.files[0].path)
+
+    @engine.step("writing", lambda text: f"write-{text}", undo=undo)
+    def write(text: str) -> Exported:
+        calls.append(text)
+        file = home / f"{text}.txt"
+        file.write_text(text)
+        return Exported((Pin.of(file),), 1.0, 0.0, 1.0)
+
+    return write
+
+
+def test_a_step_runs_once_and_its_result_is_used_again(home: Path) -> None:
+    calls: list[str] = []
+    write = writing(home, calls)
+
+    @flow
+    def twice() -> tuple[Exported, Exported]:
+        return write("a"), write("a")
+
+    with engine.journal() as done:
+        first, second = twice()
+    assert first == second
+    assert calls == ["a"]
+    assert [step.reused for step in done] == [False, True]
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed", "unreadable"])
+def test_a_result_whose_file_is_not_what_it_was_is_made_anew(home: Path, harm: str) -> None:
+    calls: list[str] = []
+    write = writing(home, calls)
+
+    @flow
+    def once() -> Exported:
+        return write("a")
+
+    once()
+    if harm == "gone":
+        (home / "a.txt").unlink()
+    elif harm == "changed":
+        (home / "a.txt").write_text("b")
+    else:
+        (home / ".kshot" / "steps" / "write-a").write_text("{")
+    once()
+    assert calls == ["a", "a"]
+    assert (home / "a.txt").read_text() == "a"
+
+
+def test_what_a_failed_transaction_made_is_taken_back_and_not_kept(home: Path) -> None:
+    calls: list[str] = []
+    undone: list[str] = []
+    write = writing(home, calls, undone)
+
+    @engine.step("failing", lambda: "fail")
+    def fail() -> Exported:
+        raise KshotError("no")
+
+    @flow
+    def both() -> None:
+        with transaction():
+            write("a")
+            fail()
+
+    for _ in range(2):
+        with pytest.raises(KshotError, match="no"):
+            both()
+    assert undone == ["a.txt", "a.txt"]
+    assert calls == ["a", "a"]
+
+
+def test_what_was_there_before_a_failed_transaction_stays(home: Path) -> None:
+    calls: list[str] = []
+    undone: list[str] = []
+    write = writing(home, calls, undone)
+
+    @engine.step("failing", lambda: "fail")
+    def fail() -> Exported:
+        raise KshotError("no")
+
+    @flow
+    def before() -> None:
+        write("a")
+
+    @flow
+    def both() -> None:
+        with transaction():
+            write("a")
+            fail()
+
+    before()
+    with pytest.raises(KshotError, match="no"):
+        both()
+    assert (undone, calls) == ([], ["a"])
+
+
+def test_recalling_finds_all_steps_or_says_that_something_is_left_to_do(home: Path) -> None:
+    calls: list[str] = []
+    write = writing(home, calls)
+
+    @flow
+    def once() -> Exported:
+        return write("a")
+
+    assert engine.recalled(once.fn) is None
+    assert calls == []
+    once()
+    done = engine.recalled(once.fn)
+    assert done is not None
+    assert [(step.step, step.reused) for step in done] == [("writing", True)]
+    (home / "a.txt").unlink()
+    assert engine.recalled(once.fn) is None
+    assert calls == ["a"]
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"""
+import time
+from pathlib import Path
+from kshot_flows.engine import ProcessLocks
+print(ProcessLocks(Path({str(tmp_path)!r})).acquire_lock("key", "they"), flush=True)
+time.sleep(60)
+"""], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    locks = ProcessLocks(tmp_path)
+    assert locks.is_locked("key")
+    assert not locks.acquire_lock("key", "we", acquire_timeout=0.1)
+    holder.kill()
+    holder.communicate()
+    assert locks.acquire_lock("key", "we", acquire_timeout=5)
+
+
+def test_of_two_with_one_key_one_works_and_the_other_waits_for_its_result(home: Path) -> None:
+    calls: list[str] = []
+    write = writing(home, calls)
+    locks = ProcessLocks(home / ".kshot" / "locks")
+    assert locks.acquire_lock("write-a", "someone else")
+
+    @flow
+    def once() -> Exported:
+        return write("a")
+
+    releasing = threading.Timer(1.0, locks.release_lock, ("write-a", "someone else"))
+    releasing.start()
+    once()
+    releasing.join()
+    assert calls == ["a"]
