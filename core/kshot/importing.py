@@ -9,16 +9,14 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import tempfile
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,57 +25,12 @@ from pydantic import ValidationError
 
 from kshot.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
 from kshot.sheets import contact_sheet
+from kshot.sources import Importer, Picture, Request, Split, list_images, random_split
 from kshot_runtime.errors import KshotError
-from kshot_runtime.images import LIMITS, ImageError, ImageRule, decode, render
+from kshot_runtime.images import ImageError, ImageRule, decode, render
 
-Split = Literal["train", "val", "test"]
 FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test: the share of the classes of a source that is not split already
-_SPLIT_FOLDERS: dict[str, Split] = {
-    "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-}  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MAX_RATIO = 200  # images hardly compress: a zip that grows this much is a bomb
-_MAX_MEMBERS = 5_000_000
-
-
-class Picture(NamedTuple):
-    """One image before its decoding."""
-
-    name: str  # unique in the source
-    label: str  # its class
-    split: Split | None  # None: split by class, by the source's fractions
-    read: Callable[[], bytes | Image.Image]  # an encoded file, or pixels that need no decoding
-
-
-@dataclass
-class Listing:
-    """What a source offers: its pictures, unread, and the files that are none."""
-
-    pictures: list[Picture]
-    skipped: list[Skipped] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a source is asked for."""
-
-    folder: Path | None  # where its archives lie, if the user or the mirror has them
-    cache: Path  # where to keep what has to be downloaded
-    split: str | None  # one of the source's splits
-    seed: int
-
-
-@dataclass(frozen=True)
-class Importer:
-    """A source of images by name, as a plugin offers it through `kshot_datasets`."""
-
-    about: str  # one line for the user
-    licence: str
-    provenance: str
-    rule: ImageRule  # how its images are packed unless the user says otherwise
-    open: Callable[[Request], AbstractContextManager[Listing]]  # the archives stay open while its pictures are read
-    splits: Mapping[str, str] = field(default_factory=dict)  # by name, with a line each; the first is the default
-    embedded: bool = False  # needs neither files nor network
 
 
 @dataclass(frozen=True)
@@ -137,6 +90,8 @@ def import_dataset(
         with _workplace(root, name) as place, importer.open(request) as listing:
             packing = _Packing(place, full_rule)
             yield from packing.pack(listing.pictures, min_images)
+            if split and not importer.splits and all(known for _, known, _, _ in packing.classes):
+                raise KshotError(f"{source} is split already into train/, val/ and test/: leave --split out")
             classes = _split_by_class(packing.classes, fractions, seed)
             index = Index(
                 name=name,
@@ -167,7 +122,7 @@ def finish(events: Iterable[Progress | ImportReport]) -> ImportReport:
 
 
 def _importer(source: str) -> Importer:
-    from kshot import plugins  # here, because plugins import this module
+    from kshot import plugins  # here, for a user of folders needs none of them
 
     if os.sep in source or source.startswith(".") or source.lower().endswith(".zip"):
         return _own_images(Path(source))
@@ -200,129 +155,6 @@ def _archives(source: str, from_dir: Path | None) -> Path | None:
     mirror = os.environ.get("KSHOT_MIRROR")
     folder = Path(mirror, source) if mirror else None
     return folder if folder and folder.is_dir() else None
-
-
-@contextmanager
-def list_images(paths: Sequence[Path]) -> Iterator[Listing]:
-    """The pictures of some folders and zips with one folder per class, perhaps under train/, val/ and test/."""
-    with ExitStack() as stack:
-        files: dict[str, Callable[[], bytes]] = {}
-        skipped: list[Skipped] = []
-        for path in paths:
-            if path.is_dir():
-                found = _folder_files(path, skipped)
-            elif path.is_file():
-                found = _zip_files(path, stack, skipped)
-            else:
-                raise KshotError(f"there is no folder or zip {path}")
-            if again := files.keys() & found.keys():
-                raise KshotError(f"{min(again)} is in {path.name} and in what was read before it")
-            files |= found
-        yield _listing(files, skipped)
-
-
-def _listing(files: Mapping[str, Callable[[], bytes]], skipped: list[Skipped]) -> Listing:
-    """Sort files into classes and splits by the folders they lie in."""
-    paths = {name: PurePosixPath(name).parts for name in sorted(files)}
-    wrapped = {parts[0] for parts in paths.values()}
-    depth = 0  # one folder around everything, as archives have it, is no class
-    if len(wrapped) == 1 and not wrapped & _SPLIT_FOLDERS.keys() and all(len(p) > 2 for p in paths.values()):
-        depth = 1
-    images = {name: parts[depth:] for name, parts in paths.items() if len(parts) > depth + 1}
-    tops = {parts[0].lower() for parts in images.values()}
-    split_already = tops <= _SPLIT_FOLDERS.keys() and all(len(parts) > 2 for parts in images.values())
-    skipped += [Skipped(name=name, why="not in the folder of a class") for name in paths if name not in images]
-    pictures = [
-        Picture(name, "/".join(parts[1:-1]), _SPLIT_FOLDERS[parts[0].lower()], files[name])
-        if split_already
-        else Picture(name, "/".join(parts[:-1]), None, files[name])
-        for name, parts in images.items()
-    ]
-    return Listing(pictures, skipped)
-
-
-def _folder_files(folder: Path, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
-    def refuse(error: OSError) -> None:
-        raise KshotError(f"cannot read {error.filename}: {error.strerror}. Check its permissions.") from None
-
-    files = {}
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        relative = Path(parent).relative_to(folder)
-        for name in [*folders]:
-            if _is_litter(name) or Path(parent, name).is_symlink():
-                folders.remove(name)
-                skipped.append(Skipped(name=f"{(relative / name).as_posix()}/", why=_why_litter(name)))
-        for name in names:
-            if _is_litter(name):
-                skipped.append(Skipped(name=(relative / name).as_posix(), why=_why_litter(name)))
-            else:
-                files[(relative / name).as_posix()] = _limited_reader(Path(parent, name))
-    return files
-
-
-def _limited_reader(path: Path) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if not path.is_file():  # a pipe or a device would never end
-            raise ImageError("not a regular file")
-        with path.open("rb") as file:
-            return file.read(LIMITS.max_bytes + 1)
-
-    return read
-
-
-def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
-    """The files in a zip, read one at a time and never unpacked. A zip that was made to do harm is refused whole."""
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-    except (zipfile.BadZipFile, NotImplementedError):
-        raise KshotError(f"{path} is not a zip, or it is damaged") from None
-    except OSError as error:
-        raise KshotError(f"cannot read {path}: {error.strerror}") from None
-    members = [m for m in archive.infolist() if not m.is_dir()]
-    if len(members) > _MAX_MEMBERS:
-        raise KshotError(f"{path} has {len(members):,} files; at most {_MAX_MEMBERS:,} are taken")
-    packed, unpacked = path.stat().st_size, sum(m.file_size for m in members)
-    if unpacked > _MAX_RATIO * max(packed, 4096):
-        raise KshotError(f"{path} unpacks from {packed:,} to {unpacked:,} bytes: no archive of images does. Refused.")
-    files: dict[str, Callable[[], bytes]] = {}
-    for member in members:
-        parts = PurePosixPath(member.filename).parts
-        if ".." in parts or member.filename.startswith("/") or "\\" in member.filename or ":" in parts[0]:
-            raise KshotError(f"{path} holds {member.filename!r}, a path out of the archive. Refused.")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise KshotError(f"{path} holds {member.filename!r}, a symbolic link. Refused.")
-        if member.flag_bits & 1:
-            raise KshotError(f"{path} is encrypted. Unpack it, and import the folder.")
-        if member.filename in files:
-            raise KshotError(f"{path} holds {member.filename!r} twice. Refused.")
-        if litter := next(filter(_is_litter, parts), None):
-            skipped.append(Skipped(name=member.filename, why=_why_litter(litter)))
-        else:
-            files[str(PurePosixPath(*parts))] = _member_reader(archive, member)
-    return files
-
-
-def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        try:
-            with archive.open(member) as file:
-                return file.read(LIMITS.max_bytes + 1)
-        except Exception:  # zipfile, zlib and lzma each have errors of their own
-            raise ImageError("damaged in the zip") from None
-
-    return read
-
-
-def _is_litter(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
-def _why_litter(name: str) -> str:
-    return (
-        "a file of the operating system, or hidden"
-        if _is_litter(name)
-        else "a link to a folder; links are not followed"
-    )
 
 
 # ---- packing
@@ -415,27 +247,6 @@ def _split_by_class(
     if free:
         splits |= random_split(free, fractions, seed)
     return [ClassEntry(name=name, split=splits[name], start=start, count=count) for name, _, start, count in classes]
-
-
-def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, Split]:
-    """Each name's split: shares of a seeded shuffle, at least one in each that is asked for."""
-    order: tuple[Split, ...] = ("train", "val", "test")
-    asked = sum(f > 0 for f in fractions)
-    if len(names) < asked:
-        has = f"only one class ({names[0]!r})" if len(names) == 1 else f"only {len(names)} classes"
-        raise KshotError(
-            f"there {'is' if len(names) == 1 else 'are'} {has}, and train, val and test need one each at least. "
-            "Add folders of other classes, or put all in one split: --split 0/0/1"
-        )
-    exact = [f * len(names) / sum(fractions) for f in fractions]
-    counts = [max(int(share), 1) if share else 0 for share in exact]
-    while sum(counts) > len(names):
-        counts[int(np.argmax(counts))] -= 1
-    while sum(counts) < len(names):  # what rounding left goes where it is missed most
-        counts[int(np.argmax(np.array(exact) - counts))] += 1
-    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    chosen = [split for split, count in zip(order, counts, strict=True) for _ in range(count)]
-    return dict(zip(shuffled, chosen, strict=True))
 
 
 def _fractions(text: str) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kshot import hookimpl
 from kshot.datasets import Skipped
-from kshot.importing import Importer, Listing, Picture, Request, Split
+from kshot.sources import Importer, Listing, Picture, Request, Split
 from kshot_runtime.images import ImageRule
 
 SIDE = 28

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kshot import KshotError, hookimpl
-from kshot.importing import Importer, Listing, Picture, Request, Split, list_images
+from kshot.sources import Importer, Listing, Picture, Request, Split, list_images
 from kshot_runtime.images import ImageRule
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from kshot import KshotError, hookimpl
-from kshot.importing import Importer, Listing, Picture, Request
+from kshot.sources import Importer, Listing, Picture, Request
 from kshot_runtime.images import ImageRule
 
 

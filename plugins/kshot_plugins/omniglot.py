@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from kshot import KshotError, hookimpl
-from kshot.importing import Importer, Listing, Picture, Request, Split, list_images, random_split
+from kshot.sources import Importer, Listing, Picture, Request, Split, list_images, random_split
 from kshot_runtime.images import ImageRule
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from kshot.datasets import INDEX, ImageSet
-from kshot.importing import ImportReport, Progress, finish, import_dataset, random_split
+from kshot.importing import ImportReport, Progress, finish, import_dataset
+from kshot.sources import random_split
 from kshot_runtime.errors import KshotError
 
 SMALL = {"size": 12}
@@ -126,6 +127,8 @@ def test_folders_split_already_stay_split(tmp_path, data):
     mine = ImageSet.open(data / "mine")
     assert mine.splits == {"train": 3, "val": 1, "test": 2}
     assert mine.split("val").names == ("class3",)
+    with pytest.raises(KshotError, match="split already"):
+        take(tmp_path / "in", data, "other", split="0/0/1")
 
 
 def test_a_class_in_two_splits_is_refused(tmp_path, data):
