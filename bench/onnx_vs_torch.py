@@ -1,0 +1,141 @@
+"""Adapting and classifying with a bundle's ONNX graphs, against torch itself: same weights, same images, one thread.
+
+    python bench/onnx_vs_torch.py [--rounds 15] [--size 28] [--width 64]
+
+The two take turns within each round, so a busy machine slows both; what counts is the ratio of the round, of which the
+median and the middle half are printed. Weights are untrained, which changes no running time. Writes
+bench/results/onnx_vs_torch.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape
+from kshot.exporting import Facts, export
+from kshot.recipe import PluginSettings, Recipe
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.images import ImageRule
+from kshot_runtime.manifest import Plugin
+
+RESULTS = Path(__file__).parent / "results" / "onnx_vs_torch.json"
+LEARNERS = {"protonet": {}, "maml": {"steps": 5}, "finetune": {}}
+WAYS, SHOTS, QUERIES = 5, 5, 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=int, default=28)
+    parser.add_argument("--width", type=int, default=64)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for name in LEARNERS for row in compare(name, options)]
+    found = {
+        "what": f"conv4-{options.width}, {options.size}x{options.size}x1, {WAYS}-way {SHOTS}-shot, one thread, CPU",
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"\n{found['what']}; {found['machine']}. Written to {RESULTS}")
+
+
+def compare(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Torch and onnxruntime in turns, for adapting and for classifying many queries and one."""
+    torch.manual_seed(0)
+    image = (1, options.size, options.size)
+    recipe = Recipe(
+        name="bench",
+        dataset={"name": "noise"},
+        backbone=PluginSettings(name="conv4", width=options.width),
+        learner=PluginSettings(name=name, **LEARNERS[name]),
+    )
+    learner = recipe.build(image).eval()
+    random = np.random.default_rng(0)
+    noise = ClassImages.from_arrays([random.integers(0, 256, (4, *image), np.uint8) for _ in range(6)])
+    facts = Facts(
+        learner=Plugin(name=name), backbone=Plugin(name="conv4"), image=ImageRule(size=options.size, channels=1)
+    )
+    support = random.integers(0, 256, (WAYS * SHOTS, *image), np.uint8)
+    query = random.integers(0, 256, (WAYS * QUERIES, *image), np.uint8)
+    classes = np.arange(WAYS)
+    labels = classes.repeat(SHOTS)
+    with tempfile.TemporaryDirectory() as folder:
+        export(learner, Path(folder) / "bundle", facts=facts, data=noise, shape=Shape(3, 1, 2), seed=1, episodes=10)
+        bundle = Bundle.open(Path(folder) / "bundle")
+
+    def torch_adapt() -> dict[str, torch.Tensor]:
+        return learner.adapt(floats(support), torch.from_numpy(labels), torch.from_numpy(classes))
+
+    with torch.no_grad():
+        torch_state, state = torch_adapt(), bundle.adapt_arrays(support, labels, classes)
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            f"adapt to {len(support)}": (torch_adapt, lambda: bundle.adapt_arrays(support, labels, classes)),
+            f"classify {len(query)}": (
+                lambda: learner.classify(torch_state, floats(query)),
+                lambda: bundle.logits(state, query),
+            ),
+            "classify 1": (
+                lambda: learner.classify(torch_state, floats(query[:1])),
+                lambda: bundle.logits(state, query[:1]),
+            ),
+        }
+        return [row(name, what, *pair, options.rounds) for what, pair in pairs.items()]
+
+
+def row(
+    name: str, what: str, torchs: Callable[[], object], onnxs: Callable[[], object], rounds: int
+) -> dict[str, object]:
+    torchs(), onnxs()
+    times = np.array([[milliseconds(torchs), milliseconds(onnxs)] for _ in range(rounds)])  # (rounds, 2)
+    low, middle, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
+    torch_ms, onnx_ms = np.median(times, 0)
+    print(f"{name:9} {what:14} torch {torch_ms:8.2f} ms, onnxruntime {onnx_ms:8.2f} ms: "
+          f"{middle:5.2f} times as fast ({low:.2f} to {high:.2f})", flush=True)  # fmt: skip
+    return {
+        "learner": name,
+        "what": what,
+        "torch_ms": round(float(torch_ms), 3),
+        "onnxruntime_ms": round(float(onnx_ms), 3),
+        "ratio": round(float(middle), 3),
+        "ratio_middle_half": [round(float(low), 3), round(float(high), 3)],
+    }
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)
+
+
+def floats(images: np.ndarray) -> torch.Tensor:
+    """As episodes are made: floats in 0..1, channels last."""
+    source = torch.from_numpy(images)
+    return torch.empty(source.shape, memory_format=torch.channels_last).copy_(source).div_(255)
+
+
+def machine() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
