@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+
 from kshot import hookspecs
 
 DOCS = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
@@ -24,7 +25,9 @@ from kshot.training import Training, meta_train
 torch.set_num_threads(1)
 recipe = Recipe(name="x", dataset={"name": "toy"}, backbone={"name": "conv4", "width": 8}, learner={"name": "nearest"})
 learner = recipe.build((1, 16, 16))
-settings = Training(ways=5, queries=5, steps=30, lr=5e-3, validate_every=15, validation_episodes=5, validation_queries=5)
+settings = Training(
+    ways=5, queries=5, steps=30, lr=5e-3, validate_every=15, validation_episodes=5, validation_queries=5
+)
 for progress in meta_train(learner, toy_images(), toy_images(seed=1), settings, folder=Path(sys.argv[1]), seed=0):
     pass
 print("trained", progress.step, progress.best > 0.4)

@@ -32,6 +32,8 @@ from kshot.learner import InnerLoop, Learner, one_hot
 from kshot.norms import Norm
 from kshot.recipe import PluginSettings, Recipe
 from kshot.training import Training, meta_train
+from kshot_runtime.images import ImageRule
+from kshot_runtime.manifest import Plugin
 
 SIDE = 16
 CHECKS: list[Callable[[Subject], None]] = []
@@ -279,6 +281,25 @@ def learns_a_toy_problem(subject: Subject) -> None:
         pass
     score = evaluate(learner, toy_images(seed=2), Shape(5, 1, 5), 50, seed=0)
     assert score.accuracy - score.margin > 0.5, f"chance is 20 %, and after {subject.steps} outer steps it is {score}"
+
+
+@_check
+def onnx_agrees_with_torch(subject: Subject) -> None:
+    """The learner exports, MAML-like loops included, and the bundle answers like torch at any size."""
+    from kshot.exporting import Facts, export  # onnx takes a second to import
+
+    learner = subject.build()
+    rule = ImageRule(size=SIDE, channels=1)
+    facts = Facts(
+        learner=Plugin(name=subject.name, config=learner.config.model_dump(mode="json")),
+        backbone=Plugin(name="conv4", config=subject.recipe.backbone.options),
+        image=rule,
+    )
+    report = export(
+        learner, subject.folder / "bundle", facts=facts, data=toy_images(), shape=Shape(5, 1, 4), seed=0, episodes=100
+    )
+    found = report.manifest.parity
+    assert found.agreement >= 0.999, f"ONNX and torch agree on {100 * found.agreement:.2f} % of the queries only"
 
 
 def _accuracy(logits: Tensor, episode: Episode) -> float:

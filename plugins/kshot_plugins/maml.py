@@ -18,8 +18,8 @@ _HEAD = ("head.weight", "head.bias")
 
 
 class MAML(InnerLoop):
-    """All weights are fast weights. Every class starts from one shared head row, so any number of ways fits and no label
-    order can leak into the initialisation.
+    """All weights are fast weights. Every class starts from one shared head row, so any number of ways fits, and no
+    label order can leak into the initialisation.
 
     What all rows share cancels in the softmax, at every step and in every derivative, so the shared row is zero. Two
     things follow: before the first step every class is equally likely, and the first step moves the head only.

@@ -7,15 +7,16 @@ import time
 
 import pytest
 import torch
+
 from kshot.episodes import sample_episodes
 from kshot.testing import Subject, toy_images
 from kshot.training import Training, learner_step, learning_rate, meta_train, save_atomically
 from kshot_runtime.errors import KshotError
 
-SETTINGS = dict(
-    ways=3, shots=1, queries=2, episodes_per_step=2, steps=24, lr=1e-2,
-    validate_every=4, validation_episodes=5, validation_queries=2,
-)  # fmt: skip
+SETTINGS = {
+    "ways": 3, "shots": 1, "queries": 2, "episodes_per_step": 2, "steps": 24, "lr": 1e-2,
+    "validate_every": 4, "validation_episodes": 5, "validation_queries": 2,
+}  # fmt: skip
 
 TRAIN = """
 import sys, time, torch
