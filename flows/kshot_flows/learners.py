@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,32 @@ from kshot_runtime.errors import KshotError
 
 def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, history: list[dict[str, float]]) -> None:
     """Write `learner.pt`. The same training gives the same bytes: no dates, no durations, no paths."""
-    held = {
+    about = {
         "kshot": version("kshot"),
         "recipe": recipe.model_dump(mode="json"),
         "data": {"name": data.name, "version": data.version},
-        "image": list(learner.backbone.image),
+        "image": learner.backbone.image,
         "base_classes": len(data.open().split(recipe.dataset.train, recipe.dataset.rotations)),
         "history": history,
-        "weights": {name: value.cpu() for name, value in learner.state_dict().items()},
     }
-    save_atomically(held, file)
+    weights = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}
+    # As text, because a pickle's bytes tell equal objects from identical ones, and so a resumed run from another.
+    save_atomically({"about": json.dumps(about), "weights": weights}, file)
 
 
 def load(file: Path) -> Learner:
     """The learner in a file, ready to adapt."""
-    held = read(file)
-    learner = Recipe.model_validate(held["recipe"]).build(tuple(held["image"]))
-    learner.prepare(held["base_classes"])
-    learner.load_state_dict(held["weights"])
+    about, weights = read(file)
+    learner = Recipe.model_validate(about["recipe"]).build(tuple(about["image"]))
+    learner.prepare(about["base_classes"])
+    learner.load_state_dict(weights)
     return learner.eval()
 
 
-def read(file: Path) -> dict[str, Any]:
-    """All that a learner's file says."""
+def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a learner's file says of it, and its weights."""
     try:
-        held: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+        held = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise KshotError(f"there is no learner at {file}. `kshot run RECIPE` makes one.") from None
-    return held
+    return json.loads(held["about"]), held["weights"]

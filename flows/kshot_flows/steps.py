@@ -116,13 +116,11 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
 
 def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:
     """Log everything of the experiment in one MLflow run, and make the bundle a version of the recipe's model."""
-    evidence = contest.evidence_of(data, score, bundle)
-    file = bundle.folder.with_suffix(".evidence.json")
-    file.write_text(json.dumps(evidence.to_dict()))
+    evidence = json.dumps(contest.evidence_of(data, score, bundle).to_dict())
     first = score.lines[0]
     with progress.busy("metrics, pictures and files"), records.version_run(recipe, data, score.learner) as run:
         records.log_scores(run, recipe, score.learner, score)
-        run.text(contest.EVIDENCE, file.read_text())
+        run.text(contest.EVIDENCE, evidence)
         version = registry.register(
             recipe.name,
             run.id,
@@ -130,6 +128,8 @@ def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported)
             tags={"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"},
         )
         records.mark_registered(run, version)
+    file = bundle.folder.with_suffix(".evidence.json")
+    file.write_text(evidence)
     return Registered(recipe.name, version, run.id, tracking.public(tracking.store()), Pin.of(file), data)
 
 

@@ -1,12 +1,15 @@
-"""A real SQLite MLflow store, made once: its tables take seconds."""
+"""What takes seconds and is made once: a real SQLite MLflow store, a real Prefect server, a data set to learn from."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kshot_flows import tracking
 
@@ -44,7 +47,9 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         temporary_settings,
     )
 
-    serve = "from kshot_flows.engine import api\nwith api(schedules=True) as url:\n    print(url, flush=True)\n    input()"
+    serve = (
+        "from kshot_flows.engine import api\nwith api(schedules=True) as url:\n    print(url, flush=True)\n    input()"
+    )
     server = subprocess.Popen(
         [sys.executable, "-c", serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, env={**os.environ, "KSHOT_HOME": str(tmp_path_factory.mktemp("prefect"))},
@@ -54,4 +59,71 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     quiet = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}
     with temporary_settings({PREFECT_API_URL: url, **quiet}):
         yield url
-    server.communicate("\n", timeout=30)
+    server.kill()
+    server.communicate()
+
+
+TINY = """
+name = "tiny"
+
+[dataset]
+name = "patterns"
+
+[backbone]
+name = "conv4"
+width = 8
+
+[learner]
+name = "protonet"
+
+[training]
+ways = 5
+shots = 1
+queries = 3
+steps = 40
+lr = 3e-3
+validate_every = 20
+validation_ways = 3
+validation_queries = 3
+validation_episodes = 20
+
+[evaluation]
+ways = [3]
+shots = [1]
+queries = 3
+episodes = 60
+"""
+
+
+@pytest.fixture(scope="session")
+def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with one small data set: 16 x 16 patterns, one for each class, under much noise."""
+    from kshot.importing import finish, import_dataset
+
+    random = np.random.default_rng(0)
+    pictures, root = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("patterns") / "data"
+    for split, classes in (("train", 10), ("val", 6), ("test", 6)):
+        for name in range(classes):
+            pattern = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4)))  # (16, 16)
+            folder = pictures / split / f"{split}-{name}"
+            folder.mkdir(parents=True)
+            for number in range(8):
+                noisy = np.clip(pattern + random.normal(0, 100, (16, 16)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(folder / f"{number}.png")
+    finish(import_dataset(str(pictures), "patterns", root, rule={"size": 16, "channels": 1}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def new_project(shared_store: Path, patterns: Path) -> Callable[[Path], Path]:
+    """Make a folder a project: with the patterns as data, an MLflow store and a recipe that takes seconds."""
+
+    def make(home: Path) -> Path:
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(patterns, home / "data")
+        (home / "mlflow").mkdir()
+        shutil.copy(shared_store / "mlflow" / "mlflow.db", home / "mlflow")
+        (home / "tiny.toml").write_text(TINY)
+        return home
+
+    return make

@@ -141,10 +141,11 @@ def test_algorithms_shows_a_broken_plugin_as_broken_and_the_rest_as_well(monkeyp
 
 def test_algorithms_with_a_name_explains_its_settings_and_their_defaults() -> None:
     shown = CliRunner().invoke(cli.app, ["algorithms", "maml"]).output
-    [row] = [line for line in shown.splitlines() if line.strip().startswith("eval_steps")]
-    assert " 3 " in row
-    assert "int" in row
-    assert "inner steps afterwards" in row
+    config = plugins.find().learner("maml").value.Config
+    for name, field in config.model_fields.items():
+        [row] = [line for line in shown.splitlines() if line.strip().startswith(f"{name} ")]
+        assert repr(field.default) in row
+        assert (field.description or "") in row
     assert "arxiv.org/abs/1703.03400" in shown
 
 

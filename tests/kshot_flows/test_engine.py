@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 import time
 from pathlib import Path
 from kshot_flows.engine import ProcessLocks
-print(ProcessLocks(Path({str(tmp_path)!r})).acquire_lock("key", "they"), flush=True)
+locks = ProcessLocks(Path({str(tmp_path)!r}))
+print(locks.acquire_lock("key", "they"), flush=True)
 time.sleep(60)
 """], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -163,18 +165,25 @@ time.sleep(60)
     assert locks.acquire_lock("key", "we", acquire_timeout=5)
 
 
-def test_of_two_with_one_key_one_works_and_the_other_waits_for_its_result(home: Path) -> None:
+def test_of_two_with_one_key_the_second_waits_for_the_first(home: Path) -> None:
     calls: list[str] = []
     write = writing(home, calls)
-    locks = ProcessLocks(home / ".kshot" / "locks")
-    assert locks.acquire_lock("write-a", "someone else")
+    locks, held = ProcessLocks(home / ".kshot" / "locks"), threading.Event()
+
+    def work_elsewhere() -> None:
+        locks.acquire_lock("write-a", "someone else")
+        held.set()
+        time.sleep(1)
+        calls.append("released")
+        locks.release_lock("write-a", "someone else")
 
     @flow
     def once() -> Exported:
         return write("a")
 
-    releasing = threading.Timer(1.0, locks.release_lock, ("write-a", "someone else"))
-    releasing.start()
+    elsewhere = threading.Thread(target=work_elsewhere)
+    elsewhere.start()
+    held.wait()
     once()
-    releasing.join()
-    assert calls == ["a"]
+    elsewhere.join()
+    assert calls == ["released", "a"]

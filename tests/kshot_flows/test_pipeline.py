@@ -1,0 +1,271 @@
+"""The whole pipeline on a tiny scale, everything real: data, training, ONNX, MLflow, Prefect, and being killed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kshot.datasets import file_sha256
+from kshot_flows import engine, learners, pipeline, registry, report, shipped, steps, tracking
+from kshot_flows.engine import Done
+from kshot_flows.products import Exported, Promotion, Registered, Scores, Trained
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+
+STEPS = ["data", "meta-training", "evaluation", "export", "registration", "promotion"]
+
+
+@dataclass
+class Project:
+    """A project in which the tiny recipe ran once."""
+
+    home: Path
+    first: list[Done]
+
+    def run(self, *changes: str) -> list[Done]:
+        return pipeline.run(str(self.home / "tiny.toml"), changes)
+
+
+@pytest.fixture(scope="module")
+def project(
+    new_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory, prefect_api: str
+) -> Iterator[Project]:
+    home = new_project(tmp_path_factory.mktemp("tiny") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KSHOT_HOME", str(home))
+        for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        project = Project(home, [])
+        project.first = project.run()
+        yield project
+
+
+def of(done: list[Done], kind: type) -> object:
+    return next(step.product for step in done if isinstance(step.product, kind))
+
+
+def reused(done: list[Done]) -> list[str]:
+    return [step.step for step in done if step.reused]
+
+
+def test_a_first_run_takes_every_step_and_ends_in_production(project: Project) -> None:
+    assert [step.step for step in project.first] == STEPS
+    assert reused(project.first) == []
+    promotion = of(project.first, Promotion)
+    assert isinstance(promotion, Promotion)
+    assert (promotion.stage, promotion.version) == ("Production", 1)
+
+
+def test_its_bundle_classifies_without_torch_and_says_where_it_comes_from(project: Project) -> None:
+    exported, trained = of(project.first, Exported), of(project.first, Trained)
+    assert isinstance(exported, Exported)
+    assert isinstance(trained, Trained)
+    bundle = Bundle.open(exported.folder)
+    images = trained.data.open().split("test")
+    photos = images.gather(np.arange(3)[:, None], np.arange(2))  # (classes, shots + queries, C, H, W)
+    state = bundle.adapt(list(photos[:, 0]), ["a", "b", "c"])
+    assert bundle.classify(state, list(photos[:, 1])).probabilities.shape == (3, 3)
+    facts = bundle.manifest
+    assert (facts.source.recipe, facts.source.run_id, facts.learner.name) == ("tiny", trained.run, "protonet")
+    assert facts.expected[0].episodes == 60
+    assert facts.calibration[0].shots == 1
+
+
+def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:
+    version, trained = of(project.first, Registered), of(project.first, Trained)
+    assert isinstance(version, Registered)
+    assert isinstance(trained, Trained)
+    assert version.run == trained.run
+    door = tracking.client()
+    run = door.get_run(version.run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.lr"] == "0.003"
+    assert run.inputs.dataset_inputs[0].dataset.digest == trained.data.version[:36]
+    curve = door.get_metric_history(version.run, "train.loss")
+    assert [point.step for point in curve] == list(range(1, 41))
+    assert [point.step for point in door.get_metric_history(version.run, "validation.accuracy")] == [20, 40]
+    assert {"test.3w1s.accuracy", "test.3w1s.ece", "calibration.1s.temperature"} <= set(run.data.metrics)
+    pictures = {artifact.path for artifact in door.list_artifacts(version.run, "pictures")}
+    drawn = ("learning-curve", "episodes-3w1s", "confusion", "embeddings", "reliability", "episode")
+    assert pictures == {f"pictures/{name}.png" for name in drawn}
+    files = {artifact.path for artifact in door.list_artifacts(version.run)}
+    assert {"learner.pt", "evidence.json", "recipe.json"} <= files
+
+
+def test_a_version_is_traced_back_to_its_data_and_its_prefect_run(project: Project) -> None:
+    facts = registry.trace("tiny", 1).facts
+    trained = of(project.first, Trained)
+    assert isinstance(trained, Trained)
+    assert facts["data (sha256)"] == trained.data.version
+    assert re.fullmatch(r"[0-9a-f-]{36}", facts["Prefect run"])
+
+
+def test_the_learner_file_says_what_made_it_and_gives_the_learner_back(project: Project) -> None:
+    trained, scores = of(project.first, Trained), of(project.first, Scores)
+    assert isinstance(trained, Trained)
+    assert isinstance(scores, Scores)
+    held, _ = learners.read(trained.learner.file)
+    assert held["recipe"]["name"] == "tiny"
+    assert held["data"]["version"] == trained.data.version
+    again = steps.evaluate(shipped.load(str(project.home / "tiny.toml")), trained)
+    assert again.lines == scores.lines
+
+
+def test_an_unchanged_run_uses_every_step_again(project: Project) -> None:
+    versions = len(registry.versions("tiny"))
+    done = project.run()
+    assert reused(done) == STEPS
+    assert [step.product for step in done] == [step.product for step in project.first]
+    assert len(registry.versions("tiny")) == versions
+
+
+def test_an_unchanged_run_needs_no_prefect_server_to_know_it(project: Project) -> None:
+    done = engine.recalled(lambda: pipeline.pipeline.fn(str(project.home / "tiny.toml"), []))
+    assert done is not None
+    assert reused(done) == STEPS
+
+
+def test_the_result_says_what_was_done_how_good_it_is_and_where_to_look(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    report.show(project.first, "kshot run tiny.toml")
+    shown = capsys.readouterr().out
+    exported, scores = of(project.first, Exported), of(project.first, Scores)
+    assert isinstance(exported, Exported)
+    assert isinstance(scores, Scores)
+    assert "tiny version 1 is in production." in shown
+    assert f"{100 * scores.lines[0].accuracy:.2f} ± {100 * scores.lines[0].margin:.2f} %" in shown
+    assert f'Bundle.open("{exported.files[0].path.rpartition("/")[0]}")' in shown
+    assert "kshot trace tiny 1" in shown
+    assert "mlflow ui --backend-store-uri sqlite:///" in shown
+
+
+def test_a_changed_learning_rate_uses_the_data_again_and_nothing_else(project: Project) -> None:
+    done = project.run("training.lr=1e-3")
+    assert reused(done) == ["data"]
+    champion = registry.champion("tiny")
+    promotion = of(done, Promotion)
+    assert isinstance(promotion, Promotion)
+    assert promotion.version == 2
+    assert champion == (2 if promotion.stage == "Production" else 1)
+    assert json.loads(json.dumps(registry.gate_report("tiny", 2).to_dict()))["champion"] == 1  # type: ignore[union-attr]
+
+
+def test_other_test_episodes_use_the_training_again_and_replay_the_champion(project: Project) -> None:
+    champion = registry.champion("tiny")
+    done = project.run("evaluation.queries=4", "gate.min_accuracy=1.0")
+    assert reused(done) == ["data", "meta-training"]
+    version, promotion = of(done, Registered), of(done, Promotion)
+    assert isinstance(version, Registered)
+    assert isinstance(promotion, Promotion)
+    report = registry.gate_report("tiny", version.version)
+    assert report is not None
+    assert report.champion == champion
+    assert report.episodes == 60
+    assert promotion.stage == "Staging"
+    assert "were right; at least 100.00 %" in promotion.why
+    assert version.run != of(project.first, Trained).run  # type: ignore[attr-defined]  # that one is version 1's
+    curve = tracking.client().get_metric_history(version.run, "train.loss")
+    assert len(curve) == 40
+
+
+def test_what_a_person_archived_no_run_puts_back(project: Project) -> None:
+    name = "name=archived"
+    version = of(project.run(name), Registered)
+    assert isinstance(version, Registered)
+    registry.move("archived", version.version, "archived", why="it sees ghosts")
+    done = project.run(name)
+    assert reused(done) == STEPS[:-1]
+    promotion = of(done, Promotion)
+    assert isinstance(promotion, Promotion)
+    assert promotion.stage == "Archived"
+    assert registry.champion("archived") is None
+
+
+def test_a_version_deleted_from_the_registry_is_registered_again(project: Project) -> None:
+    name = "name=deleted"
+    first = of(project.run(name), Registered)
+    assert isinstance(first, Registered)
+    tracking.client().delete_model_version("deleted", str(first.version))
+    done = project.run(name)
+    assert reused(done) == STEPS[:4]
+    again = of(done, Registered)
+    assert isinstance(again, Registered)
+    assert again.version == first.version + 1
+
+
+def test_a_bundle_that_cannot_be_registered_is_taken_back(project: Project) -> None:
+    def bundles() -> set[Path]:
+        return set(project.home.glob("runs/*/*/bundle-*"))
+
+    before = bundles()
+    with pytest.raises(KshotError, match=r"'bad\.moves' cannot name a model"):
+        project.run("name=bad.moves", "evaluation.episodes=50")
+    assert bundles() == before
+
+
+def test_data_that_changed_are_noticed(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained = of(project.first, Trained)
+    assert isinstance(trained, Trained)
+    assert trained.data.intact()
+    shutil.copytree(project.home / "data", tmp_path / "data")
+    monkeypatch.setenv("KSHOT_DATA", str(tmp_path / "data"))
+    assert trained.data.intact()
+    with (tmp_path / "data" / "patterns" / "images.npy").open("r+b") as images:
+        images.seek(-1, os.SEEK_END)
+        images.write(b"\x7f")
+    assert not trained.data.intact()
+
+
+def kshot(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The real command with an embedded Prefect, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from kshot_flows.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=home, start_new_session=True,
+        env={**os.environ, "KSHOT_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(
+    new_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    home = new_project(tmp_path / "killed")
+    arguments = ("run", "tiny.toml", "training.steps=600", "training.validate_every=50")
+    process = kshot(home, *arguments)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(home.glob("runs/tiny/*/last.pt")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    [folder] = home.glob("runs/tiny/*")
+    assert not (folder / "learner.pt").exists()
+
+    process = kshot(home, *arguments)
+    shown, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, shown
+    assert re.search(r"goes on from the checkpoint at step \d+ of 600", shown)
+    assert "tiny version 1 is in production" in shown
+
+    uninterrupted = new_project(tmp_path / "uninterrupted")
+    monkeypatch.setenv("KSHOT_HOME", str(uninterrupted))
+    recipe = shipped.load(str(home / "tiny.toml"), arguments[2:])
+    trained = steps.meta_train(recipe, steps.version_data(recipe))
+    assert trained.learner.sha256 == file_sha256(folder / "learner.pt")
+    assert (trained.folder / "curve.jsonl").read_text() == (folder / "curve.jsonl").read_text()
