@@ -17,12 +17,17 @@ import torch
 from onnxscript import ir
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.export import Dim
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kshot.decompositions import TRANSLATIONS, backward_ops
@@ -65,14 +70,14 @@ def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -
 
     Weights become initializers under their own names. A size that the code turns into a number is an error.
     """
-    traced, weights, outputs, unchanged = _record(learner, what, call, inputs)
-    program = torch.export.export(
-        _Program(learner, weights, traced),
-        tuple(_example(spec) for spec in inputs.values()),
-        dynamic_shapes=(tuple(_dynamic(spec) for spec in inputs.values()),),
-        strict=False,
-    )
-    with _quiet(), _naming_the_missing_op(what):
+    with _explaining(f"{what} of {learner.name!r}"), _quiet():
+        traced, weights, outputs, unchanged = _record(learner, what, call, inputs)
+        program = torch.export.export(
+            _Program(learner, weights, traced),
+            tuple(_example(spec) for spec in inputs.values()),
+            dynamic_shapes=(tuple(_dynamic(spec) for spec in inputs.values()),),
+            strict=False,
+        )
         exported = torch.onnx.export(
             program, (), None, dynamo=True, opset_version=OPSET, verbose=False,
             optimize=False,  # its rewrites take `x + 1e-8` for x, and Adam's division with it
@@ -229,12 +234,24 @@ def _name(graph: ir.Graph, inputs: list[str], outputs: list[str]) -> None:
 
 
 @contextmanager
-def _naming_the_missing_op(what: str) -> Iterator[None]:
+def _explaining(whose: str) -> Iterator[None]:
+    """Any failure to trace as an ExportError: it is the learner's code that does not fit, in one of a few ways."""
     try:
         yield
+    except ExportError:
+        raise
+    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+        raise ExportError(
+            f"{whose} turns a tensor's value into a number, and there is none while the graph is made. "
+            "Keep values in tensors: no .item(), .tolist() or .numpy(), and no `if` on them (torch.where does it)."
+        ) from error
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = next((line for line in str(error).splitlines() if "No ONNX function found" in line), str(error))
-        raise ExportError(f"{what} uses an operation that does not export: {reason.strip()}") from error
+        lines = [line for line in str(error).splitlines() if "No ONNX function found" in line] or str(
+            error
+        ).splitlines()
+        raise ExportError(f"{whose} uses an operation that does not export: {lines[0].strip()}") from error
+    except Exception as error:  # the tracer, the exporter and the learner's own code may raise anything
+        raise ExportError(f"{whose} cannot be traced: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 @contextmanager
