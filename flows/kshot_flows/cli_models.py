@@ -45,12 +45,11 @@ def models(
     for each in names:
         if repair:
             registry.repair(each)
-        table = _table(each, "version", "stage", "alias", "accuracy", "gate", "data", "registered")
+        table = _table(each, "version", "stage", "accuracy", "gate", "data", "registered")
         for version in registry.versions(each):
             table.add_row(
                 str(version.version),
                 version.stage,
-                " ".join(version.aliases),
                 registry.accuracy(version.tags),
                 version.tags.get("gate", ""),
                 version.tags.get("data", "")[:12],
@@ -122,7 +121,9 @@ def _table(title: str, *columns: str, header: bool = True) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=header)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -25,7 +25,7 @@ def show(done: Sequence[Done], command: str) -> None:
     bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
     if bundle and version and promotion:
         out.print(_verdict(promotion))
-        out.print(_next(bundle, version, command))
+        out.print(_next(bundle, version, command), soft_wrap=True)  # to copy: paths and commands stay whole
 
 
 def _steps(done: Sequence[Done]) -> Table:

@@ -39,10 +39,10 @@ def say(*arguments: str) -> str:
     return result.output
 
 
-def test_models_lists_versions_with_stage_alias_accuracy_and_data(model: str) -> None:
+def test_models_lists_versions_with_stage_accuracy_and_data(model: str) -> None:
     lines = say("models", model).splitlines()
     assert re.search(r"2 +None +95\.10 ± 0\.40 % +passed +ffffffffffff", "\n".join(lines))
-    assert re.search(r"1 +Production +production +95\.10 ± 0\.40 %", "\n".join(lines))
+    assert re.search(r"1 +Production +95\.10 ± 0\.40 %", "\n".join(lines))
     assert model in say("models")
 
 
