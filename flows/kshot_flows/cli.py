@@ -139,12 +139,9 @@ def schedule(
     A run on unchanged data and recipe uses everything again and takes seconds. For several machines, see
     flows/prefect.yaml.
     """
-    try:
-        from kshot_flows import schedules
+    from kshot_flows import schedules
 
-        schedules.serve(recipe, changes or [], cron=cron, timezone=timezone)
-    except KeyboardInterrupt:
-        _stop("Stopped: nothing is scheduled any more. The same command schedules it again.")
+    schedules.serve(recipe, changes or [], cron=cron, timezone=timezone)
 
 
 @app.command()

@@ -89,22 +89,34 @@ def step(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            began = time.monotonic()
-            if _recalling.get():
-                product, reused = _recall(key(*args, **kwargs)), True
-            else:
-                progress.say(f"[bold]{title}[/bold]")
-                state = _task(title, function, key, undo)(*args, return_state=True, **kwargs)
-                product, reused = state.result(), state.name == "Cached"
-                if reused:
-                    progress.say("  nothing has changed: the earlier result is used again")
-            if (done := _journal.get(None)) is not None:
-                done.append(Done(title, product, reused, time.monotonic() - began))
-            return cast(R, product)
+            # Prefect pickles the whole pipeline to run it on a schedule, so nothing unpicklable is named here.
+            return cast(R, _perform(title, function, key, undo, *args, **kwargs))
 
         return run
 
     return decorate
+
+
+def _perform(
+    title: str,
+    function: Callable[..., Product],
+    key: Callable[..., str],
+    undo: Callable[[Any], None] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Product:
+    began = time.monotonic()
+    if _recalling.get():
+        product, reused = _recall(key(*args, **kwargs)), True
+    else:
+        progress.say(f"[bold]{title}[/bold]")
+        state = _task(title, function, key, undo)(*args, return_state=True, **kwargs)
+        product, reused = state.result(), state.name == "Cached"
+        if reused:
+            progress.say("  nothing has changed: the earlier result is used again")
+    if (done := _journal.get(None)) is not None:
+        done.append(Done(title, product, reused, time.monotonic() - began))
+    return product
 
 
 def recalled(pipeline: Callable[[], Product]) -> list[Done] | None:

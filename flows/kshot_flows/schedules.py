@@ -34,6 +34,7 @@ def serve(recipe: str, changes: Sequence[str] = (), *, cron: str, timezone: str 
             entrypoint_type=EntrypointType.MODULE_PATH,
             print_starting_message=False,
         )
+        progress.say("Stopped: nothing is scheduled any more. The same command schedules it again.")
 
 
 def next_times(cron: str, timezone: str, count: int) -> list[datetime]:
