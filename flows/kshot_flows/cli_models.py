@@ -53,7 +53,7 @@ def models(
                 registry.accuracy(version.tags),
                 version.tags.get("gate", ""),
                 version.tags.get("data", "")[:12],
-                local_time(version.when),
+                local_time(version.when)[:16],
             )
         out.print(table)
         wrong = registry.disagreements(each)
