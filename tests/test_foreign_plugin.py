@@ -54,9 +54,10 @@ def scratch(tmp_path_factory) -> Path:
     # addsitedir and not a plain path: an editable kshot is itself a .pth file
     (inner / "outer.pth").write_text(f"import site; site.addsitedir({site.getsitepackages()[0]!r})\n")
     subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", project],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", project],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
