@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -99,7 +100,7 @@ def run(recipe: Recipe, changes: Changes = None) -> None:
     [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
-    again = " ".join(["kshot run", recipe, *(changes or [])])
+    again = shlex.join(["kshot", "run", recipe, *(changes or [])])
     try:
         from kshot_flows import pipeline, report
 

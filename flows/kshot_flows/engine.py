@@ -25,7 +25,7 @@ import kshot_flows  # noqa: F401  (first: it switches telemetry off)
 # Prefect reads these when it is imported. Steps speak for themselves, and a stopping server complains of what it stops.
 os.environ.setdefault("PREFECT_LOGGING_SERVER_LEVEL", "CRITICAL")
 
-from prefect import task
+from prefect import get_client, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.events.worker import EventsWorker
 from prefect.filesystems import LocalFileSystem
@@ -44,6 +44,7 @@ from prefect.transactions import IsolationLevel, Transaction, get_transaction
 
 from kshot_flows import progress, tracking
 from kshot_flows.products import Product
+from kshot_runtime.errors import KshotError
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Product)
@@ -263,6 +264,13 @@ def api(*, schedules: bool = False) -> Iterator[str]:
     quiet = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}  # its thread would add a second to every flow
     if url := PREFECT_API_URL.value():
         with temporary_settings(quiet):
+            with get_client(sync_client=True) as client:
+                failure = client.api_healthcheck()
+            if failure:
+                raise KshotError(
+                    f"no Prefect server answers at {url} ({failure}). Start it, or unset PREFECT_API_URL (and see "
+                    "`prefect config view`) to run without one."
+                )
             yield url
         return
     folder = tracking.home() / ".kshot"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kshot import exporting, plugins, training
+from kshot import plugins, training
 from kshot.calibration import Calibration, calibrate
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape
@@ -101,6 +101,8 @@ def evaluate(recipe: Recipe, learner: Trained) -> Scores:
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     """Write the learner as ONNX with all that serving needs to know, checked against torch."""
+    from kshot import exporting  # brings the exporter's libraries, which take a second
+
     model = learners.load(learner.learner.file)
     data, shape = learner.data.open(), score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]

@@ -1,10 +1,7 @@
 """The command line: quick to answer, with messages that say what to do next, and no traceback for a user's mistake."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
@@ -93,24 +90,6 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
 def test_errors_are_red_in_a_terminal_and_plain_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     cli._complain(KshotError("[dataset] is missing"))
     assert capsys.readouterr().err == "[dataset] is missing\n"  # brackets are no markup here
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from kshot_flows.cli import main; main()", "run", "glyphs-protonet", "seed=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
-        env={**os.environ, "KSHOT_HOME": str(tmp_path)},
-    )  # fmt: skip
-    try:
-        time.sleep(1.5)  # while it imports or draws glyphs
-        process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
-    assert shown.strip().splitlines()[-1].endswith("kshot run glyphs-protonet seed=2")
-    assert "Traceback" not in shown
 
 
 def test_recipes_are_listed_with_a_line_each() -> None:

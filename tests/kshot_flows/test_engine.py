@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.transactions import transaction
 
 from kshot_flows import engine
@@ -187,3 +188,14 @@ def test_of_two_with_one_key_the_second_waits_for_the_first(home: Path) -> None:
     once()
     elsewhere.join()
     assert calls == ["released", "a"]
+
+
+def test_a_configured_server_that_does_not_answer_is_an_error_that_says_so() -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
+        pytest.raises(
+            KshotError, match=r"no Prefect server answers at http://127\.0\.0\.1:1/api.*unset PREFECT_API_URL"
+        ),
+        engine.api(),
+    ):
+        pass

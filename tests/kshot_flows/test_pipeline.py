@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kshot.datasets import file_sha256
 from kshot_flows import engine, learners, pipeline, registry, report, shipped, steps, tracking
@@ -237,31 +238,59 @@ def kshot(home: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(
+def checkpoint(home: Path) -> int:
+    """The step of the tiny recipe's last checkpoint."""
+    for file in home.glob("runs/tiny/*/last.pt"):
+        return int(torch.load(file, weights_only=True)["step"])
+    return 0
+
+
+def stop_after_a_checkpoint(
+    home: Path, arguments: Sequence[str], by: signal.Signals
+) -> subprocess.CompletedProcess[str]:
+    """Run until training has made a checkpoint more than there was, then send a signal."""
+    before, deadline = checkpoint(home), time.monotonic() + 120
+    process = kshot(home, *arguments)
+    try:
+        while checkpoint(home) <= before:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(by)
+        shown, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, shown)
+
+
+def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bits(
     new_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    home = new_project(tmp_path / "killed")
-    arguments = ("run", "tiny.toml", "training.steps=600", "training.validate_every=50")
-    process = kshot(home, *arguments)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(home.glob("runs/tiny/*/last.pt")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    home = new_project(tmp_path / "stopped")
+    arguments = ("run", "tiny.toml", "training.steps=1000", "training.validate_every=100")
+
+    stopped = stop_after_a_checkpoint(home, arguments, signal.SIGINT)
+    assert stopped.returncode == 130
+    assert stopped.stdout.splitlines()[-1].endswith(f"goes on from its last checkpoint: kshot {' '.join(arguments)}")
+    assert "Traceback" not in stopped.stdout
+    assert 0 < checkpoint(home) < 1000
+
+    killed = stop_after_a_checkpoint(home, arguments, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
     [folder] = home.glob("runs/tiny/*")
     assert not (folder / "learner.pt").exists()
 
-    process = kshot(home, *arguments)
-    shown, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, shown
-    assert re.search(r"goes on from the checkpoint at step \d+ of 600", shown)
+    finished = kshot(home, *arguments)
+    shown, _ = finished.communicate(timeout=200)
+    assert finished.returncode == 0, shown
+    assert re.search(r"goes on from the checkpoint at step \d+ of 1000", shown)
     assert "tiny version 1 is in production" in shown
+    [run] = [version.run for version in registry_of(home)]
+    assert run == json.loads((folder / "mlflow-run.json").read_text())["run"]  # one run from beginning to end
 
     uninterrupted = new_project(tmp_path / "uninterrupted")
     monkeypatch.setenv("KSHOT_HOME", str(uninterrupted))
@@ -269,3 +298,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(
     trained = steps.meta_train(recipe, steps.version_data(recipe))
     assert trained.learner.sha256 == file_sha256(folder / "learner.pt")
     assert (trained.folder / "curve.jsonl").read_text() == (folder / "curve.jsonl").read_text()
+
+
+def registry_of(home: Path) -> list[registry.Version]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KSHOT_HOME", str(home))
+        return registry.versions("tiny")
