@@ -235,6 +235,7 @@ def kshot(home: Path, *arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", "from kshot_flows.cli import main; main()", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=home, start_new_session=True,
         env={**os.environ, "KSHOT_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background run ignores it
     )  # fmt: skip
 
 

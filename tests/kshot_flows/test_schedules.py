@@ -57,6 +57,7 @@ def test_a_schedule_fires_and_its_run_finishes(new_project: Callable[[Path], Pat
         [sys.executable, "-c", code, "schedule", "tiny.toml", "--cron", "* * * * * */5"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=home, start_new_session=True,
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PREFECT_RUNNER_POLL_FREQUENCY": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background run ignores it
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 150
