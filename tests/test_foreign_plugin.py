@@ -70,7 +70,7 @@ def run(scratch: Path, *command: str | Path) -> str:
 
 
 def test_it_is_listed_with_its_distribution_and_version(scratch):
-    listing = run(scratch, "-m", "kshot_flows.cli", "algorithms")
+    listing = run(scratch, "-c", "from kshot_flows.cli import main; main()", "algorithms")
     [line] = [line for line in listing.splitlines() if "kshot-nearest" in line]
     assert "nearest" in line
     assert "0.1.0" in line
