@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,12 +187,8 @@ class _Run:
     seconds: float = 0.0
     best: float | None = None
     best_step: int | None = None
-    best_weights: dict[str, torch.Tensor] = None  # type: ignore[assignment]  # set by the first validation
-    history: list[dict[str, float]] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.best_weights = self.best_weights or {}
-        self.history = self.history or []
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)  # none before the first validation
+    history: list[dict[str, float]] = field(default_factory=list)
 
     def exhausted(self, patience: int | None) -> bool:
         if patience is None or self.best_step is None:
