@@ -23,6 +23,8 @@ class Backbone(nn.Module, ABC):
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
     features: int
     """The width of the features."""
+    grid: tuple[int, int, int] | None = None
+    """(channels, height, width) of the map that the features are, flattened; None where they are no map."""
 
     def __init__(self, image: tuple[int, int, int], norm: Norm, config: Any) -> None:
         """For images of shape (channels, height, width), normalising by `norm`."""

@@ -190,6 +190,11 @@ class ClassImages:
         _, channels, height, width = self._images.shape
         return channels, height, width
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many classes each of the joined data sets brings, in order."""
+        return (len(self),)
+
     def __len__(self) -> int:
         return len(self.counts)
 

@@ -55,6 +55,7 @@ class Episodes:
     support: Tensor  # (episodes, ways * shots, C, H, W) float in 0..1
     query: Tensor  # (episodes, ways * queries, C, H, W)
     source: Tensor  # (episodes, ways) int64
+    unlabelled: Tensor | None = None  # (images, C, H, W): of the recipe's unlabelled pool, where it has one
 
     def __len__(self) -> int:
         return len(self.support)
@@ -73,14 +74,27 @@ class Episodes:
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(len(self)))
 
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Every image of the batch, support and query alike (N, C, H, W), and its class in the split (N,)."""
+        images, labels = [], []
+        for part, per_class in ((self.support, self.shape.shots), (self.query, self.shape.queries)):
+            images.append(part.flatten(0, 1))
+            labels.append(self.source.repeat_interleave(per_class, dim=1).flatten())
+        return torch.cat(images), torch.cat(labels)
+
     def part(self, start: int, stop: int) -> Episodes:
         """Episodes start..stop of this batch."""
-        return Episodes(self.shape, self.support[start:stop], self.query[start:stop], self.source[start:stop])
+        support, query, source = self.support[start:stop], self.query[start:stop], self.source[start:stop]
+        return Episodes(self.shape, support, query, source, self.unlabelled)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Episodes:
         """The same episodes on another device, or in another precision."""
         return Episodes(
-            self.shape, self.support.to(device, dtype), self.query.to(device, dtype), self.source.to(device)
+            self.shape,
+            self.support.to(device, dtype),
+            self.query.to(device, dtype),
+            self.source.to(device),
+            None if self.unlabelled is None else self.unlabelled.to(device, dtype),
         )
 
 

@@ -7,7 +7,7 @@ An author writes `adapt` and `classify`, or, for one that adapts in steps, `begi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -71,8 +71,20 @@ class Learner(nn.Module, ABC):
         targets = one_hot(episode.query_labels, episode.classes)
         return cross_entropy(self.classify(state, episode.query), targets)
 
-    def prepare(self, classes: int) -> None:
-        """Before meta-training: make what only that needs, say a head over all `classes` of the training split."""
+    def prepare(self, classes: Sequence[int]) -> None:
+        """Before meta-training: make what only that needs, say a head over all classes of the training split.
+
+        `classes` counts them, a number for each data set that the split joins (most often one).
+        """
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether `meta_loss` is no loss to descend, but has the outer update's direction for its gradient.
+
+        So it is for first-order approximations, for Reptile, and for the two sides of an adversarial game. The
+        conformance kit then does not compare that gradient with finite differences.
+        """
+        return False
 
     def embed(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Features (N, D), with the backbone's weights and support statistics taken from `state` where it has them."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from kshot.augmentation import Augmentation, augment
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape, check_shape, sample_episodes
 from kshot.evaluation import evaluate
@@ -33,11 +34,13 @@ class Training(BaseModel):
     queries: int = Field(15, ge=1)
     episodes_per_step: int = Field(1, ge=1, description="episodes in one outer step (the meta-batch)")
     episodes_at_once: int | None = Field(None, ge=1, description="of these, how many share one backward pass")
-    steps: int = Field(1000, ge=1, description="outer steps")
+    augment: Augmentation = Augmentation()
+    steps: int = Field(1000, ge=0, description="outer steps; 0 takes the learner as it is built, say pretrained")
     optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, Nesterov's; adam has its own")
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "cosine", "halve"] = Field("cosine", description="of the learning rate")
+    schedule: Literal["constant", "cosine", "linear", "halve"] = Field("cosine", description="of the learning rate")
     halve_every: int = Field(2000, ge=1, description="outer steps between halvings, for schedule = 'halve'")
     clip: float | None = Field(None, gt=0, description="largest norm of the outer gradient")
     validate_every: int = Field(250, ge=1, description="outer steps between validations, each with a checkpoint")
@@ -94,7 +97,7 @@ def meta_train(
     check_shape(validation, settings.validation_shape)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    learner.prepare(len(train))
+    learner.prepare(train.groups)
     learner.to(device)
     optimiser = _optimiser(learner, settings)
     run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
@@ -108,6 +111,7 @@ def meta_train(
         for group in optimiser.param_groups:
             group["lr"] = lr
         batch = sample_episodes(train, settings.shape, settings.episodes_per_step, seed=seed, step=run.step)
+        batch = augment(batch, settings.augment, seed=seed, step=run.step)
         loss = learner_step(learner, batch.to(device), optimiser, settings)
         run.step += 1
         if not math.isfinite(loss):
@@ -157,9 +161,11 @@ def learner_step(learner: Learner, batch: Any, optimiser: torch.optim.Optimizer,
 
 
 def learning_rate(settings: Training, step: int) -> float:
-    """The outer learning rate at a step: constant, on half a cosine down to zero, or halved every so often."""
+    """The outer learning rate at a step: constant, down to zero on a cosine or a line, or halved every so often."""
     if settings.schedule == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    if settings.schedule == "linear":
+        return settings.lr * (1 - step / settings.steps)
     if settings.schedule == "halve":
         return settings.lr * 0.5 ** (step // settings.halve_every)
     return settings.lr
@@ -200,7 +206,13 @@ def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
     parameters = [p for p in learner.parameters() if p.requires_grad]
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True)
+    return torch.optim.SGD(
+        parameters,
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def _save(path: Path, run: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> None:

@@ -40,7 +40,7 @@ def version_data(recipe: Recipe) -> str:
 def meta_train(recipe: Recipe, data: DataVersion) -> str:
     return _key(
         "train", data.identity, training_part(recipe),
-        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.training"),
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.augmentation", "kshot.training"),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, histor
         "recipe": recipe.model_dump(mode="json"),
         "data": {"name": data.name, "version": data.version},
         "image": learner.backbone.image,
-        "base_classes": len(data.open().split(recipe.dataset.train, recipe.dataset.rotations)),
+        "base_classes": data.open().split(recipe.dataset.train, recipe.dataset.rotations).groups,
         "history": history,
     }
     weights = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}

@@ -19,11 +19,14 @@ from kshot_runtime.errors import KshotError
 
 
 class Conv4(Backbone):
-    """Four times convolution 3x3, normalisation, ReLU, and a halving of the image; then all positions side by side."""
+    """Four times convolution 3x3, normalisation, ReLU, and halving the image; then all positions side by side."""
 
     class Config(BackboneConfig):
         width: int = Field(64, ge=1, description="channels of every block")
         downsample: Literal["pool", "stride"] = Field("pool", description="halve by max-pooling or by stride 2")
+        halvings: int = Field(
+            4, ge=1, le=4, description="how many of the four blocks halve the image, from the first on"
+        )
         mean: bool = Field(False, description="average over positions instead of keeping them side by side")
 
     def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
@@ -31,21 +34,26 @@ class Conv4(Backbone):
         channels, height, width = image
         blocks: list[nn.Module] = []
         for i in range(4):
-            stride = 2 if config.downsample == "stride" else 1
+            halve = i < config.halvings
+            stride = 2 if halve and config.downsample == "stride" else 1
             blocks += [
                 nn.Conv2d(channels if i == 0 else config.width, config.width, 3, stride, padding=1),
                 make_norm(norm, config.width),
                 nn.ReLU(),
             ]
-            if config.downsample == "pool":
+            if halve and config.downsample == "pool":
                 blocks.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-            else:
+            elif halve:
                 height, width = (height + 1) // 2, (width + 1) // 2
         if height < 1 or width < 1:
-            raise KshotError(f"conv4 halves an image four times, so it needs 16 pixels a side; this one is {image}")
+            side = 2**config.halvings
+            raise KshotError(
+                f"conv4 halves an image {config.halvings} times: it needs {side} pixels a side, and this one is {image}"
+            )
         self.blocks = nn.Sequential(*blocks)
         self.mean = config.mean
+        self.grid = None if config.mean else (config.width, height, width)
         self.features = config.width * (1 if config.mean else height * width)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,16 +34,13 @@ class FineTune(InnerLoop):
     def steps(self) -> int:
         return self.config.steps
 
-    def prepare(self, classes: int) -> None:
-        self.base = nn.Linear(self.backbone.features, classes)  # used by meta_loss only; no part of a bundle
+    def prepare(self, classes: Sequence[int]) -> None:
+        self.base = nn.Linear(self.backbone.features, sum(classes))  # used by meta_loss only; no part of a bundle
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
-        images, labels = [], []
-        for part, per_class in ((episodes.support, episodes.shape.shots), (episodes.query, episodes.shape.queries)):
-            images.append(part.flatten(0, 1))
-            labels.append(episodes.source.repeat_interleave(per_class, dim=1).flatten())
-        return F.cross_entropy(self.base(self.embed(torch.cat(images))), torch.cat(labels))
+        images, labels = episodes.pooled()
+        return F.cross_entropy(self.base(self.embed(images)), labels)
 
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         features, statistics = self.measure(support)

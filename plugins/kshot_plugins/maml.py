@@ -44,6 +44,10 @@ class MAML(InnerLoop):
         self.log_rates = nn.Parameter(rates) if config.learn_rate else nn.Buffer(rates)
 
     @property
+    def surrogate(self) -> bool:
+        return self.config.first_order
+
+    @property
     def steps(self) -> int:
         afterwards = self.config.eval_steps
         return self.config.steps if self.training or afterwards is None else afterwards

@@ -131,7 +131,7 @@ def test_fine_tunings_step_size_cannot_diverge():
 
 def test_base_classes_are_what_fine_tuning_is_meta_trained_on():
     learner = FineTune(Pixels((1, 16, 16)), FineTune.Config())
-    learner.prepare(30)
+    learner.prepare([30])
     batch = sample_episodes(toy_images(), Shape(5, 1, 2), 2, seed=0, step=0)
     images = torch.cat([batch.support.flatten(0, 1), batch.query.flatten(0, 1)])
     labels = torch.cat([batch.source.flatten(), batch.source.repeat_interleave(2, 1).flatten()])

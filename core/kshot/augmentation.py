@@ -1,0 +1,67 @@
+"""Augmentation: while meta-training, every image is seen a little moved, turned, scaled, mirrored or tinted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from kshot.episodes import Episodes
+
+_STREAM = 100  # of random numbers: apart from every stream that draws episodes
+
+
+class Augmentation(BaseModel):
+    """The largest change of each kind; how large it is for an image is drawn evenly, for every image by itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shift: float = Field(0.0, ge=0, lt=1, description="move by up to this share of the image's side")
+    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to so many degrees")
+    scale: float = Field(0.0, ge=0, lt=1, description="enlarge or shrink by up to this factor: 0.1 for 0.9 to 1.1")
+    flip: bool = Field(False, description="mirror left and right, every second image; not for characters")
+    light: float = Field(0.0, ge=0, lt=1, description="change brightness and contrast by up to this factor")
+
+    @property
+    def moves(self) -> bool:
+        return self.flip or max(self.shift, self.rotate, self.scale) > 0
+
+
+def augment(episodes: Episodes, settings: Augmentation, *, seed: int, step: int) -> Episodes:
+    """The same episodes with every image changed. What is drawn depends on (seed, step) alone, as episodes do."""
+    if settings == Augmentation():
+        return episodes
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM, step])))
+
+    def changed(images: Tensor) -> Tensor:
+        flat = _change(images.flatten(0, 1), settings, random)
+        return flat.unflatten(0, images.shape[:2])
+
+    return replace(episodes, support=changed(episodes.support), query=changed(episodes.query))
+
+
+def _change(images: Tensor, settings: Augmentation, random: np.random.Generator) -> Tensor:
+    """Images (N, C, H, W) in 0..1, each changed by what is drawn for it; the edge goes on outside the image."""
+
+    def drawn(most: float) -> Tensor:
+        return torch.from_numpy(random.uniform(-most, most, len(images))).to(images)  # (N,)
+
+    if settings.moves:
+        angle, scale = drawn(math.radians(settings.rotate)), 1 + drawn(settings.scale)
+        across, down = drawn(2 * settings.shift), drawn(2 * settings.shift)  # the image spans -1..1
+        mirror = torch.where(drawn(1.0) < 0, -1.0, 1.0) if settings.flip else torch.ones_like(angle)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        affine = torch.stack([cos * mirror, -sin, across, sin * mirror, cos, down], 1).view(-1, 2, 3)
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (N, H, W, 2)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if settings.light > 0:
+        gain, shift = 1 + drawn(settings.light), drawn(settings.light)
+        grey = images.mean((1, 2, 3))
+        images = gain[:, None, None, None] * images + ((1 - gain) * grey + shift * grey)[:, None, None, None]
+        images = images.clamp(0, 1)
+    return images.contiguous(memory_format=torch.channels_last)
