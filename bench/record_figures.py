@@ -1,0 +1,124 @@
+"""Put what a finished `kshot run` reached into the committed figures, and write the tables of docs/results.md anew.
+
+    python bench/record_figures.py PROJECT RECIPE [KEY=VALUE...] [--memory 1.7]
+
+PROJECT is the folder in which the run took place; recipe and changes are those of its command. A row of the same
+method on the same data is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kshot.datasets import splits_of
+from kshot.recipe import Recipe
+from kshot_flows import figures, keys, learners, shipped
+from kshot_flows.figures import Figure, Run
+from kshot_runtime.errors import KshotError
+
+
+def main() -> None:
+    try:
+        run = found(arguments())
+    except KshotError as error:
+        raise SystemExit(str(error)) from None
+    figures.save(figures.load().with_run(run))
+    print(run.model_dump_json(indent=2))
+
+    import results_table
+
+    results_table.main()
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("project", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--memory", type=float, metavar="GB", help="largest resident set of the whole command")
+    parser.add_argument("--machine", default="", help="if not the one that docs/results.md names")
+    parser.add_argument("--method", help="of the row, such as 'maml, first order'; else the learner's name")
+    parser.add_argument("--note", help="behind how it was trained")
+    return parser.parse_args(given)
+
+
+def found(asked: argparse.Namespace) -> Run:
+    """The run that a recipe with these changes gave in a project."""
+    recipe = shipped.load(asked.recipe, asked.changes)
+    folder = _folder(asked.project, recipe)
+    scores = _scores(folder, recipe)
+    last = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+    return Run(
+        method=asked.method or recipe.learner.name,
+        data=_data(recipe),
+        learner=recipe.learner.name,
+        command=shlex.join(["kshot", "run", asked.recipe, *asked.changes]),
+        trained=", ".join(filter(None, [_trained(recipe, last["step"]), asked.note])),
+        minutes=round(last["seconds"] / 60),
+        memory_gb=asked.memory,
+        machine=asked.machine,
+        episodes=recipe.evaluation.episodes,
+        inductive=_figures(scores, transductive=False),
+        transductive=_figures(scores, transductive=True),
+    )
+
+
+def _data(recipe: Recipe) -> str:
+    """Which table: of the data set that was trained on, and of the other one if it was tested elsewhere."""
+    tested = [name for name in splits_of(recipe.dataset.test, recipe.dataset.name) if name != recipe.dataset.name]
+    return " to ".join([recipe.dataset.name, *tested])
+
+
+def _folder(project: Path, recipe: Recipe) -> Path:
+    """Where the training was: by its content, as its name also holds a hash of code that may have changed since."""
+    wanted = _training(recipe)
+    places = sorted(project.glob(f"runs/{recipe.name}/*/learner.pt"), key=lambda file: file.stat().st_mtime)
+    for file in reversed(places):
+        about, _ = learners.read(file)
+        if _training(Recipe.model_validate(about["recipe"])) == wanted:
+            return file.parent
+    raise KshotError(f"of {len(places)} trainings in {project}/runs/{recipe.name}, none is of this recipe: {wanted}")
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    return {**keys.training_part(recipe), "data": recipe.dataset.name}
+
+
+def _scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """The newest scores there on the recipe's test episodes."""
+    shapes = {(shape.ways, shape.shots, shape.queries) for shape in recipe.evaluation.shapes}
+    for file in sorted(folder.glob("scores-*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        lines: list[dict[str, Any]] = json.loads(file.read_text())["lines"]
+        tested = {tuple(line["shape"][key] for key in ("ways", "shots", "queries")) for line in lines}
+        if tested == shapes and lines[0]["episodes"] == recipe.evaluation.episodes:
+            return lines
+    raise KshotError(f"{folder} holds no scores of these test episodes ({recipe.evaluation}); is the run finished?")
+
+
+def _figures(lines: list[dict[str, Any]], *, transductive: bool) -> dict[str, Figure]:
+    return {
+        f"{line['shape']['ways']}w{line['shape']['shots']}s": Figure(
+            round(100 * line["accuracy"], 2), round(100 * line["margin"], 2)
+        )
+        for line in sorted(lines, key=lambda line: (line["shape"]["ways"], line["shape"]["shots"]))
+        if line["transductive"] == transductive
+    }
+
+
+def _trained(recipe: Recipe, steps: int) -> str:
+    how = recipe.training
+    if steps == 0:
+        return "not meta-trained: as it was built"
+    batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
+    return f"{how.ways}-way {how.shots}-shot, {how.queries} queries, {steps:,} {batches}"
+
+
+if __name__ == "__main__":
+    main()
