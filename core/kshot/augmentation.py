@@ -42,7 +42,9 @@ def augment(episodes: Episodes, settings: Augmentation, *, seed: int, step: int)
         flat = _change(images.flatten(0, 1), settings, random)
         return flat.unflatten(0, images.shape[:2])
 
-    return replace(episodes, support=changed(episodes.support), query=changed(episodes.query))
+    support, query = changed(episodes.support), changed(episodes.query)
+    unlabelled = None if episodes.unlabelled is None else _change(episodes.unlabelled, settings, random)
+    return replace(episodes, support=support, query=query, unlabelled=unlabelled)
 
 
 def _change(images: Tensor, settings: Augmentation, random: np.random.Generator) -> Tensor:

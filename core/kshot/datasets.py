@@ -21,6 +21,27 @@ IMAGES, INDEX, SHEET = "images.npy", "index.json", "sheet.png"
 SPLITS = ("train", "val", "test")
 
 
+def splits_of(reference: str, own: str) -> dict[str, str]:
+    """What a split reference names: each data set, in order, and its splits.
+
+    A reference is `SPLIT` of the data set `own`, or `DATASET:SPLIT` of another, or several of these joined by `+`:
+    `train+glyphs:train+val` names `{own: "train+val", "glyphs": "train"}`.
+    """
+    found: dict[str, str] = {}
+    for part in reference.split("+"):
+        name, colon, split = part.strip().rpartition(":")
+        if split not in SPLITS or (colon and not name):
+            close = difflib.get_close_matches(split, SPLITS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise KshotError(
+                f"{part!r} is no split; {hint}"
+                f"Write SPLIT or DATASET:SPLIT, joined by '+'; a split is one of {', '.join(SPLITS)}"
+            )
+        name = name or own
+        found[name] = f"{found[name]}+{split}" if name in found else split
+    return found
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -131,8 +152,13 @@ class ImageSet:
         chosen = [c for c in self.classes if c.split in parts]
         starts = np.array([c.start for c in chosen], dtype=np.int64)
         counts = np.array([c.count for c in chosen], dtype=np.int64)
-        classes = ClassImages(np.asarray(self.images), starts, counts, tuple(c.name for c in chosen))
+        classes = ClassImages([np.asarray(self.images)], starts, counts, tuple(c.name for c in chosen))
         return classes.rotated() if rotations else classes
+
+    def hashes(self, splits: str) -> dict[str, str]:
+        """The sha256 of each image's file in a split, or in several, with the file's name."""
+        chosen = (c for c in self.classes if c.split in splits.split("+"))
+        return {f.sha256: f.name for c in chosen for f in self.index.files[c.start : c.start + c.count]}
 
     def verify(self) -> None:
         """Read every byte of the images and compare it with the index; a difference is a KshotError."""
@@ -150,17 +176,20 @@ class ClassImages:
 
     def __init__(
         self,
-        images: np.ndarray,  # (N, C, H, W) uint8
-        starts: np.ndarray,  # (classes,) int64: where each class begins in images
+        images: Sequence[np.ndarray],  # of each joined data set: (N, C, H, W) uint8, all of one C, H, W
+        starts: np.ndarray,  # (classes,) int64: where each class begins in the images of its data set
         counts: np.ndarray,  # (classes,) int64: images per class
         names: tuple[str, ...],
         turns: np.ndarray | None = None,  # (classes,) quarter turns, counter-clockwise
+        groups: tuple[int, ...] = (),  # how many classes each of the joined data sets brings, in order
     ) -> None:
-        self._images = images
+        self._images = tuple(images)
         self._starts = starts
         self._turns = np.zeros_like(starts) if turns is None else turns
         self.counts = counts
         self.names = names
+        self.groups = groups or (len(counts),)
+        self._home = np.repeat(np.arange(len(self.groups)), self.groups)  # (classes,) which of the images
 
     @classmethod
     def from_arrays(cls, images_per_class: Sequence[np.ndarray], names: Sequence[str] | None = None) -> ClassImages:
@@ -172,7 +201,23 @@ class ClassImages:
         images = np.concatenate(images_per_class)  # (N, C, H, W)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"expected uint8 (images, C, H, W) per class, got {images.dtype} {images.shape}")
-        return cls(images, np.cumsum(counts) - counts, counts, tuple(names))
+        return cls([images], np.cumsum(counts) - counts, counts, tuple(names))
+
+    @classmethod
+    def joined(cls, parts: Sequence[ClassImages]) -> ClassImages:
+        """The classes of several, one after the other. The images stay where they are; each part is a group."""
+        if len(parts) == 1:
+            return parts[0]
+        if len(shapes := dict.fromkeys(part.shape for part in parts)) > 1:
+            raise KshotError(f"only images of one shape can be joined; these are {' and '.join(map(str, shapes))}")
+        return cls(
+            [images for part in parts for images in part._images],
+            np.concatenate([part._starts for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+            tuple(name for part in parts for name in part.names),
+            np.concatenate([part._turns for part in parts]),
+            tuple(count for part in parts for count in part.groups),
+        )
 
     def rotated(self) -> ClassImages:
         """These classes, then each again turned by 90, by 180 and by 270 degrees."""
@@ -180,6 +225,8 @@ class ClassImages:
             raise KshotError(f"only square images can be rotated as classes, and these are {self.shape}")
         if self._turns.any():
             raise KshotError("these classes are rotated already")
+        if len(self.groups) > 1:
+            raise KshotError("rotate the classes of each data set before joining them")
         names = self.names + tuple(f"{name} rot{turn:03d}" for turn in (90, 180, 270) for name in self.names)
         turns = np.repeat(np.arange(4), len(self))
         return ClassImages(self._images, np.tile(self._starts, 4), np.tile(self.counts, 4), names, turns)
@@ -187,13 +234,8 @@ class ClassImages:
     @property
     def shape(self) -> tuple[int, int, int]:
         """One image: (C, H, W)."""
-        _, channels, height, width = self._images.shape
+        _, channels, height, width = self._images[0].shape
         return channels, height, width
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """How many classes each of the joined data sets brings, in order."""
-        return (len(self),)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -205,7 +247,11 @@ class ClassImages:
         if outside.any():
             klass, sample = classes[outside][0], samples[outside][0]
             raise IndexError(f"image {sample} of class {klass}, which has {self.counts[klass]}")
-        images = self._images[self._starts[classes] + samples]  # (*batch, C, H, W)
+        rows, home = self._starts[classes] + samples, self._home[classes]  # (*batch,)
+        images = np.empty((*rows.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
+        for number, packed in enumerate(self._images):
+            here = home == number
+            images[here] = packed[rows[here]]
         turns = self._turns[classes]  # (*batch,)
         for turn in (1, 2, 3):
             turned = turns == turn

@@ -17,6 +17,7 @@ Stream = Literal["train", "val", "test", "calibration"]
 """Which sequence of episodes: the same seed and step give other episodes on another stream."""
 
 _STREAMS: dict[Stream, int] = {"train": 0, "val": 1, "test": 2, "calibration": 3}
+_UNLABELLED = 4
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,19 @@ def sample_episodes(
     pixels = images.gather(classes[..., None], samples)  # (count, ways, shots + queries, C, H, W) uint8
     support, query = pixels[:, :, : shape.shots], pixels[:, :, shape.shots :]
     return Episodes(shape, _as_floats(support), _as_floats(query), torch.from_numpy(classes))
+
+
+def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> Tensor:
+    """So many different images of any classes (all, where there are fewer), without their labels: (N, C, H, W) float.
+
+    As with episodes, (seed, step) alone decide which.
+    """
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _UNLABELLED, step])))
+    ends = np.cumsum(images.counts)
+    chosen = random.choice(ends[-1], min(count, ends[-1]), replace=False)  # (N,) counting through all classes
+    classes = np.searchsorted(ends, chosen, side="right")
+    pixels = images.gather(classes, chosen - (ends - images.counts)[classes])  # (N, C, H, W) uint8
+    return _as_floats(pixels[None, None])[0]
 
 
 def check_shape(images: ClassImages, shape: Shape) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from kshot import plugins
 from kshot.backbones import Backbone
+from kshot.datasets import splits_of
 from kshot.episodes import Shape
 from kshot.learner import Learner
 from kshot.training import Training
@@ -23,14 +24,48 @@ class _Settings(BaseModel):
 
 
 class DataSettings(_Settings):
-    """Which packed data set, and which of its splits serve for what."""
+    """Which packed data sets, and which of their splits serve for what.
 
-    name: str = Field(description="the folder under data/")
+    A split is `SPLIT` of the data set `name`, or `DATASET:SPLIT` of another, or several joined by `+`.
+    """
+
+    name: str = Field(description="the folder under data/; its images say how a user's photos are decoded")
     source: str | None = Field(None, description="the importer that makes it where it is missing")
-    rotations: bool = Field(False, description="make each class four, one for every quarter turn, after splitting")
-    train: str = "train"
-    validation: str = "val"
-    test: str = "test"
+    rotations: bool = Field(
+        False, description="make each class of this data set four, one for every quarter turn, after splitting"
+    )
+    train: str = Field("train", description="classes to meta-train on")
+    validation: str = Field("val", description="classes to choose the best weights on, and to calibrate on")
+    test: str = Field("test", description="classes to test on")
+    unlabelled: str | None = Field(
+        None, description="a split whose images, without their labels, the learner sees while meta-training"
+    )
+
+    @field_validator("train", "validation", "test", "unlabelled")
+    @classmethod
+    def _is_a_reference(cls, reference: str | None) -> str | None:
+        try:
+            splits_of(reference or "train", "")
+        except KshotError as error:
+            raise ValueError(str(error)) from None
+        return reference
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _is_not_tested_on(cls, unlabelled: str | None, others: ValidationInfo) -> str | None:
+        if unlabelled is not None and {"name", "test"} <= others.data.keys():
+            tested, seen = (_single(reference, others.data["name"]) for reference in (others.data["test"], unlabelled))
+            if both := tested & seen:
+                raise ValueError(
+                    f"{min(both)} is tested on, so the learner must not see its images. Take another split"
+                )
+        return unlabelled
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every data set that the recipe names, its own first."""
+        references = (self.train, self.validation, self.test, self.unlabelled)
+        return tuple(dict.fromkeys([self.name, *(name for r in references if r for name in splits_of(r, self.name))]))
 
 
 class PluginSettings(BaseModel):
@@ -81,7 +116,7 @@ class Recipe(_Settings):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise KshotError(f"{path} is not a readable recipe: {error}") from None
         for key, value in (overrides or {}).items():
-            _set(content, key, value)
+            set_value(content, key, value)
         try:
             recipe = cls.model_validate(content)
         except ValidationError as error:
@@ -121,8 +156,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif fault["type"] == "missing":
             lines.append(f"{place} is missing")
         else:
-            lines.append(f"{place} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+            what = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{place} = {fault['input']!r}: {what[0].lower()}{what[1:]}")
     return "\n".join(lines)
+
+
+def _single(reference: str, own: str) -> set[str]:
+    """The splits that a reference names, each by itself: {"omniglot:train", "glyphs:train"}."""
+    return {f"{name}:{split}" for name, splits in splits_of(reference, own).items() for split in splits.split("+")}
 
 
 def _configure(config: type[BaseModel], settings: PluginSettings, section: str) -> BaseModel:
@@ -142,7 +183,8 @@ def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def _set(content: dict[str, Any], key: str, text: str) -> None:
+def set_value(content: dict[str, Any], key: str, text: str) -> None:
+    """Set a dotted key to a TOML value; a text that is none is taken as a string."""
     *sections, last = key.split(".")
     place = content
     for section in sections:

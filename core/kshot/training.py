@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kshot.augmentation import Augmentation, augment
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, check_shape, sample_episodes
-from kshot.evaluation import evaluate
+from kshot.episodes import Shape, check_shape, sample_episodes, sample_images
+from kshot.evaluation import Score, evaluate
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
 
@@ -35,6 +35,7 @@ class Training(BaseModel):
     episodes_per_step: int = Field(1, ge=1, description="episodes in one outer step (the meta-batch)")
     episodes_at_once: int | None = Field(None, ge=1, description="of these, how many share one backward pass")
     augment: Augmentation = Augmentation()
+    unlabelled_images: int = Field(128, ge=1, description="of dataset.unlabelled, if it is set, in every outer step")
     steps: int = Field(1000, ge=0, description="outer steps; 0 takes the learner as it is built, say pretrained")
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, Nesterov's; adam has its own")
@@ -76,14 +77,15 @@ class Progress:
 
 def meta_train(
     learner: Learner,
-    train: ClassImages,
-    validation: ClassImages,
+    train: ClassImages | None,
+    validation: ClassImages | None,
     settings: Training,
     *,
     folder: Path,
     seed: int,
     recipe: dict[str, Any] | None = None,
     device: str = "cpu",
+    unlabelled: ClassImages | None = None,
 ) -> Iterator[Progress]:
     """Meta-train `learner` in place, yielding after every outer step; afterwards it holds the best validated weights.
 
@@ -91,11 +93,19 @@ def meta_train(
     folder after a crash, training goes on from there, on a CPU to the same final bits: the checkpoint holds weights,
     optimiser, random state and position, and episodes depend on (seed, step) alone. A checkpoint of another `recipe`
     is refused. Batches are seeded by the outer step, so their order needs no state.
+
+    With `unlabelled`, some of its images come with every batch, without their labels. With 0 steps the learner is
+    taken as it is: validated once if there are classes for it, and written to a checkpoint; `train` is not looked at.
     """
     tune_allocator()
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.steps == 0:
+        _take_as_it_is(learner, validation, settings, folder, seed, recipe, device)
+        return
+    if train is None or validation is None:
+        raise KshotError("meta-training needs classes to train and to validate on; only training.steps = 0 needs none")
     check_shape(train, settings.shape)
     check_shape(validation, settings.validation_shape)
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     learner.prepare(train.groups)
     learner.to(device)
@@ -111,6 +121,9 @@ def meta_train(
         for group in optimiser.param_groups:
             group["lr"] = lr
         batch = sample_episodes(train, settings.shape, settings.episodes_per_step, seed=seed, step=run.step)
+        if unlabelled is not None:
+            pool = sample_images(unlabelled, settings.unlabelled_images, seed=seed, step=run.step)
+            batch = replace(batch, unlabelled=pool)
         batch = augment(batch, settings.augment, seed=seed, step=run.step)
         loss = learner_step(learner, batch.to(device), optimiser, settings)
         run.step += 1
@@ -122,15 +135,7 @@ def meta_train(
         validation_due = run.step % settings.validate_every == 0 or run.step == settings.steps
         accuracy = margin = None
         if validation_due:
-            score = evaluate(
-                learner,
-                validation,
-                settings.validation_shape,
-                settings.validation_episodes,
-                seed=seed,
-                stream="val",
-                device=device,
-            )
+            score = _validate(learner, validation, settings, seed, device)
             accuracy, margin = score.accuracy, score.margin
             run.history.append({"step": run.step, "loss": loss, "validation": accuracy, "margin": margin})
             if run.best is None or accuracy > run.best:
@@ -142,6 +147,32 @@ def meta_train(
         yield Progress(run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best)
     learner.load_state_dict(run.best_weights)
     learner.eval()
+
+
+def _take_as_it_is(
+    learner: Learner,
+    validation: ClassImages | None,
+    settings: Training,
+    folder: Path,
+    seed: int,
+    recipe: dict[str, Any] | None,
+    device: str,
+) -> None:
+    """Step 0 for good: one validation, where there are classes for it, and one checkpoint."""
+    learner.to(device).eval()
+    run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
+    if validation is not None:
+        started = time.perf_counter()
+        score = _validate(learner, validation, settings, seed, device)
+        run.seconds = time.perf_counter() - started
+        run.best, run.best_step = score.accuracy, 0
+        run.history.append({"step": 0, "validation": score.accuracy, "margin": score.margin})
+    save_atomically(asdict(run) | {"learner": learner.state_dict()}, folder / "last.pt")
+
+
+def _validate(learner: Learner, validation: ClassImages, settings: Training, seed: int, device: str) -> Score:
+    shape, episodes = settings.validation_shape, settings.validation_episodes
+    return evaluate(learner, validation, shape, episodes, seed=seed, stream="val", device=device)
 
 
 def learner_step(learner: Learner, batch: Any, optimiser: torch.optim.Optimizer, settings: Training) -> float:
@@ -204,6 +235,11 @@ class _Run:
 
 def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
     parameters = [p for p in learner.parameters() if p.requires_grad]
+    if not parameters:
+        raise KshotError(
+            f"{learner.name!r} has nothing to train on this backbone: all weights are frozen. "
+            "Take it as it is with training.steps = 0, or let the backbone train."
+        )
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

@@ -28,36 +28,40 @@ EVIDENCE = "evidence.json"
 def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
     """What was measured of a new version, on the first shape of its recipe."""
     first = scores.lines[0]
-    fit = next(fit for fit in scores.calibrations if fit.shape.shots == first.shape.shots)
+    fit = next((fit for fit in scores.calibrations if fit.shape.shots == first.shape.shots), None)
     with np.load(scores.arrays.file) as arrays:
         accuracies = arrays[f"{first.key}.accuracies"]
+    split, rotations = data.split_of(scores.split)
     return Evidence(
         episodes=EpisodeSet(
-            data.version,
-            scores.split,
+            data.identity_of(scores.split),
+            split,
             first.shape.ways,
             first.shape.shots,
             first.shape.queries,
             scores.seed,
-            data.rotations,
+            rotations,
         ),
         accuracies=accuracies,
         ece=first.ece,
         agreement=bundle.agreement,
-        auroc=None if math.isnan(fit.auroc) else fit.auroc,
+        auroc=None if fit is None or math.isnan(fit.auroc) else fit.auroc,
         latency_ms=bundle.latency_ms,
     )
 
 
-def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion) -> Evidence:
-    """The champion's results on the challenger's episodes: those on record if they are of these, else played now."""
+def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion, test: str) -> Evidence:
+    """The champion's results on the challenger's episodes: those on record if they are of these, else played now.
+
+    `test` is the split of `data` that the challenger's episodes were drawn from.
+    """
     episodes, count = challenger.episodes, len(challenger.accuracies)
     kept = _on_record(name, version)
     if kept is not None and kept.episodes == episodes and len(kept.accuracies) == count:
         return kept
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Bundle.open(registry.fetch_bundle(name, version, Path(scratch) / "champion"))
-        images = data.open().split(episodes.split, episodes.rotations)
+        images = data.classes(test)
         shape = Shape(episodes.ways, episodes.shots, episodes.queries)
         with progress.busy(f"version {version}, the champion, plays these {count} episodes"):
             return _play(bundle, version, images, episodes, shape, count)

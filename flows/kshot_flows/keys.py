@@ -33,22 +33,21 @@ _EXPORTING = (
 
 
 def version_data(recipe: Recipe) -> str:
-    """By name: whether that name still stands for the same content is looked at when the result is used again."""
-    return _key("data", recipe.dataset.model_dump(mode="json", include={"name", "source", "rotations"}))
+    """By name: whether a name still stands for the same content is looked at when the result is used again."""
+    return _key("data", recipe.dataset.model_dump(mode="json"))
 
 
 def meta_train(recipe: Recipe, data: DataVersion) -> str:
     return _key(
-        "train", data.identity, training_part(recipe),
+        "train", data.identity_of(*_learned_from(recipe)), training_part(recipe),
         _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.augmentation", "kshot.training"),
     )  # fmt: skip
 
 
-def evaluate(recipe: Recipe, learner: Trained) -> str:
+def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> str:
     read = recipe.model_dump(mode="json", include={"evaluation": True, "dataset": {"rotations", "validation", "test"}})
-    return _key(
-        "evaluate", learner.identity, learner.data.identity, read, _plugins(recipe), code(*_LEARNING, *_EVALUATING)
-    )
+    played = data.identity_of(recipe.dataset.validation, recipe.dataset.test)
+    return _key("evaluate", learner.identity, played, read, _plugins(recipe), code(*_LEARNING, *_EVALUATING))
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> str:
@@ -72,8 +71,12 @@ def promote(recipe: Recipe, version: Registered) -> str:
 def training_part(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what is learned; a checkpoint of another training is refused by it."""
     content: dict[str, Any] = recipe.model_dump(mode="json", include={"seed", "backbone", "learner", "training"})
-    data = recipe.dataset.model_dump(mode="json", include={"rotations", "train", "validation"})
+    data = recipe.dataset.model_dump(mode="json", include={"rotations", "train", "validation", "unlabelled"})
     return {**content, "dataset": data}
+
+
+def _learned_from(recipe: Recipe) -> tuple[str | None, ...]:
+    return recipe.dataset.train, recipe.dataset.validation, recipe.dataset.unlabelled
 
 
 @cache

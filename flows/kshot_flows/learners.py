@@ -18,12 +18,13 @@ from kshot_runtime.errors import KshotError
 
 def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, history: list[dict[str, float]]) -> None:
     """Write `learner.pt`. The same training gives the same bytes: no dates, no durations, no paths."""
+    splits, trained = recipe.dataset, recipe.training.steps > 0
     about = {
         "kshot": version("kshot"),
         "recipe": recipe.model_dump(mode="json"),
-        "data": {"name": data.name, "version": data.version},
+        "data": {p.name: p.version for p, _ in data.parts(splits.train, splits.validation, splits.unlabelled)},
         "image": learner.backbone.image,
-        "base_classes": data.open().split(recipe.dataset.train, recipe.dataset.rotations).groups,
+        "base_classes": data.classes(splits.train).groups if trained else None,
         "history": history,
     }
     weights = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}
@@ -35,7 +36,8 @@ def load(file: Path) -> Learner:
     """The learner in a file, ready to adapt."""
     about, weights = read(file)
     learner = Recipe.model_validate(about["recipe"]).build(tuple(about["image"]))
-    learner.prepare(about["base_classes"])
+    if about["base_classes"]:  # none where it was taken as built
+        learner.prepare(about["base_classes"])
     learner.load_state_dict(weights)
     return learner.eval()
 

@@ -25,7 +25,7 @@ def pipeline(recipe: str, changes: list[str] | None = None) -> Promotion:
     experiment = shipped.load(recipe, changes or [])
     data = version_data(experiment)
     learner = meta_train(experiment, data)
-    score = evaluate(experiment, learner)
+    score = evaluate(experiment, data, learner)
     with transaction():  # a bundle that cannot be registered is taken back
         bundle = export(experiment, learner, score)
         version = register(experiment, data, score, bundle)

@@ -6,14 +6,20 @@ that what it points to is still there and still the same.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kshot.calibration import Calibration
-from kshot.datasets import ImageSet, file_sha256
+from kshot.datasets import ClassImages, ImageSet, file_sha256, splits_of
 from kshot.episodes import Shape
 from kshot_flows import tracking, versioning
 from kshot_runtime.errors import KshotError
+
+if TYPE_CHECKING:
+    from kshot.recipe import DataSettings
 
 
 @dataclass(frozen=True)
@@ -36,34 +42,96 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class DataVersion:
-    """A data set as it was when the pipeline began."""
+class Packed:
+    """One data set, by its name and its content."""
 
     name: str
     version: str  # sha256 of the index, which holds that of the images
-    md5: str | None  # what DVC calls the data folder; None outside DVC
     source: str
-    rotations: bool  # whether classes are turned as well, which makes other episodes
-
-    @property
-    def identity(self) -> str:
-        return self.version
-
-    def intact(self) -> bool:
-        """Whether its name still stands for it, to the byte, and data.dvc still names it."""
-        root = versioning.data_root()
-        try:
-            found = self.open()
-            found.verify()
-        except KshotError:
-            return False
-        return found.version == self.version and versioning.recorded(root) == self.md5
 
     def open(self) -> ImageSet:
         return ImageSet.open(versioning.data_root() / self.name)
 
-    def ref(self) -> tracking.DataRef:
-        return tracking.DataRef(self.name, self.version, self.md5, self.source)
+
+@dataclass(frozen=True)
+class DataVersion:
+    """A recipe's data sets as they were when the pipeline began: its own, and others that its splits name."""
+
+    own: Packed
+    others: tuple[Packed, ...]
+    md5: str | None  # what DVC calls the data folder; None outside DVC
+    rotations: bool  # whether classes of the own one are turned as well, which makes other episodes
+
+    @property
+    def name(self) -> str:
+        return self.own.name
+
+    @property
+    def version(self) -> str:
+        return self.own.version
+
+    @property
+    def all(self) -> tuple[Packed, ...]:
+        return self.own, *self.others
+
+    @property
+    def identity(self) -> str:
+        return "".join(packed.version for packed in self.all)
+
+    def intact(self) -> bool:
+        """Whether their names still stand for them, to the byte, and data.dvc still names them."""
+        for packed in self.all:
+            try:
+                found = packed.open()
+                found.verify()
+            except KshotError:
+                return False
+            if found.version != packed.version:
+                return False
+        return versioning.recorded(versioning.data_root()) == self.md5
+
+    def open(self) -> ImageSet:
+        return self.own.open()
+
+    def classes(self, reference: str) -> ClassImages:
+        """The classes of a split reference; several data sets' one after the other."""
+        return ClassImages.joined(
+            [packed.open().split(splits, self._turned(packed)) for packed, splits in self.parts(reference)]
+        )
+
+    def parts(self, *references: str | None) -> list[tuple[Packed, str]]:
+        """The data sets that some split references name, each with its splits."""
+        known = {packed.name: packed for packed in self.all}
+        return [(known[name], splits) for r in references if r for name, splits in splits_of(r, self.name).items()]
+
+    def identity_of(self, *references: str | None) -> str:
+        """What split references stand for: the version of the one data set that they name, or a hash of several."""
+        parts = self.parts(*references)
+        versions = {packed.version for packed, _ in parts}
+        if len(versions) == 1:
+            return versions.pop()
+        content = [(packed.version, splits, self._turned(packed)) for packed, splits in parts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def split_of(self, reference: str) -> tuple[str, bool]:
+        """A split's name where `identity_of` says whose, and whether it has rotations."""
+        parts = self.parts(reference)
+        splits = parts[0][1] if len(parts) == 1 else reference
+        return splits, any(self._turned(packed) for packed, _ in parts)
+
+    def refs(self, dataset: DataSettings) -> list[tracking.DataRef]:
+        """For MLflow: each data set, its own first, with what the recipe takes it for."""
+        learned = {packed for packed, _ in self.parts(dataset.train, dataset.validation, dataset.unlabelled)}
+        return [
+            tracking.DataRef(
+                packed.name, packed.version, self.md5, packed.source,
+                context="meta-training" if packed in learned or packed == self.own else "test",
+            )
+            for packed in self.all
+        ]  # fmt: skip
+
+    def _turned(self, packed: Packed) -> bool:
+        return self.rotations and packed == self.own
 
 
 @dataclass(frozen=True)
@@ -75,8 +143,8 @@ class Trained:
     run: str  # the MLflow run that has its numbers over time
     steps: int
     best_step: int
-    validation: float  # accuracy there
-    margin: float
+    validation: float | None  # accuracy there; None where there were no classes for it
+    margin: float | None
     seconds: float
 
     @property
@@ -123,6 +191,7 @@ class Scores:
     seed: int
     split: str
     learner: Trained
+    data: DataVersion
 
     @property
     def identity(self) -> str:

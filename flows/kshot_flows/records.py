@@ -58,9 +58,9 @@ def mark_registered(run: tracking.Run, version: int) -> None:
 
 def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
     """Everything that was measured of a learner: metrics, tables, files, pictures."""
-    run.metrics(
-        learner.best_step, {"best.validation.accuracy": learner.validation, "training.seconds": learner.seconds}
-    )
+    run.metrics(learner.best_step, {"training.seconds": learner.seconds})
+    if learner.validation is not None:
+        run.metrics(learner.best_step, {"best.validation.accuracy": learner.validation})
     for line in scores.lines:
         values = {"accuracy": line.accuracy, "margin": line.margin, "ece": line.ece}
         run.metrics(learner.best_step, {f"test.{line.key}.{name}": value for name, value in values.items()})
@@ -86,16 +86,15 @@ def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scor
 def _draw(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
     from kshot_flows import pictures
 
-    points = curves.read(learner.folder / "curve.jsonl")
-    validated = [point for point in points if "validation" in point]
-    run.picture(
-        "learning-curve",
-        pictures.learning_curve(
-            [int(p["step"]) for p in points], [p["loss"] for p in points],
-            [int(p["step"]) for p in validated], [p["validation"] for p in validated], [p["margin"] for p in validated],
-            chosen=learner.best_step,
-        ),
-    )  # fmt: skip
+    if points := curves.read(learner.folder / "curve.jsonl"):
+        validated = [point for point in points if "validation" in point]
+        run.picture(
+            "learning-curve",
+            pictures.learning_curve(
+                [int(p["step"]) for p in points], [p["loss"] for p in points], [int(p["step"]) for p in validated],
+                [p["validation"] for p in validated], [p["margin"] for p in validated], chosen=learner.best_step,
+            ),
+        )  # fmt: skip
     first = scores.lines[0]
     with np.load(scores.arrays.file) as arrays:
         for line in scores.lines:
@@ -115,7 +114,7 @@ def _draw_episode(run: tracking.Run, recipe: Recipe, learner: Trained, scores: S
     from kshot_flows import pictures
 
     model = learners.load(learner.learner.file)
-    images = learner.data.open().split(recipe.dataset.test, recipe.dataset.rotations)
+    images = scores.data.classes(recipe.dataset.test)
     shape = min((line.shape for line in scores.lines), key=lambda shape: abs(shape.ways - _MAPPED_WAYS))
     [(episode, logits)] = answers(model, images, shape, 1, seed=scores.seed)
     names = [images.names[i] for i in episode.source.tolist()]
@@ -137,10 +136,11 @@ def _draw_episode(run: tracking.Run, recipe: Recipe, learner: Trained, scores: S
 
 
 def _new_run(recipe: Recipe, data: DataVersion):  # type: ignore[no-untyped-def]  # a context manager of a Run
-    content = recipe.model_dump(mode="json")
+    own, *others = data.refs(recipe.dataset)
     return tracking.run(
-        recipe.name, recipe=content, data=data.ref(), seed=recipe.seed, tags={"kshot.recipe.sha256": _hash(recipe)}
-    )
+        recipe.name, recipe=recipe.model_dump(mode="json"), data=own, others=others, seed=recipe.seed,
+        tags={"kshot.recipe.sha256": _hash(recipe)},
+    )  # fmt: skip
 
 
 def _open_for(run_id: str, recipe: Recipe) -> bool:

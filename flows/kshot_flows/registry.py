@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_FILES = ("adapt.onnx", "classify.onnx", "bundle.json")
+_FILES = ("adapt.onnx", "classify.onnx", "bundle.json")  # of every bundle; some have embed.onnx besides
 _MOVES = ".moves"  # NAME.moves is the log of NAME
 _ENTRY = "kshot.move"  # the tag of a log entry that holds it
 
@@ -291,6 +291,7 @@ def trace(name: str, version: int) -> Trace:
         "accuracy": accuracy(tags),
         "data (DVC)": tags.get("data", ""),
         "data (sha256)": tags.get("data.version", ""),
+        "other data (sha256)": tags.get("data.others", ""),
         "git commit": tags.get("commit", "") + (" + changes (git.diff)" if tags.get("dirty") == "true" else ""),
         "MLflow run": known.run_id or "",
         "Prefect run": tags.get("prefect.flow_run", ""),
@@ -577,6 +578,7 @@ def _from_run(tags: Mapping[str, str]) -> dict[str, str]:
         "kshot.recipe": "recipe",
         "kshot.data": "data",
         "kshot.data.version": "data.version",
+        "kshot.data.others": "data.others",
         "mlflow.source.git.commit": "commit",
         "kshot.git.dirty": "dirty",
         "kshot.prefect.flow_run": "prefect.flow_run",

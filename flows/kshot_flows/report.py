@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from kshot_flows import progress, tracking
 from kshot_flows.engine import Done
 from kshot_flows.products import DataVersion, Exported, Product, Promotion, Registered, Scores, Trained, relative
+
+if TYPE_CHECKING:
+    from kshot_flows.compare import Comparison
 
 T = TypeVar("T")
 
@@ -28,6 +32,23 @@ def show(done: Sequence[Done], command: str) -> None:
         out.print(_next(bundle, version, command), soft_wrap=True)  # to copy: paths and commands stay whole
 
 
+def show_comparison(found: Comparison, command: str) -> None:
+    """Print how recipes stand to each other, and where to look next."""
+    from kshot_flows import standings_view  # brings matplotlib
+
+    out = progress.console()
+    for part in standings_view.tables(found.standings):
+        out.print(part)
+    about = {
+        "The picture": relative(found.folder / "comparison.png"),
+        "The table": relative(found.folder / "comparison.json"),
+        "Both": f"run {found.run} in {_pages()}",
+        "Again": command,
+    }
+    for what, value in about.items():
+        out.print(f"[bold]{what:<13}[/bold]{escape(value)}", soft_wrap=True)
+
+
 def _steps(done: Sequence[Done]) -> Table:
     table = _table("step", "", "seconds", "what it gave")
     table.columns[2].justify = "right"
@@ -40,9 +61,14 @@ def _steps(done: Sequence[Done]) -> Table:
 def _summary(product: Product) -> str:
     match product:
         case DataVersion():
-            return f"{product.name}, version {(product.md5 or product.version)[:12]}"
+            names = ", ".join(packed.name for packed in product.all)
+            return f"{names}, version {(product.md5 or product.version)[:12]}"
         case Trained():
+            if product.validation is None or product.margin is None:
+                return "taken as it was built"
             best = f"{100 * product.validation:.2f} ± {100 * product.margin:.2f} % on validation"
+            if product.steps == 0:
+                return f"taken as it was built: {best}"
             return f"{best} at step {product.best_step} of {product.steps}, {product.seconds:.0f} s of training"
         case Scores():
             return f"{product.lines[0].episodes} episodes of each shape from {product.split}"
@@ -73,8 +99,6 @@ def _verdict(promotion: Promotion) -> str:
 
 
 def _next(bundle: Exported, version: Registered, command: str) -> str:
-    store = tracking.store()
-    pages = store if store.startswith("http") else f"mlflow ui --backend-store-uri {store}"
     return f"""
 [bold]The bundle[/bold]   {relative(bundle.folder)}
 [bold]Use it[/bold]       from kshot_runtime.bundle import Bundle
@@ -83,8 +107,14 @@ def _next(bundle: Exported, version: Registered, command: str) -> str:
              print(bundle.classify(state, ["new.png"]).names)
 [bold]Where from[/bold]   kshot trace {version.name} {version.version}
 [bold]Versions[/bold]     kshot models {version.name}
-[bold]Pictures[/bold]     {tracking.public(pages)}
+[bold]Pictures[/bold]     {_pages()}
 [bold]Again[/bold]        {command}"""
+
+
+def _pages() -> str:
+    """Where MLflow shows it all."""
+    store = tracking.store()
+    return tracking.public(store if store.startswith("http") else f"mlflow ui --backend-store-uri {store}")
 
 
 def _find(products: Sequence[Product], kind: type[T]) -> T | None:

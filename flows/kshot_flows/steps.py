@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from kshot import plugins, training
 from kshot.calibration import Calibration, calibrate
-from kshot.datasets import ClassImages
+from kshot.datasets import ClassImages, ImageSet
 from kshot.episodes import Shape
 from kshot.evaluation import Score
 from kshot.evaluation import evaluate as play
@@ -29,12 +30,11 @@ from kshot.plugins import Provided
 from kshot.recipe import Recipe
 from kshot_flows import contest, curves, keys, learners, progress, records, registry, tracking, versioning
 from kshot_flows.gate import Evidence, GateSettings, judge
-from kshot_flows.products import DataVersion, Exported, Line, Pin, Promotion, Registered, Scores, Trained
+from kshot_flows.products import DataVersion, Exported, Line, Packed, Pin, Promotion, Registered, Scores, Trained
 from kshot_flows.stages import Stage, StageConflictError
 from kshot_runtime import manifest
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
-from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import MANIFEST
 
 TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
@@ -42,23 +42,35 @@ _CALIBRATION_EPISODES = 200
 
 
 def version_data(recipe: Recipe) -> DataVersion:
-    """The recipe's data, brought in where they are missing, and the whole data folder recorded in data.dvc."""
-    root = versioning.data_root()
-    with progress.counting(f"making {recipe.dataset.name}") as watch:
-        present = versioning.ensure(recipe.dataset.name, root, recipe.dataset.source, watch)
+    """All data that the recipe names, brought in where they are missing, and the data folder recorded in data.dvc."""
+    root, found = versioning.data_root(), []
+    for name in recipe.dataset.names:
+        source = recipe.dataset.source if name == recipe.dataset.name else None
+        with progress.counting(f"making {name}") as watch:
+            present = versioning.ensure(name, root, source, watch)
+        if present.note:
+            progress.say(f"  {present.note}")
+        found.append(present.data_set)
     recorded = versioning.version_data(root)
-    for remark in filter(None, (present.note, recorded.why_not)):
-        progress.say(f"  {remark}")
-    found = present.data_set
-    return DataVersion(found.name, found.version, recorded.md5, found.index.source, recipe.dataset.rotations)
+    if recorded.why_not:
+        progress.say(f"  {recorded.why_not}")
+    own, *others = (Packed(packed.name, packed.version, packed.index.source) for packed in found)
+    data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations)
+    _refuse_unlike(found)
+    _refuse_seen(recipe, data)
+    return data
 
 
 def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     """Meta-train in `runs/RECIPE/KEY`, from the last checkpoint there if a run was cut off, to `learner.pt`."""
     folder = tracking.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
-    train, validation = (_split(recipe, data, part) for part in (recipe.dataset.train, recipe.dataset.validation))
+    splits, trains = recipe.dataset, recipe.training.steps > 0
+    train = data.classes(splits.train) if trains else None
+    validation = _validation(recipe, data)
+    if validation is None:
+        progress.say(f"  {data.name} has no classes {splits.validation!r}: taken as it is, without a validation")
     torch.manual_seed(recipe.seed)
-    learner = recipe.build(train.shape)
+    learner = recipe.build(data.open().rule.shape)
     position = _checkpoint(folder).get("step", 0)
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {recipe.training.steps}")
@@ -67,24 +79,29 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
         steps = training.meta_train(
             learner, train, validation, recipe.training,
             folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=device(),
+            unlabelled=data.classes(splits.unlabelled) if trains and splits.unlabelled else None,
         )  # fmt: skip
         for step in progress.training(steps):
             if point := curve.add(step):
                 run.metrics(step.step, curves.metrics(point))
     reached = _checkpoint(folder)
     learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
-    best = next(point for point in reached["history"] if point["step"] == reached["best_step"])
+    best: dict[str, float] = next((point for point in reached["history"] if point["step"] == reached["best_step"]), {})
     return Trained(
         Pin.of(folder / "learner.pt"), data, run.id,
-        reached["step"], reached["best_step"], best["validation"], best["margin"], reached["seconds"],
+        reached["step"], reached["best_step"] or 0, best.get("validation"), best.get("margin"), reached["seconds"],
     )  # fmt: skip
 
 
-def evaluate(recipe: Recipe, learner: Trained) -> Scores:
+def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
     model = learners.load(learner.learner.file).to(device())
-    test, validation = (_split(recipe, learner.data, part) for part in (recipe.dataset.test, recipe.dataset.validation))
-    calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
+    test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
+    calibrations = {}
+    if validation is None:
+        progress.say("  no validation classes: probabilities are not calibrated, and no class counts as unknown")
+    else:
+        calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
     hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
     scores = []
     for shape in recipe.evaluation.shapes:
@@ -93,10 +110,10 @@ def evaluate(recipe: Recipe, learner: Trained) -> Scores:
                 scores.append(
                     play(
                         model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
-                        temperature=calibrations[shape.shots].temperature, device=device(),
+                        temperature=calibrations[shape.shots].temperature if calibrations else 1.0, device=device(),
                     )
                 )  # fmt: skip
-    return _keep(scores, tuple(calibrations.values()), recipe, learner)
+    return _keep(scores, tuple(calibrations.values()), recipe, data, learner)
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
@@ -104,12 +121,12 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     from kshot import exporting  # brings the exporter's libraries, which take a second
 
     model = learners.load(learner.learner.file)
-    data, shape = learner.data.open(), score.lines[0].shape
+    shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
     with progress.busy("tracing to ONNX, and comparing with torch"):
         report = exporting.export(
-            model, folder, facts=_facts(recipe, data.rule, learner, score),
-            data=_split(recipe, learner.data, recipe.dataset.test), shape=shape, seed=score.seed,
+            model, folder, facts=_facts(recipe, learner, score),
+            data=score.data.classes(recipe.dataset.test), shape=shape, seed=score.seed,
         )  # fmt: skip
     parity = report.manifest.parity
     files = tuple(Pin.of(folder / name) for name in (MANIFEST, *report.manifest.files))
@@ -164,7 +181,9 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
     while True:
         champion = registry.champion(name)
         try:
-            other = None if champion is None else contest.champions_evidence(name, champion, challenger, version.data)
+            other = None
+            if champion is not None:
+                other = contest.champions_evidence(name, champion, challenger, version.data, recipe.dataset.test)
         except KshotError as error:
             return Promotion(name, number, Stage.STAGING, champion, str(error))
         report = judge(challenger, other, settings)
@@ -182,14 +201,16 @@ def device() -> str:
     return os.environ.get("KSHOT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _facts(recipe: Recipe, rule: ImageRule, learner: Trained, score: Scores) -> manifest.Facts:
+def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
     """What a bundle says of where it comes from and of what to expect of it."""
     commit, dirty, _ = tracking.git()
     found = plugins.find()
+    own, *others = score.data.refs(recipe.dataset)
+    learned_from = [own.name, *(other.name for other in others if other.context == own.context)]
     return manifest.Facts(
         learner=_plugin(found.learner(recipe.learner.name), recipe.learner.options),
         backbone=_plugin(found.backbone(recipe.backbone.name), recipe.backbone.options),
-        image=rule,
+        image=score.data.open().rule,
         calibration=tuple(
             manifest.Calibration(
                 ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
@@ -204,7 +225,7 @@ def _facts(recipe: Recipe, rule: ImageRule, learner: Trained, score: Scores) -> 
             if not line.transductive
         ),
         source=manifest.Source(
-            dataset=learner.data.name, dataset_hash=learner.data.ref().digest,
+            dataset="+".join(learned_from), dataset_hash=own.digest,
             commit=f"{commit}-dirty" if commit and dirty else commit or "", run_id=learner.run, recipe=recipe.name,
         ),
     )  # fmt: skip
@@ -234,8 +255,40 @@ def _latency(bundle: Bundle, shape: Shape) -> float:
     return float(np.median(took))
 
 
-def _split(recipe: Recipe, data: DataVersion, part: str) -> ClassImages:
-    return data.open().split(part, recipe.dataset.rotations)
+def _refuse_unlike(found: Sequence[ImageSet]) -> None:
+    own = found[0]
+    for other in found[1:]:
+        if other.rule.shape != own.rule.shape:
+            raise KshotError(
+                f"data set {other.name!r} holds images {other.rule.shape} and {own.name!r} {own.rule.shape}; those of "
+                f"one recipe must be alike. Import one again: kshot data import SOURCE {other.name} "
+                f"--size {own.rule.size} --channels {own.rule.channels} --replace"
+            )
+
+
+def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
+    """What is tested must be new to the learner, even without its label."""
+    if recipe.dataset.unlabelled is None:
+        return
+    tested, seen = (
+        {sha256: f"{packed.name}: {name}" for packed, splits in data.parts(reference)
+         for sha256, name in packed.open().hashes(splits).items()}
+        for reference in (recipe.dataset.test, recipe.dataset.unlabelled)
+    )  # fmt: skip
+    if both := tested.keys() & seen.keys():
+        raise KshotError(
+            f"{len(both)} of the {len(seen)} unlabelled images ({recipe.dataset.unlabelled}) are test images "
+            f"({recipe.dataset.test}) too, such as {min(tested[sha256] for sha256 in both)}. What is tested must be "
+            "new to the learner: name other images in dataset.unlabelled."
+        )
+
+
+def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
+    """The validation classes; a learner that is taken as it was built may have none."""
+    wanted = data.parts(recipe.dataset.validation)
+    if recipe.training.steps == 0 and any(set(splits.split("+")) - set(p.open().splits) for p, splits in wanted):
+        return None
+    return data.classes(recipe.dataset.validation)
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
@@ -254,13 +307,15 @@ def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shots: i
         return calibrate(model, validation, shape, episodes, seed=TEST_SEED, device=device())
 
 
-def _keep(scores: list[Score], calibrations: tuple[Calibration, ...], recipe: Recipe, learner: Trained) -> Scores:
+def _keep(
+    scores: list[Score], calibrations: tuple[Calibration, ...], recipe: Recipe, data: DataVersion, learner: Trained
+) -> Scores:
     """Write scores to files beside the learner: a summary to read, and what every episode gave."""
     lines = tuple(
         Line(score.shape, score.episodes, score.transductive, score.accuracy, score.margin, score.ece)
         for score in scores
     )
-    stem = learner.folder / f"scores-{keys.evaluate(recipe, learner).removeprefix('evaluate-')[:12]}"
+    stem = learner.folder / f"scores-{keys.evaluate(recipe, data, learner).removeprefix('evaluate-')[:12]}"
     arrays, report = stem.with_suffix(".npz"), stem.with_suffix(".json")
     np.savez_compressed(
         arrays,
@@ -282,4 +337,4 @@ def _keep(scores: list[Score], calibrations: tuple[Calibration, ...], recipe: Re
             indent=2,
         )
     )
-    return Scores(lines, calibrations, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner)
+    return Scores(lines, calibrations, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner, data)

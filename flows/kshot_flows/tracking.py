@@ -75,12 +75,13 @@ def user() -> str:
 
 @dataclass(frozen=True)
 class DataRef:
-    """The dataset version a run learned from."""
+    """The version of a data set that a run learned from, or was tested on."""
 
     name: str
     version: str  # sha256 of the packed files
     md5: str | None = None  # what DVC calls the data folder in data.dvc, '<md5>.dir'; None outside DVC
     source: str = ""  # where the images came from
+    context: str = "meta-training"  # what they were for
 
     @property
     def digest(self) -> str:
@@ -146,6 +147,7 @@ def run(
     *,
     recipe: Mapping[str, Any],
     data: DataRef,
+    others: Sequence[DataRef] = (),
     seed: int,
     tags: Mapping[str, str] | None = None,
     recipe_file: Path | None = None,
@@ -153,7 +155,8 @@ def run(
     """Start a run of a recipe. If the block fails, the run is marked FAILED and keeps the error's text.
 
     The experiment bears the recipe's name. The resolved recipe becomes the run's parameters (`training.lr`) and
-    `recipe.json`; the dataset version its input; the project's git commit, and what differed from it, its tags.
+    `recipe.json`; the dataset version its input, and that of every other data set that the recipe names; the
+    project's git commit, and what differed from it, its tags.
     """
     door = client()
     commit, dirty, changes = git()
@@ -164,6 +167,7 @@ def run(
         "kshot.recipe": recipe_name,
         "kshot.data": data.digest,
         "kshot.data.version": data.version,
+        **({"kshot.data.others": ", ".join(f"{other.name} {other.version}" for other in others)} if others else {}),
         **({"mlflow.source.git.commit": commit, "kshot.git.dirty": str(dirty).lower()} if commit else {}),
         **_prefect(),
         **(tags or {}),
@@ -175,7 +179,7 @@ def run(
         params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
         for start in range(0, len(params), 100):  # MLflow takes 100 in one call
             door.log_batch(opened.id, params=params[start : start + 100])
-        _log_data(opened, data)
+        _log_data(opened, [data, *others])
         opened.json("recipe", recipe)
         if recipe_file is not None:
             opened.file(recipe_file)
@@ -247,15 +251,18 @@ def _until_the_end(opened: Run) -> Iterator[None]:
     opened.client.set_terminated(opened.id, "FINISHED")
 
 
-def _log_data(opened: Run, data: DataRef) -> None:
+def _log_data(opened: Run, data: Sequence[DataRef]) -> None:
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
 
-    source = CodeDatasetSource(tags={"kshot.source": data.source, "kshot.data.version": data.version})
-    dataset = MetaDataset(source, name=data.name, digest=data.digest)
-    what = DatasetInput(dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", "meta-training")])
-    opened.client.log_inputs(opened.id, [what])
+    inputs = []
+    for ref in data:
+        source = CodeDatasetSource(tags={"kshot.source": ref.source, "kshot.data.version": ref.version})
+        dataset = MetaDataset(source, name=ref.name, digest=ref.digest)
+        context = InputTag("mlflow.data.context", ref.context)
+        inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags=[context]))
+    opened.client.log_inputs(opened.id, inputs)
 
 
 def _experiment(door: MlflowClient, name: str) -> str:

@@ -1,6 +1,8 @@
-"""MNIST: the 10,000 handwritten digits of its test file, to try on them what was trained elsewhere.
+"""MNIST: 70,000 handwritten digits, to try on them what was trained elsewhere.
 
-LeCun, Cortes and Burges, 1998. Ten classes are too few to train on, so there is no train and no val split.
+LeCun, Cortes and Burges, 1998. Its own split is one of images, not of classes: the ten digits are classes of `test`, by
+the images of its test file, and again of `train`, by those of its training file. So `train` is no class-disjoint
+training split; it is for images without labels (`dataset.unlabelled`), or to train on when other data are tested.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from kshot import KshotError, hookimpl
-from kshot.sources import Importer, Listing, Picture, Request
+from kshot.sources import Importer, Listing, Picture, Request, Split
 from kshot_runtime.images import ImageRule
 
 
@@ -25,12 +27,15 @@ from kshot_runtime.images import ImageRule
 def kshot_datasets() -> dict[str, Importer]:
     return {
         "mnist": Importer(
-            about="handwritten digits, to test on only; --from a folder with its t10k files (idx, or idx in .gz)",
+            about="handwritten digits; --from a folder with its four files (idx, or idx in .gz)",
             licence="CC BY-SA 3.0, Yann LeCun and Corinna Cortes",
-            provenance="MNIST, the test file (t10k)",
+            provenance="MNIST, the training and test files of Yann LeCun",
             rule=ImageRule(size=28, channels=1),
             open=_open,
-            splits={"test": "all ten digits"},
+            splits={
+                "both": "the ten digits twice: test has the 10,000 images of the test file, train the 60,000 others",
+                "test": "the ten digits of the test file alone",
+            },
         )
     }
 
@@ -39,18 +44,29 @@ def kshot_datasets() -> dict[str, Importer]:
 def _open(request: Request) -> Iterator[Listing]:
     if request.folder is None:
         raise KshotError(
-            "give the folder that holds t10k-images-idx3-ubyte(.gz) and t10k-labels-idx1-ubyte(.gz): --from DIR"
+            "give the folder that holds t10k-images-idx3-ubyte(.gz) and t10k-labels-idx1-ubyte(.gz), and the same of "
+            "train-: --from DIR"
         )
-    images = read_idx(request.folder, "t10k-images-idx3-ubyte")  # (N, 28, 28)
-    labels = read_idx(request.folder, "t10k-labels-idx1-ubyte")  # (N,)
+    pictures = _digits(request.folder, "t10k", "test")
+    if request.split != "test":
+        pictures += _digits(request.folder, "train", "train")
+    yield Listing(pictures)
+
+
+def _digits(folder: Path, file: str, split: Split) -> list[Picture]:
+    """The images of one of the two files, each with its digit as its class."""
+    try:
+        images = read_idx(folder, f"{file}-images-idx3-ubyte")  # (N, 28, 28)
+        labels = read_idx(folder, f"{file}-labels-idx1-ubyte")  # (N,)
+    except FileNotFoundError as error:
+        hint = "" if split == "test" else ". For the test file alone: --split test"
+        raise KshotError(f"{error}{hint}") from None
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise KshotError(f"{request.folder}: images {images.shape} and labels {labels.shape} do not belong together")
-    yield Listing(
-        [
-            Picture(f"t10k/{i:05d}", str(label), "test", partial(Image.fromarray, image))
-            for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
-        ]
-    )
+        raise KshotError(f"{folder}: images {images.shape} and labels {labels.shape} do not belong together")
+    return [
+        Picture(f"{file}/{i:05d}", f"{split}/{label}", split, partial(Image.fromarray, image))
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
+    ]
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
@@ -67,4 +83,4 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         except (OSError, EOFError, ValueError, struct.error):
             pass
         raise KshotError(f"{path} is damaged, or no idx file of bytes")
-    raise KshotError(f"{folder} has neither {name} nor {name}.gz")
+    raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz")

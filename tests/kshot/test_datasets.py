@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kshot.datasets import IMAGES, INDEX, ClassEntry, ClassImages, FileEntry, ImageSet, Index, file_sha256
+from kshot.datasets import IMAGES, INDEX, ClassEntry, ClassImages, FileEntry, ImageSet, Index, file_sha256, splits_of
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 
@@ -92,6 +92,41 @@ def test_rotation_of_mixed_classes_at_once_equals_one_by_one(folder):
 
 def test_splits_can_be_joined(folder):
     assert ImageSet.open(folder).split("train+val").names == ("ant", "cat", "dog")
+
+
+def test_a_reference_names_splits_of_its_own_data_set_and_of_others():
+    assert splits_of("train", "zoo") == {"zoo": "train"}
+    assert splits_of("farm:train+val+farm:test", "zoo") == {"farm": "train+test", "zoo": "val"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [("zoo:trian", "did you mean 'train'"), ("train+", "one of train, val, test"), (":train", "DATASET:SPLIT")],
+)
+def test_a_misspelt_reference_is_answered_with_how_one_is_written(reference, message):
+    with pytest.raises(KshotError, match=message):
+        splits_of(reference, "zoo")
+
+
+def test_joined_classes_keep_their_images_their_groups_and_what_was_turned(folder):
+    zoo = ImageSet.open(folder)
+    train, val = zoo.split("train", rotations=True), zoo.split("val")
+    joined = ClassImages.joined([val, train])
+    assert (joined.groups, len(joined), joined.names) == ((1, 8), 9, val.names + train.names)
+    assert joined.counts.tolist() == [2, *train.counts.tolist()]
+    images = joined.gather(np.array([[0], [3], [8]]), np.array([0, 1]))  # (3, 2, C, H, W)
+    assert np.array_equal(images[0], val.gather(np.array([0, 0]), np.array([0, 1])))
+    assert np.array_equal(images[1], train.gather(np.array([2, 2]), np.array([0, 1])))
+    assert np.array_equal(images[2], train.gather(np.array([7, 7]), np.array([0, 1])))
+    assert ClassImages.joined([train]) is train
+    with pytest.raises(KshotError, match="before joining"):
+        ClassImages.joined([val, zoo.split("test")]).rotated()
+
+
+def test_images_of_two_shapes_cannot_be_joined():
+    small, large = (ClassImages.from_arrays([np.zeros((2, 1, side, side), np.uint8)]) for side in (2, 3))
+    with pytest.raises(KshotError, match=r"these are \(1, 2, 2\) and \(1, 3, 3\)"):
+        ClassImages.joined([small, large])
 
 
 def test_an_unknown_split_is_answered_with_those_that_exist(folder):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, draw_indices, sample_episodes
+from kshot.episodes import Shape, draw_indices, sample_episodes, sample_images
 from kshot_runtime.errors import KshotError
 
 
@@ -114,3 +114,13 @@ def test_more_than_the_data_has_is_an_error_that_says_what_fits(shape, message):
 def test_an_episode_needs_two_ways_a_shot_and_a_query(shape):
     with pytest.raises(KshotError, match="at least 2 ways"):
         Shape(*shape)
+
+
+def test_unlabelled_images_are_different_ones_that_seed_and_step_fix():
+    images = ClassImages.from_arrays([np.full((count, 1, 1, 1), count, np.uint8) for count in (2, 3, 5)])
+    drawn = [sample_images(images, 4, seed=0, step=step) for step in (0, 1, 0)]
+    assert drawn[0].shape == (4, 1, 1, 1)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    everything = sample_images(images, 100, seed=0, step=0)  # fewer are there: all of them, each once
+    assert sorted((everything * 255).flatten().round().int().tolist()) == [2, 2, 3, 3, 3, 5, 5, 5, 5, 5]

@@ -44,11 +44,21 @@ def test_overrides_change_single_values_with_their_type(tmp_path):
         ({"backbone.width": "0"}, r"\[backbone\] of 'conv4': width = 0"),
         ({"learner.name": "mmal"}, r"no algorithm named 'mmal'; did you mean 'maml'\?"),
         ({"name.x": "1"}, r"'name' is a value, not a section"),
+        ({"dataset.train": "toy:trian"}, r"dataset.train = 'toy:trian': .* did you mean 'train'"),
+        ({"dataset.unlabelled": "toy:test"}, r"dataset.unlabelled = 'toy:test': toy:test is tested on"),
+        ({"dataset.unlabelled": "zoo:val+train", "dataset.test": "val+train"}, "toy:train is tested on"),
     ],
 )
 def test_a_fault_says_where_it_is_and_what_would_fit(tmp_path, overrides, message):
     with pytest.raises(KshotError, match=message):
         Recipe.load(write(tmp_path), overrides)
+
+
+def test_a_recipe_names_its_own_data_set_first_and_every_other_once(tmp_path):
+    splits = {"train": "zoo:train+farm:train", "test": "farm:test", "unlabelled": "farm:val"}
+    recipe = Recipe.load(write(tmp_path), {f"dataset.{key}": value for key, value in splits.items()})
+    assert recipe.dataset.names == ("toy", "zoo", "farm")
+    assert Recipe.load(write(tmp_path)).dataset.names == ("toy",)
 
 
 def test_a_missing_file_and_a_broken_one_are_errors_with_a_next_step(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kshot.episodes import sample_episodes
-from kshot.testing import Subject, toy_images
+from kshot.testing import Pixels, Subject, toy_images
 from kshot.training import Training, learner_step, learning_rate, meta_train, save_atomically
+from kshot_plugins.protonet import ProtoNet
 from kshot_runtime.errors import KshotError
 
 SETTINGS = {
@@ -21,7 +22,7 @@ SETTINGS = {
 TRAIN = """
 import sys, time, torch
 from pathlib import Path
-from kshot.testing import Subject, toy_images
+from kshot.testing import Pixels, Subject, toy_images
 from kshot.training import Training, meta_train
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -42,6 +43,71 @@ def train(folder, name="maml", **changes):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Scaled(Pixels):
+    """Pixels times one weight, to have something to train."""
+
+    def __init__(self, image):
+        super().__init__(image)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return self.scale * super().forward(images)
+
+
+def test_unlabelled_images_come_with_every_batch_and_others_at_every_step(tmp_path):
+    seen = []
+
+    class Seeing(ProtoNet):
+        def meta_loss(self, episodes):
+            seen.append(episodes.unlabelled)
+            return super().meta_loss(episodes)
+
+    def run(folder, **more):
+        seen.clear()
+        learner = Seeing(Scaled((1, 16, 16)), ProtoNet.Config())
+        settings = Training(**{**SETTINGS, "steps": 4}, unlabelled_images=7, **more)
+        pool = toy_images(seed=2)
+        list(meta_train(learner, toy_images(), toy_images(seed=1), settings, folder=folder, seed=3, unlabelled=pool))
+        return list(seen)
+
+    first = run(tmp_path / "a")
+    assert [tuple(images.shape) for images in first] == [(7, 1, 16, 16)] * 4
+    assert (float(first[0].min()) >= 0, float(first[0].max()) <= 1) == (True, True)
+    assert not torch.equal(first[0], first[1])
+    again = run(tmp_path / "b", episodes_at_once=1)  # two parts of each batch, which share its unlabelled images
+    assert len(again) == 8
+    assert torch.equal(again[0], again[1])
+    assert torch.equal(again[2], first[1])
+
+
+def test_no_steps_take_a_learner_as_it_is_with_one_validation_and_one_checkpoint(tmp_path):
+    learner = Subject("protonet", tmp_path).build()
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    settings = Training(**{**SETTINGS, "steps": 0})
+    assert list(meta_train(learner, None, toy_images(seed=1), settings, folder=tmp_path, seed=3)) == []
+    assert equal(learner.state_dict(), before)
+    held = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert equal(held["learner"], before)
+    assert (held["step"], held["best_step"], len(held["history"])) == (0, 0, 1)
+    assert 0.3 < held["history"][0]["validation"] <= 1
+
+
+def test_no_steps_need_no_classes_at_all(tmp_path):
+    learner = Subject("protonet", tmp_path).build()
+    settings = Training(**{**SETTINGS, "steps": 0})
+    assert list(meta_train(learner, None, None, settings, folder=tmp_path, seed=3)) == []
+    held = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (held["best_step"], held["history"]) == (None, [])
+    with pytest.raises(KshotError, match=r"only training.steps = 0 needs none"):
+        list(meta_train(learner, None, None, Training(**SETTINGS), folder=tmp_path, seed=3))
+
+
+def test_a_learner_without_a_weight_to_train_is_told_to_be_taken_as_it_is(tmp_path):
+    learner = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config())
+    with pytest.raises(KshotError, match=r"nothing to train .* training.steps = 0"):
+        list(meta_train(learner, toy_images(), toy_images(), Training(**SETTINGS), folder=tmp_path, seed=3))
 
 
 def test_a_run_killed_at_several_points_ends_with_the_bits_of_one_that_was_not(tmp_path):

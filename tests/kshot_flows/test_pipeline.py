@@ -117,8 +117,8 @@ def test_the_learner_file_says_what_made_it_and_gives_the_learner_back(project: 
     assert isinstance(scores, Scores)
     held, _ = learners.read(trained.learner.file)
     assert held["recipe"]["name"] == "tiny"
-    assert held["data"]["version"] == trained.data.version
-    again = steps.evaluate(shipped.load(str(project.home / "tiny.toml")), trained)
+    assert held["data"] == {"patterns": trained.data.version}
+    again = steps.evaluate(shipped.load(str(project.home / "tiny.toml")), trained.data, trained)
     assert again.lines == scores.lines
 
 

@@ -201,18 +201,37 @@ def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">3sB{array.ndim}I", b"\0\0\x08", array.ndim, *array.shape) + array.tobytes()
 
 
+def write_mnist(folder, file, count, packed=False, first=0):
+    """So many images, all different, of the digits 0 to 9 in turn."""
+    images = np.zeros((count, 28, 28), np.uint8)
+    images[:, 0, 0] = np.arange(first, first + count)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    for name, array in ((f"{file}-images-idx3-ubyte", images), (f"{file}-labels-idx1-ubyte", labels)):
+        content = idx(array)
+        (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+    return images
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_mnist_is_ten_classes_to_test_on(tmp_path, data, packed):
-    images = np.arange(20 * 28 * 28, dtype=np.uint64).astype(np.uint8).reshape(20, 28, 28)
-    labels = np.tile(np.arange(10, dtype=np.uint8), 2)
-    for name, array in (("t10k-images-idx3-ubyte", images), ("t10k-labels-idx1-ubyte", labels)):
-        content = idx(array)
-        (tmp_path / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
-    assert take("mnist", data, from_dir=tmp_path).splits == {"test": 10}
+    images = write_mnist(tmp_path, "t10k", 20, packed)
+    assert take("mnist", data, from_dir=tmp_path, split="test").splits == {"test": 10}
     it = ImageSet.open(data / "it")
-    assert it.split("test").names == tuple("0123456789")
+    assert it.split("test").names == tuple(f"test/{digit}" for digit in range(10))
     assert np.array_equal(it.images[0, 0], images[0])
     assert np.array_equal(it.images[3, 0], images[11])  # the second 1
+
+
+def test_the_images_of_both_mnist_files_are_apart_and_their_classes_the_same_digits(tmp_path, data):
+    write_mnist(tmp_path, "t10k", 20)
+    with pytest.raises(KshotError, match=r"has neither train-images.* For the test file alone: --split test"):
+        take("mnist", data, from_dir=tmp_path)
+    images = write_mnist(tmp_path, "train", 40, first=20)
+    assert take("mnist", data, from_dir=tmp_path).splits == {"train": 10, "test": 10}
+    it = ImageSet.open(data / "it")
+    assert (it.split("train").names[9], it.split("test").names[9]) == ("train/9", "test/9")
+    assert np.array_equal(it.split("train").gather(np.array([1]), np.array([3]))[0, 0], images[31])  # the fourth 1
+    assert it.hashes("train").keys().isdisjoint(it.hashes("test"))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\x09\x03" + bytes(12), idx(np.zeros((5, 28, 28), np.uint8))[:99]])
