@@ -20,13 +20,20 @@ def gradient(
         grads = gradient(lambda fast: cross_entropy(logits(fast, support), targets), state)
         state = {name: value - rate * grads[name] for name, value in state.items()}
     """
+    return value_and_gradient(loss, fast, first_order=first_order)[1]
+
+
+def value_and_gradient(
+    loss: Callable[[dict[str, Tensor]], Tensor], fast: Mapping[str, Tensor], *, first_order: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss(fast)` and its `gradient`: the two can be differentiated again, or neither."""
     training = torch.is_grad_enabled() and any(value.requires_grad for value in fast.values())
     leaves = {name: v if training and v.requires_grad else v.detach().requires_grad_() for name, v in fast.items()}
+    keep = training and not first_order
     with torch.enable_grad():
-        grads = torch.autograd.grad(
-            loss(leaves), list(leaves.values()), create_graph=training and not first_order, allow_unused=True
-        )
-    return {
-        name: torch.zeros_like(value) if grad is None else grad
-        for (name, value), grad in zip(leaves.items(), grads, strict=True)
+        value = loss(leaves)
+        grads = torch.autograd.grad(value, list(leaves.values()), create_graph=keep, allow_unused=True)
+    return value if keep else value.detach(), {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
     }
