@@ -1,0 +1,166 @@
+"""Recipes that name several data sets, or that train on none: what is taken, what is recorded, what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kshot.importing import finish, import_dataset
+from kshot_flows import keys, learners, registry, shipped, steps, tracking
+from kshot_flows.products import Registered
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+
+SHORT = ["training.steps=4", "training.validate_every=4", "training.validation_episodes=5", "evaluation.episodes=40"]
+
+
+def add(root: Path, name: str, splits: dict[str, int], size: int = 16, seed: int = 1) -> None:
+    """Import a data set of 16 x 16 stripes: so many classes in each split, 8 images of each."""
+    random, pictures = np.random.default_rng(seed), root.parent / f"{name}-pictures"
+    for split, classes in splits.items():
+        for number in range(classes):
+            stripes = np.kron(random.integers(0, 256, (1, 8)), np.ones((16, 2)))  # (16, 16)
+            folder = pictures / split / f"{split}-{number}"
+            folder.mkdir(parents=True)
+            for image in range(8):
+                noisy = np.clip(stripes + random.normal(0, 30, (16, 16)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(folder / f"{image}.png")
+    finish(import_dataset(str(pictures), name, root, rule={"size": size, "channels": 1}))
+
+
+@pytest.fixture
+def home(new_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with the data sets `patterns` and `stripes`."""
+    home = new_project(tmp_path / "project")
+    monkeypatch.setenv("KSHOT_HOME", str(home))
+    for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    add(home / "data", "stripes", {"train": 4, "val": 3, "test": 5})
+    return home
+
+
+def run(home: Path, *changes: str) -> Registered:
+    """The steps of the pipeline up to the registry."""
+    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, *changes])
+    data = steps.version_data(recipe)
+    trained = steps.meta_train(recipe, data)
+    scores = steps.evaluate(recipe, data, trained)
+    return steps.register(recipe, data, scores, steps.export(recipe, trained, scores))
+
+
+def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_tested_on_the_same(home: Path) -> None:
+    champion = run(home)
+    assert steps.promote(shipped.load(str(home / "tiny.toml")), champion).stage == "Production"
+    changes = [
+        "dataset.train=train+stripes:train", "dataset.test=stripes:test", "dataset.unlabelled=stripes:val",
+        "training.unlabelled_images=5", "gate.margin=1.0", "gate.ece_margin=1.0", "gate.auroc_margin=1.0",
+    ]  # fmt: skip
+    version = run(home, *changes)
+    patterns, stripes = version.data.all
+    assert (patterns.name, stripes.name) == ("patterns", "stripes")
+
+    learner = tracking.home() / "runs" / "tiny" / version.evidence.file.parent.name / "learner.pt"
+    about, _ = learners.read(learner)
+    assert about["base_classes"] == [10, 4]
+    assert about["data"] == {"patterns": patterns.version, "stripes": stripes.version}
+
+    evidence = json.loads(version.evidence.file.read_text())
+    assert (evidence["episodes"]["data"], evidence["episodes"]["split"]) == (stripes.version, "test")
+
+    inputs = tracking.client().get_run(version.run).inputs.dataset_inputs
+    assert {i.dataset.name: i.dataset.digest for i in inputs} == {p.name: p.version[:36] for p in version.data.all}
+    assert registry.trace("tiny", version.version).facts["other data (sha256)"] == f"stripes {stripes.version}"
+    [bundle] = learner.parent.glob("bundle-*/bundle.json")
+    assert Bundle.open(bundle.parent).manifest.source.dataset == "patterns+stripes"
+
+    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), changes), version)
+    report = registry.gate_report("tiny", version.version)
+    assert report is not None
+    assert (promotion.stage, report.champion, report.episodes) == ("Production", champion.version, 40)
+
+
+def test_a_data_set_that_is_only_tested_on_does_not_change_what_is_learned(home: Path) -> None:
+    def made(*changes: str) -> tuple[str, str]:
+        recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, *changes])
+        data = steps.version_data(recipe)
+        trained = steps.meta_train(recipe, data)
+        return keys.meta_train(recipe, data), keys.evaluate(recipe, data, trained)
+
+    learned, played = made()
+    learned_again, played_elsewhere = made("dataset.test=stripes:test")
+    assert learned == learned_again
+    assert played != played_elsewhere
+    assert made("dataset.train=train+stripes:train")[0] != learned
+
+
+def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
+    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.rotations=true", "dataset.train=train+stripes:train"])
+    data = steps.version_data(recipe)
+    assert data.classes(recipe.dataset.train).groups == (40, 4)
+    assert data.split_of("test") == ("test", True)
+    assert data.split_of("stripes:test") == ("test", False)
+    assert data.identity_of("stripes:test") == data.others[0].version
+    assert data.identity_of("test+stripes:test") not in (packed.version for packed in data.all)
+
+
+def test_data_sets_of_two_sizes_are_refused_with_what_to_do(home: Path) -> None:
+    add(home / "data", "large", {"test": 5}, size=20)
+    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=large:test"])
+    with pytest.raises(
+        KshotError, match=r"'large' holds images \(1, 20, 20\) and 'patterns' \(1, 16, 16\).*large --size 16"
+    ):
+        steps.version_data(recipe)
+
+
+def test_an_image_that_is_tested_on_is_not_shown_without_its_label_either(home: Path) -> None:
+    add(home / "data", "copy", {"test": 5}, seed=2)
+    add(home / "data", "pool", {"train": 5}, seed=2)  # the same pictures under another name
+    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=copy:test", "dataset.unlabelled=pool:train"])
+    with pytest.raises(
+        KshotError, match=r"40 of the 40 unlabelled images \(pool:train\) are test images .* copy: test/test-0/0"
+    ):
+        steps.version_data(recipe)
+
+
+def test_a_data_set_that_is_named_and_not_there_is_missed_by_its_name(home: Path) -> None:
+    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=strips:test"])
+    with pytest.raises(KshotError, match="data set 'strips' is not in"):
+        steps.version_data(recipe)
+
+
+def test_a_folder_of_new_classes_only_is_served_without_any_training(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(home / "data")
+    add(home / "data", "photos", {"test": 5})
+    version = run(home, "dataset.name=photos", "training.steps=0")
+    assert "photos has no classes 'val': taken as it is" in capsys.readouterr().out
+    [bundle] = home.glob("runs/tiny/*/bundle-*/bundle.json")
+    opened = Bundle.open(bundle.parent)
+    assert opened.manifest.calibration == ()
+    photos = version.data.open().split("test").gather(np.arange(3)[:, None], np.arange(2))  # (3, 2, C, H, W)
+    state = opened.adapt(list(photos[:, 0]), ["a", "b", "c"])
+    assert opened.classify(state, list(photos[:, 1])).probabilities.shape == (3, 3)
+    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), SHORT), version)
+    assert promotion.stage == "Production"
+
+
+def test_with_validation_classes_an_untrained_learner_is_validated_and_calibrated(home: Path) -> None:
+    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, "training.steps=0", "dataset.name=stripes"])
+    data = steps.version_data(recipe)
+    trained = steps.meta_train(recipe, data)
+    assert (trained.steps, trained.best_step) == (0, 0)
+    assert trained.validation is not None
+    assert [fit.shape.shots for fit in steps.evaluate(recipe, data, trained).calibrations] == [1]
+
+
+def test_a_training_needs_validation_classes(home: Path) -> None:
+    add(home / "data", "photos", {"train": 5, "test": 5})
+    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, "dataset.name=photos"])
+    data = steps.version_data(recipe)
+    with pytest.raises(KshotError, match="no split named 'val'"):
+        steps.meta_train(recipe, data)
