@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from kshot import parity
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.graphs import adapt_model, classify_model
-from kshot.learner import InnerLoop, Learner, State
+from kshot.episodes import Shape, sample_episodes
+from kshot.graphs import adapt_model, classify_model, embed_model
+from kshot.learner import EMBEDDING, InnerLoop, Learner, State
 from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
-from kshot_runtime.manifest import ADAPT, CLASSIFY, MANIFEST, Facts, FileFacts, Manifest, TensorSpec
+from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, Facts, FileFacts, Manifest, TensorSpec
 
 __all__ = ["ExportError", "Facts", "Report", "export"]
 
-_TAKEN = {"support", "labels", "classes", "steps", "query", "logits", "i"}
+_TAKEN = {"support", "labels", "classes", "steps", "query", "query_features", "logits", "i"}
 _TYPES = {torch.float32: "float32", torch.int64: "int64"}
 _INT = torch.int64
 
@@ -71,13 +71,16 @@ def export(
         )
     with _appearing(folder) as staging:
         parity.check_learner(learner, data, shape, seed=seed)
-        models, state = _models(learner, image)
+        takes_features = _sees_features_only(learner, data, shape, seed)
+        models, state = _models(learner, image, takes_features)
         contents = {name: _serialised(model, name) for name, model in models.items()}
         compared = parity.compare(learner, Graphs(contents), data, shape, seed=seed, episodes=episodes)
         manifest = Manifest(
             **dict(facts),
             norm=learner.config.norm,
             steps=learner.steps if isinstance(learner, InnerLoop) else None,
+            takes="features" if takes_features else "images",
+            features=learner.backbone.features,
             state={name: TensorSpec(shape=spec.shape, dtype=_TYPES[spec.dtype]) for name, spec in state.items()},
             parity=compared,
             files={name: FileFacts.of(content) for name, content in contents.items()},
@@ -88,25 +91,89 @@ def export(
     return Report(folder, manifest, time.perf_counter() - started)
 
 
-def _models(learner: Learner, image: tuple[int, int, int]) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
-    """The two graphs, and the shapes of the state that goes from one to the other."""
-    episode = {"support": Spec(("S", *image)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
+def _sees_features_only(learner: Learner, data: ClassImages, shape: Shape, seed: int) -> bool:
+    """Whether `embed` of an image by itself is all that adapting and classifying ever ask of it.
+
+    Then the graphs take features in the place of images: a server embeds the images of many requests in one batch,
+    whatever their label spaces, keeps the features of support images, and adapts again without embedding them again.
+    """
+    episode = sample_episodes(data, shape, 1, seed=seed, step=0, stream="test")[0]
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+        if any(name.startswith(EMBEDDING) for name in state):
+            return False
+        support, query = learner.embed(episode.support), learner.embed(episode.query)
+        expected = learner.classify(state, episode.query)
+        try:
+            with _embedding_by(learner, _as_it_is):
+                again = learner.adapt(support, episode.support_labels, episode.classes)
+                logits = learner.classify(again, query)
+        except Exception:  # its code expects images, and may fail in any way
+            return False
+    same = set(again) == set(state) and logits.shape == expected.shape
+    return same and bool(torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
+
+
+def _models(
+    learner: Learner, image: tuple[int, int, int], takes_features: bool
+) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
+    """The graphs, and the shapes of the state that goes from adapting to classifying."""
+    if not takes_features:
+        return _adapt_and_classify(learner, image)
+    images = {"images": Spec(("Q", *image))}
+    embed = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
+    with _embedding_by(learner, _as_it_is):
+        models, state = _adapt_and_classify(learner, (learner.backbone.features,))
+    return {EMBED: embed_model(embed), **models}, state
+
+
+def _adapt_and_classify(learner: Learner, each: tuple[int, ...]) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
+    """The two graphs for support and query of this shape each: an image's or a feature's."""
+    episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
     if isinstance(learner, InnerLoop):
         begin, step, finish = _inner_loop(learner, episode)
-        state, adapt = finish.outputs, adapt_model(begin, step, finish, image)
+        state, adapt = finish.outputs, adapt_model(begin, step, finish)
     else:
         only = trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode)
-        state, adapt = only.outputs, adapt_model(only, image=image)
+        state, adapt = only.outputs, adapt_model(only)
     _check_state("adapt", learner, state)
+    query = {"query": Spec(("Q", *each))}
     classify = trace(
-        learner,
-        "classify",
-        lambda given: {"logits": learner.classify(_only(given, state), given["query"])},
-        {**state, "query": Spec(("Q", *image))},
+        learner, "classify", lambda given: _classified(learner, _only(given, state), given["query"]), {**state, **query}
     )
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
         raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
-    return {ADAPT: adapt, CLASSIFY: classify_model(classify, image)}, state
+    return {ADAPT: adapt, CLASSIFY: classify_model(classify, learner.backbone.features)}, state
+
+
+def _classified(learner: Learner, state: State, query: Tensor) -> State:
+    """The logits, and the features that the learner made of the query on its way to them."""
+    embed, made = learner.embed, {}
+
+    def noting(images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        made["query_features"] = embed(images, state)
+        return made["query_features"]
+
+    with _embedding_by(learner, noting):
+        logits = learner.classify(state, query)
+    return {"logits": logits, **{name: value for name, value in made.items() if value is not query}}
+
+
+def _as_it_is(features: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
+    return features
+
+
+@contextmanager
+def _embedding_by(learner: Learner, embed: Callable[..., Tensor]) -> Iterator[None]:
+    """Put another function into the place of a learner's `embed`."""
+    before = vars(learner).get("embed")
+    vars(learner)["embed"] = embed
+    try:
+        yield
+    finally:
+        del vars(learner)["embed"]
+        if before is not None:
+            vars(learner)["embed"] = before
 
 
 def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> tuple[Piece, Piece, Piece]:

@@ -19,14 +19,16 @@ _TYPES = {
 _NO_SIZE = 1 << 40
 
 
-def adapt_model(
-    begin: Piece, step: Piece | None = None, finish: Piece | None = None, image: tuple[int, ...] = ()
-) -> onnx.ModelProto:
+def embed_model(embed: Piece) -> onnx.ModelProto:
+    """images in, features out."""
+    model = _Model("embed")
+    return model.finish(model.place("embed", embed, model.inputs(embed, "images")), embed.outputs)
+
+
+def adapt_model(begin: Piece, step: Piece | None = None, finish: Piece | None = None) -> onnx.ModelProto:
     """support, labels and classes in, the state out; with a step, `steps` too, and the Loop that takes so many."""
     model = _Model("adapt")
-    support = model.input("support", Spec(("S", *image), torch.uint8))
-    given = {name: model.input(name, spec) for name, spec in begin.inputs.items() if name != "support"}
-    given["support"] = model.scaled(support)
+    given = model.inputs(begin, "support")
     state = model.place("begin", begin, given)
     specs = begin.outputs
     if step is not None:
@@ -38,12 +40,13 @@ def adapt_model(
     return model.finish(state, specs)
 
 
-def classify_model(classify: Piece, image: tuple[int, ...]) -> onnx.ModelProto:
-    """query and the state in, logits out."""
+def classify_model(classify: Piece, features: int) -> onnx.ModelProto:
+    """query and the state in, logits out, and the query's features (Q, features) where images came in."""
     model = _Model("classify")
-    query = model.input("query", Spec(("Q", *image), torch.uint8))
-    given = {name: model.input(name, spec) for name, spec in classify.inputs.items() if name != "query"}
-    return model.finish(model.place("classify", classify, {**given, "query": model.scaled(query)}), classify.outputs)
+    outputs = model.place("classify", classify, model.inputs(classify, "query"))
+    wanted = {"logits": ("Q", "W"), "query_features": ("Q", features)}
+    specs = {name: spec for name, spec in classify.outputs.items() if spec.shape == wanted[name]}
+    return model.finish({name: outputs[name] for name in specs}, specs)
 
 
 class _Model:
@@ -51,6 +54,13 @@ class _Model:
 
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+
+    def inputs(self, piece: Piece, photos: str) -> dict[str, ir.Value]:
+        """Inputs of the model for those of a piece, of which `photos` takes images or their features."""
+        image = len(piece.inputs[photos].shape) > 2
+        first = self.input(photos, Spec(piece.inputs[photos].shape, torch.uint8 if image else torch.float32))
+        others = {name: self.input(name, spec) for name, spec in piece.inputs.items() if name != photos}
+        return {photos: self.scaled(first) if image else first, **others}
 
     def input(self, name: str, spec: Spec) -> ir.Value:
         value = _value(name, spec)
@@ -63,7 +73,7 @@ class _Model:
         self.graph.register_initializer(most)
         floats = ir.node("Cast", [images], {"to": ir.DataType.FLOAT})
         scaled = ir.node("Div", [floats.outputs[0], most])
-        for name, node in (("floats", floats), ("images", scaled)):
+        for name, node in (("as_floats", floats), ("in_0_to_1", scaled)):
             node.outputs[0].name = name
             self.graph.append(node)
         return scaled.outputs[0]

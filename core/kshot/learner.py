@@ -7,7 +7,7 @@ An author writes `adapt` and `classify`, or, for one that adapts in steps, `begi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,6 +26,9 @@ State = dict[str, Tensor]
 
 _WEIGHTS = "backbone."
 _STATISTICS = "statistics."
+
+EMBEDDING = (_WEIGHTS, _STATISTICS)
+"""How the names of those state entries begin that change what `embed` makes of an image."""
 
 
 class LearnerConfig(BaseModel):
@@ -94,7 +97,7 @@ class Learner(nn.Module, ABC):
             else {
                 name.removeprefix(prefix): value
                 for name, value in state.items()
-                for prefix in (_WEIGHTS, _STATISTICS)
+                for prefix in EMBEDDING
                 if name.startswith(prefix)
             }
         )
@@ -105,6 +108,23 @@ class Learner(nn.Module, ABC):
         with recorded(self.backbone) as statistics:
             features = self.embed(images, state)
         return features, {_STATISTICS + name: value for name, value in statistics.items()}
+
+    def embed_episodes(self, episodes: Episodes) -> Iterator[tuple[Episode, Tensor, Tensor]]:
+        """Each episode with the features of its support set (S, D) and of its queries (Q, D): for a `meta_loss`.
+
+        One pass of the backbone over all images where `norm` allows it; batch statistics are then of all of them.
+        """
+        if self.config.norm in ("running", "group"):
+            images = torch.cat([episodes.support.flatten(0, 1), episodes.query.flatten(0, 1)])
+            shape, count = episodes.shape, len(episodes)
+            sizes = [shape.ways * shape.shots] * count + [shape.ways * shape.queries] * count
+            parts = self.embed(images).split(sizes)
+            yield from zip(episodes, parts[:count], parts[count:], strict=True)
+            return
+        for episode in episodes:
+            features, statistics = self.measure(episode.support)
+            held = None if self.config.norm == "transductive" else statistics
+            yield episode, features, self.embed(episode.query, held)
 
     def weights(self) -> State:
         """The backbone's parameters as state entries: what an inner loop changes."""

@@ -14,14 +14,14 @@ import numpy as np
 import onnxruntime
 
 from kshot_runtime.images import decode
-from kshot_runtime.manifest import ADAPT, CLASSIFY, BundleError, Manifest, read
+from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, BundleError, Manifest, read
 
 Device = Literal["cpu", "cuda", "tensorrt", "auto"]
 Photo = bytes | bytearray | memoryview | str | Path | np.ndarray
 """An encoded photo, the path of one, or uint8 (C, H, W) of the bundle's size."""
 Tensors = dict[str, np.ndarray]
 
-AT_ONCE = 64  # queries in one run, which bounds memory
+AT_ONCE = 64  # images in one run, which bounds memory
 
 _ASKED = ("support", "labels", "classes", "steps", "query")
 _CUDA = (
@@ -90,17 +90,33 @@ class Answers:
 
 
 class Graphs:
-    """The two ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads."""
+    """The ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads.
+
+    Where the bundle takes features, images (uint8) may come in their place, and are embedded first.
+    """
 
     def __init__(self, contents: Mapping[str, bytes], device: Device = "cpu", threads: int = 1) -> None:
+        self._embed = _session(contents[EMBED], device, threads) if EMBED in contents else None
         self._adapt = _session(contents[ADAPT], device, threads)
         self._classify = _session(contents[CLASSIFY], device, threads)
-        self.device: str = _NAMES[self._classify.get_providers()[0]]
+        self._gives = [output.name for output in self._classify.get_outputs()]
+        self.device: str = _NAMES[(self._embed or self._classify).get_providers()[0]]
         self.state = [output.name for output in self._adapt.get_outputs()]
         self.takes_steps = any(given.name == "steps" for given in self._adapt.get_inputs())
 
+    @property
+    def takes_features(self) -> bool:
+        return self._embed is not None
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """Features (N, D) float32 of images (N, C, H, W) uint8, of a bundle that takes features."""
+        if self._embed is None:
+            raise BundleError("this bundle's features depend on the support set: it embeds only while it classifies")
+        return _run(self._embed, ["features"], {"images": images})[0]
+
     def adapt(self, support: np.ndarray, labels: np.ndarray, classes: np.ndarray, steps: int | None = None) -> Tensors:
         """The state after adapting to support (S, C, H, W) uint8, labels (S,), the classes' ids (W,)."""
+        support = self._embedded(support)
         given = {"support": support, "labels": labels.astype(np.int64), "classes": classes.astype(np.int64)}
         if self.takes_steps:
             if steps is None:
@@ -110,7 +126,20 @@ class Graphs:
 
     def logits(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
         """Logits (Q, W) of query (Q, C, H, W) uint8."""
-        return _run(self._classify, ["logits"], {**state, "query": query})[0]
+        return _run(self._classify, ["logits"], {**state, "query": self._embedded(query)})[0]
+
+    def classify(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits (Q, W) of query (Q, C, H, W) uint8, and its features (Q, D), if the learner has any."""
+        query = self._embedded(query)
+        results = _run(self._classify, self._gives, {**state, "query": query})
+        found = dict(zip(self._gives, results, strict=True))
+        return found["logits"], query if self.takes_features else found.get("query_features")
+
+    def _embedded(self, images: np.ndarray) -> np.ndarray:
+        if not self.takes_features or images.dtype != np.uint8:
+            return images
+        parts = [self.embed(images[i : i + AT_ONCE]) for i in range(0, max(1, len(images)), AT_ONCE)]
+        return np.concatenate(parts)
 
 
 class Bundle:
@@ -253,6 +282,8 @@ class Bundle:
         given = set(self.graphs.state)
         if given != set(self.manifest.state):
             raise BundleError(f"{ADAPT} gives {', '.join(sorted(given))}, not the state that the manifest describes")
+        if self.graphs.takes_features != (self.manifest.takes == "features"):
+            raise BundleError(f"{EMBED} and the manifest disagree on what adapting takes")
         if self.graphs.takes_steps != (self.manifest.steps is not None):
             raise BundleError(f"{ADAPT} and the manifest disagree on whether there are inner steps")
 

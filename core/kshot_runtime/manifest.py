@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,10 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 
-MANIFEST, ADAPT, CLASSIFY = "bundle.json", "adapt.onnx", "classify.onnx"
-SCHEMA_VERSION: Literal[1] = 1
+MANIFEST, EMBED, ADAPT, CLASSIFY = "bundle.json", "embed.onnx", "adapt.onnx", "classify.onnx"
+SCHEMA_VERSION: Literal[2] = 2
 
-_LARGEST = {MANIFEST: 16 << 20, ADAPT: 2 << 30, CLASSIFY: 2 << 30}  # bytes; protobuf ends at 2 GiB
+GRAPHS = {"features": (EMBED, ADAPT, CLASSIFY), "images": (ADAPT, CLASSIFY)}
+"""The graphs of a bundle, by what adapting and classifying take (`Manifest.takes`)."""
+
+_LARGEST = {MANIFEST: 16 << 20, EMBED: 2 << 30, ADAPT: 2 << 30, CLASSIFY: 2 << 30}  # bytes; protobuf ends at 2 GiB
 
 
 class BundleError(KshotError):
@@ -138,9 +141,14 @@ class Facts(_Part):
 class Manifest(Facts):
     """bundle.json: all that serving needs to know beside the two graphs, and where they come from."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     norm: str
     transductive: Literal[False] = False
+    takes: Literal["features", "images"] = Field(
+        description="what adapting and classifying take: features that embed.onnx makes of any image by itself, or "
+        "images, where what features are depends on the support set"
+    )
+    features: int = Field(ge=1, description="width of the features")
     steps: int | None = Field(None, description="inner steps unless told; none for a learner that takes none")
     state: dict[str, TensorSpec]
     parity: Parity
@@ -148,8 +156,8 @@ class Manifest(Facts):
 
     @model_validator(mode="after")
     def _names_its_files(self) -> Self:
-        if set(self.files) != {ADAPT, CLASSIFY}:
-            raise ValueError(f"files must be {ADAPT} and {CLASSIFY}, not {', '.join(sorted(self.files)) or 'none'}")
+        if set(self.files) != set(expected := GRAPHS[self.takes]):
+            raise ValueError(f"files must be {', '.join(expected)}, not {', '.join(sorted(self.files)) or 'none'}")
         return self
 
     @classmethod
@@ -178,8 +186,9 @@ def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:
     in other files.
     """
     source = Path(source)
-    contents = _from_zip(source) if source.is_file() else _from_folder(source)
-    manifest = _parse(contents.pop(MANIFEST), source)
+    take = _from_zip(source) if source.is_file() else _from_folder(source)
+    manifest = _parse(take(MANIFEST), source)
+    contents = {name: take(name) for name in manifest.files}
     for name, facts in manifest.files.items():
         found = FileFacts.of(contents[name])
         if found != facts:
@@ -219,10 +228,10 @@ def _parse(content: bytes, source: Path) -> Manifest:
         raise BundleError(f"{source}: {MANIFEST} is not valid: {lines}") from None
 
 
-def _from_folder(folder: Path) -> dict[str, bytes]:
+def _from_folder(folder: Path) -> Callable[[str], bytes]:
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}: expected a folder or a zip with {MANIFEST}")
-    return {name: _read_file(folder, name) for name in _LARGEST}
+    return lambda name: _read_file(folder, name)
 
 
 def _read_file(folder: Path, name: str) -> bytes:
@@ -242,18 +251,23 @@ def _read_file(folder: Path, name: str) -> bytes:
         return file.read()
 
 
-def _from_zip(path: Path) -> dict[str, bytes]:
+def _from_zip(path: Path) -> Callable[[str], bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
             for entry in entries:
                 _check_entry(path, entry)
-            if missing := [name for name in _LARGEST if names.count(name) != 1]:
-                raise BundleError(f"{path} is not a bundle: it must hold {', '.join(missing)} once, at its top")
-            return {name: archive.read(name) for name in _LARGEST}
+            contents = {name: archive.read(name) for name in _LARGEST if names.count(name) == 1}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
         raise BundleError(f"{path} is not a readable zip: {error}") from None
+
+    def take(name: str) -> bytes:
+        if name not in contents:
+            raise BundleError(f"{path} is not a bundle: it must hold {name} once, at its top")
+        return contents[name]
+
+    return take
 
 
 def _check_entry(path: Path, entry: zipfile.ZipInfo) -> None:

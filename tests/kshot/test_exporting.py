@@ -26,7 +26,7 @@ from kshot_plugins.maml import MAML
 from kshot_plugins.protonet import ProtoNet
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule
-from kshot_runtime.manifest import Manifest, Plugin
+from kshot_runtime.manifest import BundleError, Manifest, Plugin
 
 SIDE = 16
 SHAPE = Shape(3, 2, 4)
@@ -82,6 +82,7 @@ CASES: dict[str, tuple[type[Learner], dict[str, object]]] = {
     "protonet, averages": (ProtoNet, {"norm": "running"}),
     "protonet, statistics of the support set": (ProtoNet, {"norm": "transductive", "backbone": "stride"}),
     "finetune": (FineTune, {"norm": "support", "steps": 5}),
+    "finetune, each image by itself": (FineTune, {"norm": "group", "steps": 5}),
     "maml": (MAML, {"norm": "support", "eval_steps": 3}),
     "maml, learned rates": (MAML, {"backbone": "flat", "learn_rate": True, "eval_steps": 2}),
 }
@@ -110,11 +111,14 @@ def test_a_bundle_answers_as_torch_does(case: str, bundle_of: Callable[[str], tu
     assert report.manifest.norm == learner.config.norm
     assert report.manifest.steps == (learner.steps if isinstance(learner, InnerLoop) else None)
     assert "100.00 %" in str(report)
-    for name in ("adapt.onnx", "classify.onnx"):
+    for name in report.manifest.files:
         model = onnx.load(report.folder / name)
         onnx.checker.check_model(model, full_check=True)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
-        assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+        photos = model.graph.input[0].type.tensor_type
+        takes_images = len(photos.shape.dim) == 4
+        assert takes_images == (report.manifest.takes == "images" or name == "embed.onnx")
+        assert photos.elem_type == (onnx.TensorProto.UINT8 if takes_images else onnx.TensorProto.FLOAT)
         sizes = {d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim} - {""}
         assert sizes <= {"S", "Q", "W"}
     bundle = Bundle.open(report.folder)
@@ -412,7 +416,7 @@ def test_the_gradient_of_common_layers_exports(layers: str) -> None:
 
     spec = {"support": Spec(("S", 1, SIDE, SIDE)), "labels": Spec(("S",), torch.int64)}
     piece = trace(learner, "gradients", gradients, spec)
-    session = onnxruntime.InferenceSession(adapt_model(piece, image=(1, SIDE, SIDE)).SerializeToString())
+    session = onnxruntime.InferenceSession(adapt_model(piece).SerializeToString())
     support = np.random.default_rng(0).integers(0, 256, (5, 1, SIDE, SIDE), np.uint8)
     labels = np.arange(5) % 2
     found = session.run(None, {"support": support, "labels": labels})
@@ -424,10 +428,38 @@ def test_the_gradient_of_common_layers_exports(layers: str) -> None:
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_features_take_the_place_of_images_where_an_image_is_embedded_by_itself(
+    case: str, bundle_of: Callable[[str], tuple[Learner, Report]]
+) -> None:
+    learner, report = bundle_of(case)
+    graphs = Bundle.open(report.folder).graphs
+    by_itself = case in ("protonet, averages", "finetune, each image by itself")
+    assert graphs.takes_features == by_itself
+    assert report.manifest.takes == ("features" if by_itself else "images")
+    support = np.random.default_rng(4).integers(0, 256, (6, 1, SIDE, SIDE), np.uint8)
+    ids, steps = np.arange(6) % 3, report.manifest.steps
+    state = graphs.adapt(support, ids, np.arange(3), steps)
+    logits, features = graphs.classify(state, support)
+    held = {name: torch.from_numpy(value) for name, value in state.items()}
+    with torch.no_grad():
+        expected = learner.embed(torch.from_numpy(support) / 255, held)
+    assert features is not None
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-4)
+    if not by_itself:
+        with pytest.raises(BundleError, match="depend on the support set"):
+            graphs.embed(support)
+        return
+    one_by_one = np.concatenate([graphs.embed(image[None]) for image in support])
+    np.testing.assert_allclose(one_by_one, features, atol=1e-5)
+    again = graphs.adapt(one_by_one, ids, np.arange(3), steps)
+    np.testing.assert_allclose(graphs.logits(again, one_by_one), logits, atol=1e-4)
+
+
 def test_the_manifest_says_what_was_exported(maml: tuple[Learner, Path]) -> None:
     _, folder = maml
     content = json.loads((folder / "bundle.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["transductive"] is False
     assert content["state"]["head.weight"] == {"shape": ["W", 8], "dtype": "float32"}
     assert content["learner"]["config"]["eval_steps"] == 3
