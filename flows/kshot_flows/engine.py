@@ -120,7 +120,7 @@ def _perform(
     return product
 
 
-def recalled(pipeline: Callable[[], Product]) -> list[Done] | None:
+def recalled(pipeline: Callable[[], object]) -> list[Done] | None:
     """The steps of a pipeline if each has a result that can be used again; None if anything is left to do.
 
     With the keys and the store of a real run, but without Prefect's server, which takes longer than the looking up.
@@ -134,6 +134,11 @@ def recalled(pipeline: Callable[[], Product]) -> list[Done] | None:
         return None
     finally:
         _recalling.reset(token)
+
+
+def recalling() -> bool:
+    """Whether we are in a `recalled` pipeline, which says nothing because it may give up."""
+    return _recalling.get()
 
 
 def _task(title: str, function: Callable[..., R], key: Callable[..., str], undo: Callable[[R], None] | None) -> Any:

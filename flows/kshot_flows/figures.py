@@ -78,7 +78,7 @@ class Published(_Part):
     figures: dict[Shape, Figure]
 
     def show(self, shape: str) -> str:
-        """Its figure with what must be known of it: `t` for transductive, `?` for from memory, and whose code it was."""
+        """Its figure and what must be known of it: `t` for transductive, `?` for from memory, and whose code it was."""
         whose = f" ({self.code})" if self.code not in (None, "official") else ""
         return f"{self.figures[shape]}{' t' if self.transductive else ''}{'' if self.verified else ' ?'}{whose}"
 

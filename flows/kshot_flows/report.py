@@ -42,7 +42,7 @@ def show_comparison(found: Comparison, command: str) -> None:
     about = {
         "The picture": relative(found.folder / "comparison.png"),
         "The table": relative(found.folder / "comparison.json"),
-        "Both": f"run {found.run} in {_pages()}",
+        "Both": f"MLflow run {found.run}, {_pages()}",
         "Again": command,
     }
     for what, value in about.items():

@@ -1,0 +1,235 @@
+"""Recipes side by side: train, evaluate and export each, and set them beside each other on the same test episodes.
+
+Nothing is registered and nothing promoted: `kshot run` does that, and uses again what a comparison has made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from prefect import flow
+
+from kshot.datasets import splits_of
+from kshot.episodes import Shape, draw_indices
+from kshot.recipe import Recipe
+from kshot_flows import engine, progress, shipped, tracking
+from kshot_flows.pipeline import evaluate, export, meta_train, version_data
+from kshot_flows.products import Exported, Scores
+from kshot_flows.standings import Cost, Measured, Standing, Standings, shared
+from kshot_flows.steps import TEST_SEED
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+
+EXPERIMENT = "comparisons"  # MLflow's
+_ROUNDS, _SECONDS = 25, 30.0  # of timing: so many, or fewer if they take long
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A recipe with its changes, and what to call the two."""
+
+    label: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Played:
+    """What an entrant's steps gave."""
+
+    entrant: Entrant
+    scores: Scores
+    bundle: Exported
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result, and where it was put."""
+
+    standings: Standings
+    folder: Path
+    run: str  # MLflow's
+
+
+def run(asked: Sequence[str]) -> Comparison:
+    """Compare recipes, against Prefect's API if one is set up and embedded if not; see `entrants` for `asked`."""
+    found: list[Comparison] = []
+    if not engine.configured() and engine.recalled(lambda: found.append(comparison.fn(list(asked)))) is not None:
+        return found[0]
+    with engine.api():
+        return comparison(list(asked))
+
+
+@flow(name="kshot-compare", persist_result=False)
+def comparison(asked: list[str]) -> Comparison:
+    """From recipes, each a path or a name, to one table and one picture."""
+    taking_part = entrants(asked)
+    shapes = shared_shapes(taking_part)
+    played = [play(entrant) for entrant in taking_part]
+    return record(asked, standings(played, shapes), played)
+
+
+def play(entrant: Entrant) -> Played:
+    """The pipeline's steps up to the bundle; each is used again where nothing has changed."""
+    if not engine.recalling():
+        progress.say(f"\n[bold cyan]{entrant.label}[/bold cyan]")
+    data = version_data(entrant.recipe)
+    learner = meta_train(entrant.recipe, data)
+    scores = evaluate(entrant.recipe, data, learner)
+    return Played(entrant, scores, export(entrant.recipe, learner, scores))
+
+
+def entrants(asked: Sequence[str]) -> list[Entrant]:
+    """Recipes and changes as they are typed: `KEY=VALUE` is for all of them, `"RECIPE KEY=VALUE"` for that one."""
+    words = [_words(text) for text in asked]
+    recipes = [word for word in words if "=" not in word[0] or Path(word[0]).is_file()]
+    common = [text for text, word in zip(asked, words, strict=True) if word not in recipes]
+    labels = [" ".join([Path(recipe).stem, *own]) for recipe, *own in recipes]
+    if len(labels) < 2:
+        raise KshotError(
+            f"a comparison takes two recipes or more, and {len(labels) or 'none'} came. "
+            'One and the same in two ways: kshot compare NAME "NAME learner.name=maml"'
+        )
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise KshotError(f"{twice[0]!r} comes twice, with nothing that tells the two apart")
+    return [
+        Entrant(label, shipped.load(recipe, [*common, *own]))
+        for label, (recipe, *own) in zip(labels, recipes, strict=True)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return [text] if Path(text).is_file() or not text.strip() else shlex.split(text)
+    except ValueError as error:
+        raise KshotError(f"{text!r} cannot be read: {error}") from None
+
+
+def shared_shapes(taking_part: Sequence[Entrant]) -> list[Shape]:
+    """The shapes of episode at which all can be compared, known before anything is trained."""
+    tested = [(_tested_on(one.recipe), one.recipe.evaluation.shapes) for one in taking_part]
+    common = shared([shapes for _, shapes in tested])
+    if common and all(classes == tested[0][0] for classes, _ in tested):
+        return common
+    lines = [
+        f"  {one.label}: {classes}; {'; '.join(map(str, shapes))}"
+        for one, (classes, shapes) in zip(taking_part, tested, strict=True)
+    ]
+    raise KshotError(
+        "these recipes share no test episodes, so their figures cannot be compared:\n"
+        + "\n".join(lines)
+        + "\nGive them the same, with a change for all such as dataset.name=glyphs or evaluation.queries=15"
+    )
+
+
+def standings(played: Sequence[Played], shapes: Sequence[Shape]) -> Standings:
+    """Set what was played side by side, and time the bundles."""
+    first = played[0].scores
+    if any(_episodes_of(one.scores) != _episodes_of(first) for one in played):
+        raise KshotError("the data changed while the recipes were played, so their episodes differ. Compare again.")
+    accuracies = [_accuracies(one.scores, shapes) for one in played]
+    counts = {shape: min(len(each[shape]) for each in accuracies) for shape in shapes}  # the first ones are the same
+    with progress.busy("timing the bundles, in turns"):
+        rounds, times = _times(played, shapes[0])
+    rows = []
+    for one, each, (adapt_ms, classify_ms) in zip(played, accuracies, times, strict=True):
+        measured = {
+            shape: Measured.of(each[shape][:count], accuracies[0][shape][:count]) for shape, count in counts.items()
+        }
+        cost = Cost(adapt_ms, classify_ms, _parameters(one), sum(pin.file.stat().st_size for pin in one.bundle.files))
+        rows.append(Standing(one.entrant.label, one.entrant.recipe.learner.name, measured, cost))
+    return Standings(_tested_on(played[0].entrant.recipe), counts, tuple(rows), rounds)
+
+
+def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> Comparison:
+    """Keep the table and the picture in the project, and log both as one MLflow run."""
+    from kshot_flows import standings_view
+
+    folder = tracking.home() / "runs" / EXPERIMENT / hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(found.to_dict(), indent=2))
+    picture = standings_view.picture(found)
+    picture.savefig(folder / "comparison.png", dpi=150)
+    about = {
+        f"{number}": {
+            "recipe": one.entrant.label,
+            "name": one.entrant.recipe.name,
+            "training": one.scores.learner.learner.sha256,
+            "training run": one.scores.learner.run,
+        }
+        for number, one in enumerate(played, 1)
+    }
+    own, *others = played[0].scores.data.refs(played[0].entrant.recipe.dataset)
+    tags = {"mlflow.runName": ", ".join(row.label for row in found.rows)[:200]}
+    with tracking.run(EXPERIMENT, recipe=about, data=own, others=others, seed=TEST_SEED, tags=tags) as opened:
+        opened.json("comparison", found.to_dict())
+        opened.picture("comparison", picture)
+        return Comparison(found, folder, opened.id)
+
+
+def _tested_on(recipe: Recipe) -> str:
+    """Which classes the episodes are drawn from."""
+    own = recipe.dataset.name
+    turned = " with quarter turns" if recipe.dataset.rotations else ""
+    parts = splits_of(recipe.dataset.test, own).items()
+    return " + ".join(f"{name}:{split}{turned if name == own else ''}" for name, split in parts)
+
+
+def _episodes_of(scores: Scores) -> tuple[object, ...]:
+    """What fixes the episodes that were played, but for their shape."""
+    return scores.data.identity_of(scores.split), scores.data.split_of(scores.split), scores.seed
+
+
+def _accuracies(scores: Scores, shapes: Sequence[Shape]) -> dict[Shape, np.ndarray]:
+    """The accuracy of every episode, as it is served: inductive."""
+    keys = {line.shape: f"{line.key}.accuracies" for line in scores.lines if not line.transductive}
+    with np.load(scores.arrays.file) as arrays:
+        return {shape: arrays[keys[shape]] for shape in shapes}
+
+
+def _times(played: Sequence[Played], shape: Shape) -> tuple[int, list[tuple[float, float]]]:
+    """Milliseconds that each bundle takes to adapt and to classify one photo, on one thread of the CPU.
+
+    The bundles take turns, so that whatever else this machine does slows all of them; medians over the rounds.
+    """
+    first = played[0]
+    images = first.scores.data.classes(first.entrant.recipe.dataset.test)
+    classes, samples = draw_indices(images, shape, 1, seed=TEST_SEED, step=0, stream="test")
+    pixels = images.gather(classes[..., None], samples)[0]  # (ways, shots + queries, C, H, W)
+    support, query = pixels[:, : shape.shots].reshape(-1, *images.shape), pixels[0, shape.shots :][:1]
+    ways = np.arange(shape.ways)
+    labels = ways.repeat(shape.shots)
+    bundles = [Bundle.open(one.bundle.folder) for one in played]
+    states = [bundle.adapt_arrays(support, labels, ways) for bundle in bundles]
+    took: list[list[tuple[float, float]]] = []  # (rounds, bundles, adapting and classifying)
+    began = time.monotonic()
+    while len(took) < _ROUNDS and (len(took) < 3 or time.monotonic() - began < _SECONDS):
+        took.append(
+            [
+                (
+                    _milliseconds(lambda: bundle.adapt_arrays(support, labels, ways)),  # noqa: B023  (called at once)
+                    _milliseconds(lambda: bundle.logits(state, query)),  # noqa: B023
+                )
+                for bundle, state in zip(bundles, states, strict=True)
+            ]
+        )
+    medians = np.median(took, axis=0)  # (bundles, 2)
+    return len(took), [(float(adapt), float(classify)) for adapt, classify in medians]
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
+
+
+def _parameters(played: Played) -> int:
+    """Those of the learner as it is built: what `prepare` adds serves training only."""
+    learner = played.entrant.recipe.build(played.scores.data.open().rule.shape)
+    return sum(parameter.numel() for parameter in learner.parameters())

@@ -1,0 +1,101 @@
+"""How recipes stand to each other: accuracies on the same episodes, their paired differences, and what each costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kshot.episodes import Shape
+
+Verdict = Literal["better", "worse", "no difference"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe's accuracy on some episodes, and how far it is from another's on the very same ones."""
+
+    accuracy: float
+    margin: float  # half the 95 % interval, as below
+    difference: float
+    difference_margin: float
+
+    @classmethod
+    def of(cls, accuracies: np.ndarray, reference: np.ndarray) -> Measured:
+        """From the accuracy of every episode: (episodes,), in the same order for both."""
+        return cls(*_interval(accuracies), *_interval(accuracies - reference))
+
+    @property
+    def verdict(self) -> Verdict:
+        """In words: where the interval of the difference holds zero, the episodes show none."""
+        if abs(self.difference) <= self.difference_margin:
+            return "no difference"
+        return "better" if self.difference > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What using a bundle takes."""
+
+    adapt_ms: float  # adapting to one episode's support set
+    classify_ms: float  # classifying one photo
+    parameters: int  # that serving needs
+    bundle_bytes: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One recipe's row."""
+
+    label: str
+    learner: str
+    measured: dict[Shape, Measured]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Standings:
+    """All of them; differences are to the first."""
+
+    data: str
+    episodes: dict[Shape, int]  # of each shape that all recipes share: how many all of them played
+    rows: tuple[Standing, ...]
+    rounds: int  # over which times were taken
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return list(self.episodes)
+
+    @property
+    def reference(self) -> Standing:
+        return self.rows[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table, as JSON has it."""
+        rows = []
+        for row in self.rows:
+            episodes = [
+                {**asdict(shape), "count": self.episodes[shape], **asdict(measured), "verdict": measured.verdict}
+                for shape, measured in row.measured.items()
+            ]
+            rows.append({"recipe": row.label, "learner": row.learner, **asdict(row.cost), "episodes": episodes})
+        return {
+            "data": self.data,
+            "reference": self.reference.label,
+            "adapted_to": asdict(self.shapes[0]),
+            "rounds": self.rounds,
+            "rows": rows,
+        }
+
+
+def shared(shapes: Sequence[Sequence[Shape]]) -> list[Shape]:
+    """The shapes that occur in all lists, in the order of the first."""
+    return [shape for shape in shapes[0] if all(shape in others for others in shapes[1:])]
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and half its 95 % interval: 1.96 standard errors."""
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))

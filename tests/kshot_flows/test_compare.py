@@ -1,0 +1,212 @@
+"""Recipes side by side, everything real on a tiny scale: the same episodes for all, differences episode by episode."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from kshot.episodes import Shape
+from kshot_flows import compare, report, shipped, standings_view, tracking
+from kshot_flows.compare import Comparison, entrants, shared_shapes
+from kshot_flows.pipeline import run as pipeline_run
+from kshot_flows.standings import Cost, Measured, Standing, Standings
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
+
+COMMON = ("training.steps=20", "training.validation_episodes=5")
+
+
+@dataclass
+class Project:
+    """A project in which two recipes were compared once: one of 60 episodes, one of 40 and a shape more."""
+
+    home: Path
+    asked: list[str]
+    found: Comparison
+    registered: list[object]
+
+
+@pytest.fixture(scope="module")
+def project(
+    new_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory, prefect_api: str
+) -> Iterator[Project]:
+    home = new_project(tmp_path_factory.mktemp("compared") / "project")
+    recipe = str(home / "tiny.toml")
+    asked = [recipe, f"{recipe} learner.name=maml evaluation.episodes=40 evaluation.shots=[1,2]", *COMMON]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KSHOT_HOME", str(home))
+        for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        found = compare.run(asked)
+        yield Project(home, asked, found, list(tracking.client().search_registered_models()))
+
+
+def episodes(project: Project, learner: str) -> np.ndarray:
+    """What each episode gave, from the file of arrays that the evaluation left."""
+    [file] = [
+        file for file in project.home.glob("runs/tiny/*/scores-*.npz")
+        if json.loads(next(file.parent.glob("bundle-*/bundle.json")).read_text())["learner"]["name"] == learner
+    ]  # fmt: skip
+    with np.load(file) as arrays:
+        return np.asarray(arrays["3w1s.accuracies"])
+
+
+def test_all_are_measured_on_the_episodes_that_they_share(project: Project) -> None:
+    found = project.found.standings
+    assert found.episodes == {Shape(3, 1, 3): 40}
+    assert found.data == "patterns:test"
+    protonet, maml = (episodes(project, name) for name in ("protonet", "maml"))
+    assert (len(protonet), len(maml)) == (60, 40)
+    first, second = (row.measured[Shape(3, 1, 3)] for row in found.rows)
+    assert first.accuracy == protonet[:40].mean()
+    assert second.accuracy == maml.mean()
+    difference = maml - protonet[:40]
+    assert second.difference == pytest.approx(difference.mean())
+    assert second.difference_margin == pytest.approx(1.96 * difference.std(ddof=1) / np.sqrt(40))
+
+
+def test_costs_are_those_of_what_is_served(project: Project) -> None:
+    for row, name in zip(project.found.standings.rows, ("protonet", "maml"), strict=True):
+        [folder] = [
+            file.parent for file in project.home.glob("runs/tiny/*/bundle-*/bundle.json")
+            if json.loads(file.read_text())["learner"]["name"] == name
+        ]  # fmt: skip
+        assert row.cost.bundle_bytes == sum(file.stat().st_size for file in folder.iterdir())
+        assert Bundle.open(folder).manifest.learner.name == row.learner == name
+        assert row.cost.adapt_ms > 0
+        assert row.cost.classify_ms > 0
+        # 1 -> 8 channels and three times 8 -> 8, 3 x 3, with biases; each followed by a scale and a shift
+        assert row.cost.parameters >= (9 + 3 * 72) * 8 + 4 * 8 + 4 * 16
+
+
+def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Project) -> None:
+    door = tracking.client()
+    run = door.get_run(project.found.run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["1.recipe"] == "tiny"
+    assert run.data.params["2.recipe"] == "tiny learner.name=maml evaluation.episodes=40 evaluation.shots=[1,2]"
+    assert len({run.data.params[f"{number}.training"] for number in (1, 2)}) == 2
+    files = {artifact.path for where in ("", "pictures") for artifact in door.list_artifacts(run.info.run_id, where)}
+    assert {"comparison.json", "pictures/comparison.png"} <= files
+    table = json.loads((project.found.folder / "comparison.json").read_text())
+    assert table == project.found.standings.to_dict()
+    assert (project.found.folder / "comparison.png").stat().st_size > 10_000
+
+
+def test_nothing_is_registered(project: Project) -> None:
+    assert project.registered == []
+
+
+def test_a_second_comparison_trains_nothing(project: Project) -> None:
+    before = {file: file.stat().st_mtime for file in project.home.glob("runs/tiny/**/*")}
+    again = compare.run([project.asked[1], project.asked[0], *COMMON])  # the other way round
+    assert {file: file.stat().st_mtime for file in project.home.glob("runs/tiny/**/*")} == before
+    first, second = (row.measured[Shape(3, 1, 3)] for row in again.standings.rows)
+    assert first.difference == 0
+    assert second.difference == pytest.approx(-project.found.standings.rows[1].measured[Shape(3, 1, 3)].difference)
+
+
+def test_a_run_of_the_pipeline_uses_the_training_of_a_comparison(project: Project) -> None:
+    done = pipeline_run(project.asked[0], list(COMMON))
+    assert [step.step for step in done if step.reused] == ["data", "meta-training", "evaluation", "export"]
+
+
+def test_the_result_says_who_is_better_what_it_costs_and_where_the_picture_is(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    report.show_comparison(project.found, "kshot compare a b")
+    shown = capsys.readouterr().out
+    second = project.found.standings.rows[1]
+    measured = second.measured[Shape(3, 1, 3)]
+    assert f"{100 * measured.accuracy:.2f} ± {100 * measured.margin:.2f}" in shown
+    assert measured.verdict in shown
+    assert "adapting to 3 photos (3-way 1-shot)" in " ".join(shown.split())
+    assert f"{second.cost.parameters:,}" in shown
+    assert f"{project.found.folder.relative_to(project.home)}/comparison.png" in shown
+
+
+def test_a_difference_is_taken_episode_by_episode() -> None:
+    ours, theirs = np.array([0.9, 0.7, 0.8, 0.6]), np.array([0.8, 0.6, 0.7, 0.5])  # always 0.1 more
+    measured = Measured.of(ours, theirs)
+    assert measured.difference == pytest.approx(0.1)
+    assert measured.difference_margin == pytest.approx(0, abs=1e-9)
+    assert measured.verdict == "better"
+    assert Measured.of(theirs, ours).verdict == "worse"
+    assert measured.margin == pytest.approx(1.96 * np.std(ours, ddof=1) / 2)
+
+
+def test_an_interval_that_holds_zero_is_no_difference() -> None:
+    assert Measured(0.9, 0.01, 0.02, 0.03).verdict == "no difference"
+    assert Measured.of(np.array([0.5, 0.7]), np.array([0.5, 0.7])).verdict == "no difference"
+
+
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize("shapes", [1, 4])
+def test_the_picture_takes_any_number_of_recipes_and_shapes(rows: int, shapes: int, tmp_path: Path) -> None:
+    counts = {Shape(5 * number, 1, 5): 300 for number in range(1, shapes + 1)}
+    differences = [0, 0.2, -0.2, 0.01] * 3
+    standings = Standings(
+        "glyphs:test",
+        counts,
+        tuple(
+            Standing(
+                f"recipe {number} with.long.change=1000 and $", "protonet",
+                {shape: Measured(0.7 + differences[number], 0.02, differences[number], 0.05) for shape in counts},
+                Cost(10**number / 1e6, 0.5, 29_000, 200_000),
+            )
+            for number in range(rows)
+        ),
+        25,
+    )  # fmt: skip
+    figure = standings_view.picture(standings)
+    figure.savefig(tmp_path / "picture.png", dpi=40)  # warnings are errors
+    accuracies, costs = (part.axes for part in figure.subfigs)
+    assert (len(accuracies), len(costs)) == (shapes, 4)
+    colours = [to_hex(container.lines[0].get_color()) for container in accuracies[0].containers]
+    expected = [
+        standings_view._REFERENCE,
+        *(standings_view._COLOURS[name] for name in ("better", "worse", "no difference")),
+    ]
+    assert colours[:4] == expected[: min(rows, 4)]
+
+
+def test_changes_are_for_all_and_those_in_quotes_for_one() -> None:
+    plain, changed = entrants(["glyphs-protonet", "seed=7", 'glyphs-protonet "learner.name=maml" learner.steps=2'])
+    assert plain.label == "glyphs-protonet"
+    assert changed.label == "glyphs-protonet learner.name=maml learner.steps=2"
+    assert (plain.recipe.learner.name, plain.recipe.seed) == ("protonet", 7)
+    assert (changed.recipe.learner.name, changed.recipe.seed) == ("maml", 7)
+    assert changed.recipe.learner.options == {"steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], "two recipes or more, and none came"),
+        (["glyphs-protonet", "seed=2"], "two recipes or more, and 1 came"),
+        (["glyphs-protonet", "glyphs-protonet"], "'glyphs-protonet' comes twice"),
+        (["glyphs-protonet", "glyphs-maml"], "no recipe 'glyphs-maml'"),
+        (["glyphs-protonet", 'glyphs-protonet "seed=2'], "cannot be read: No closing quotation"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_starts(asked: list[str], said: str) -> None:
+    with pytest.raises(KshotError, match=said):
+        entrants(asked)
+
+
+def test_recipes_without_an_episode_in_common_are_refused_with_what_each_has() -> None:
+    with pytest.raises(KshotError) as failed:
+        shared_shapes(entrants(["glyphs-protonet", "omniglot-protonet"]))
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "these recipes share no test episodes, so their figures cannot be compared:"
+    assert lines[1].startswith("  glyphs-protonet: glyphs:test; 5-way 1-shot, 5 queries; 5-way 5-shot, 5 queries;")
+    assert lines[2].startswith("  omniglot-protonet: omniglot:test with quarter turns; 20-way 1-shot, 15 queries;")
+    with pytest.raises(KshotError, match="share no test episodes"):
+        shared_shapes(entrants(["glyphs-protonet", "glyphs-protonet evaluation.queries=3"]))
+    assert shared_shapes(entrants(["omniglot-protonet", "omniglot-maml"]))[0] == Shape(20, 1, 15)
+    assert shipped.load("omniglot-maml").evaluation.shapes[0] == Shape(5, 1, 15)
