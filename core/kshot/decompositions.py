@@ -14,6 +14,8 @@ from onnxscript import opset20 as op
 from torch import Tensor
 from torch._decomp import decomposition_table, get_decompositions
 
+import kshot.recurrence  # noqa: F401  (it registers the operation that is translated below)
+
 aten = torch.ops.aten
 
 
@@ -160,7 +162,24 @@ def _max_pool2d_with_indices(
     return values, op.Mod(winners, op.Constant(value_int=plane))
 
 
+def _bidirectional_lstm(items: FLOAT, weights: Sequence[FLOAT]) -> FLOAT:
+    """LSTM. ONNX has the gates in another order, an axis for the two directions, and one for a batch, here of one."""
+    hidden = int(weights[1].shape[1])
+    rows = [*range(hidden), *range(3 * hidden, 4 * hidden), *range(hidden, 3 * hidden)]  # i, f, g, o as i, o, f, g
+    first, second = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+
+    def both(forward: FLOAT, backward: FLOAT) -> FLOAT:
+        directions = op.Concat(op.Unsqueeze(forward, first), op.Unsqueeze(backward, first), axis=0)
+        return op.Gather(directions, op.Constant(value_ints=rows), axis=1)
+
+    x, h, x_bias, h_bias = (both(forward, backward) for forward, backward in zip(weights[:4], weights[4:], strict=True))
+    bias = op.Concat(x_bias, h_bias, axis=1)
+    read, _, _ = op.LSTM(op.Unsqueeze(items, second), x, h, bias, direction="bidirectional", hidden_size=hidden)
+    return op.Reshape(read, op.Constant(value_ints=[0, -1]))  # from (S, 2, 1, hidden)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    aten.max_pool2d_with_indices.default: _max_pool2d_with_indices
+    aten.max_pool2d_with_indices.default: _max_pool2d_with_indices,
+    torch.ops.kshot.bidirectional_lstm.default: _bidirectional_lstm,
 }
 """How the exporter is to write forward ops that it gets wrong, or slow, by itself."""
