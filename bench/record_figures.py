@@ -44,7 +44,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--memory", type=float, metavar="GB", help="largest resident set of the whole command")
     parser.add_argument("--machine", default="", help="if not the one that docs/results.md names")
-    parser.add_argument("--method", help="of the row, such as 'maml, first order'; else the learner's name")
+    parser.add_argument("--method", help="name of the row; else the recipe's, without its data set: 'fomaml'")
     parser.add_argument("--note", help="behind how it was trained")
     return parser.parse_args(given)
 
@@ -56,7 +56,7 @@ def found(asked: argparse.Namespace) -> Run:
     scores = _scores(folder, recipe)
     last = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
     return Run(
-        method=asked.method or recipe.learner.name,
+        method=asked.method or recipe.name.removeprefix(f"{recipe.dataset.name}-"),
         data=_data(recipe),
         learner=recipe.learner.name,
         command=shlex.join(["kshot", "run", asked.recipe, *asked.changes]),

@@ -40,7 +40,7 @@ Shape = Annotated[str, Field(pattern=r"^\d+w\d+s$")]
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="the learner's name, with its variant where there are several: 'maml, first order'")
+    method: str = Field(description="the learner's name, or that of a variant of it, such as 'fomaml'")
     data: str = Field(description="what it was trained and tested on: 'omniglot', 'omniglot to mnist'")
 
 

@@ -16,7 +16,11 @@ from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 
 class MAML(GradientLearner):
-    """All weights descend the support loss; the outer gradient goes through that descent, unless told `first_order`."""
+    """All weights descend the support loss; the outer gradient goes through that descent, unless told `first_order`.
+
+    Good for new classes that are unlike the base classes, because every weight adapts to them. It costs more than a
+    metric learner, in training and in adapting, and loses at other shots than those it was trained at.
+    """
 
     name = "maml"
 

@@ -15,7 +15,11 @@ from kshot.learner import class_means, squared_distances
 
 
 class ProtoNet(Learner):
-    """Classes are their mean features; logits are negative squared Euclidean distances, as in the paper."""
+    """Classes are their mean features; logits are negative squared Euclidean distances, as in the paper.
+
+    Good for a first try at anything: any ways and shots, classes that come and go, and adapting that takes one pass of
+    the backbone. Less so where the new classes are unlike the base classes, because no weight adapts to them.
+    """
 
     name = "protonet"
 

@@ -117,7 +117,7 @@ def test_a_finished_run_is_found_by_its_recipe_and_becomes_a_row(
     scores = steps.evaluate(recipe, data, steps.meta_train(recipe, data))
 
     run = record.found(record.arguments([str(home), *command, "--memory", "0.5", "--note", "in a test"]))
-    assert (run.method, run.learner, run.data) == ("protonet", "protonet", "patterns")
+    assert (run.method, run.learner, run.data) == ("tiny", "protonet", "patterns")
     assert run.command == f"kshot run {' '.join(command)}"
     assert run.trained == "5-way 1-shot, 3 queries, 5 episodes, in a test"
     assert (run.minutes, run.memory_gb, run.episodes, run.transductive) == (0, 0.5, 20, {})
