@@ -7,21 +7,30 @@ import gc
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from kshot_flows import cli_data, cli_models
+from kshot_flows import cli_algorithms, cli_data, cli_models
 from kshot_runtime.errors import KshotError
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
 
 
-_ORDER = "run", "data", "recipes", "algorithms", "schedule", "models", "promote", "rollback", "history", "trace"
+_ORDER = (
+    "run",
+    "data",
+    "recipes",
+    "compare",
+    "algorithms",
+    "schedule",
+    "models",
+    "promote",
+    "rollback",
+    "history",
+    "trace",
+)
 
 
 class _Group(TyperGroup):
@@ -58,6 +67,7 @@ app = typer.Typer(
     """,
 )
 app.add_typer(cli_data.app, name="data")
+cli_algorithms.add_commands(app)
 cli_models.add_commands(app)
 
 Recipe = Annotated[
@@ -110,6 +120,37 @@ def run(recipe: Recipe, changes: Changes = None) -> None:
 
 
 @app.command()
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="Recipes, and values to change in all of them; in quotes, a recipe with changes of its own.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Set recipes side by side on the same test episodes: accuracy, paired differences, times, sizes.
+
+    Each is trained, evaluated and exported, or used again where it is unchanged; nothing is registered.
+
+    Differences are to the first of them:
+
+    [cyan]kshot compare omniglot-protonet omniglot-maml[/cyan]
+
+    [cyan]kshot compare glyphs-protonet "glyphs-protonet learner.name=maml" training.steps=300[/cyan]
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    again = shlex.join(["kshot", "compare", *recipes])
+    try:
+        from kshot_flows import compare, report
+
+        report.show_comparison(compare.run(recipes), again)
+    except KeyboardInterrupt:
+        _stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come along. Copy one to make your own."""
     from rich.console import Console
@@ -145,49 +186,6 @@ def schedule(
     schedules.serve(recipe, changes or [], cron=cron, timezone=timezone)
 
 
-@app.command()
-def algorithms(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Explain this one's settings.", show_default=False)
-    ] = None,
-) -> None:
-    """List the algorithms and backbones that are installed, or explain the settings of one.
-
-    [cyan]kshot algorithms[/cyan]
-
-    [cyan]kshot algorithms maml[/cyan]
-    """
-    from rich.console import Console
-
-    from kshot import plugins
-
-    out, found = Console(), plugins.find()
-    if name is not None:
-        kind = "backbones" if name in {p.name for p in found.of("backbones")} else "learners"
-        one = found.backbone(name) if kind == "backbones" else found.learner(name)
-        section = "backbone" if kind == "backbones" else "learner"
-        out.print(
-            f"[bold]{name}[/bold], from plugin {one.plugin!r} of {one.distribution} {one.version}", highlight=False
-        )
-        out.print(_about(one.value, paper=True), highlight=False)
-        out.print(_settings(one.value.Config, section))
-        return
-    for kind, title in (("learners", "algorithm"), ("backbones", "backbone")):
-        table = _table(title, "from", "version", "idea")
-        for one in found.of(kind):
-            table.add_row(one.name, one.distribution, one.version, _about(one.value))
-        if kind == "learners":
-            for broken in found.broken:
-                table.add_row(
-                    f"[red]{broken.plugin}[/red]",
-                    broken.distribution,
-                    broken.version,
-                    f"[red]broken:[/red] {broken.reason}",
-                )
-        out.print(table)
-    out.print("[dim]Settings: kshot algorithms NAME. To add one: docs/plugins.md[/dim]")
-
-
 def main() -> None:
     """The entry point: errors that are a user's to mend become a message, anything else stays a traceback."""
     # Threads of a math library that wait in a busy loop take the cores from each other.
@@ -210,34 +208,6 @@ def _complain(error: KshotError) -> None:
 def _stop(message: str) -> None:
     typer.secho(f"\n{message}", err=True)
     sys.exit(130)
-
-
-def _about(value: type, paper: bool = False) -> str:
-    """The first sentence of what a plugin's module says of it, or all of it."""
-    import inspect
-
-    text = inspect.getdoc(sys.modules[value.__module__]) or inspect.getdoc(value) or ""
-    return text if paper else text.split("\n\n")[0].replace("\n", " ")
-
-
-def _settings(config: type[BaseModel], section: str) -> Any:
-    from pydantic_core import PydanticUndefined
-
-    table = _table(f"[{section}]".replace("[", "\\["), "default", "type", "what it does")
-    for name, field in config.model_fields.items():
-        default = "(needed)" if field.default is PydanticUndefined else repr(field.default)
-        table.add_row(name, default, _kind(field.annotation), field.description or "")
-    return table
-
-
-def _kind(annotation: Any) -> str:
-    """A type as one reads it: `int`, `float or None`, `'pool' or 'stride'`."""
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(repr, parts))
-    if parts and type(None) in parts:
-        return " or ".join(map(_kind, parts))
-    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def _table(*columns: str) -> Any:

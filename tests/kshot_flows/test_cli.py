@@ -1,15 +1,21 @@
 """The command line: quick to answer, with messages that say what to do next, and no traceback for a user's mistake."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
+from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
-from kshot import plugins
-from kshot_flows import cli, shipped
+from kshot import LearnerConfig, plugins
+from kshot.plugins import Found, Provided
+from kshot_flows import cli, figures, shipped
+from kshot_flows.cli_algorithms import takes
 from kshot_runtime.errors import KshotError
 
 HEAVY = ("torch", "prefect", "mlflow", "dvc", "onnx", "onnxruntime", "matplotlib", "numpy", "sqlalchemy", "fastapi")
@@ -44,6 +50,7 @@ def test_help_lists_every_command_and_shows_a_first_run() -> None:
     shown = CliRunner().invoke(cli.app, ["--help"]).output
     for command in (
         "run",
+        "compare",
         "recipes",
         "schedule",
         "algorithms",
@@ -58,7 +65,7 @@ def test_help_lists_every_command_and_shows_a_first_run() -> None:
     assert "kshot run glyphs-protonet" in shown
 
 
-@pytest.mark.parametrize("command", ["run", "schedule", "algorithms"])
+@pytest.mark.parametrize("command", ["run", "compare", "schedule", "algorithms"])
 def test_the_help_of_a_command_teaches_with_an_example(command: str) -> None:
     assert f"kshot {command} " in CliRunner().invoke(cli.app, [command, "--help"]).output.split("Arguments")[0]
 
@@ -118,14 +125,76 @@ def test_algorithms_shows_a_broken_plugin_as_broken_and_the_rest_as_well(monkeyp
     assert "protonet" in shown
 
 
-def test_algorithms_with_a_name_explains_its_settings_and_their_defaults() -> None:
+def test_algorithms_with_a_name_explains_its_idea_its_paper_and_its_settings() -> None:
     shown = CliRunner().invoke(cli.app, ["algorithms", "maml"]).output
+    assert "a few gradient steps on the support set" in shown
+    assert "arxiv.org/abs/1703.03400" in shown
+    for setting in (
+        r"rate +0\.04 +number > 0 ",
+        r"eval_steps +unset +int ≥ 0 or unset ",
+        r"first_order +false +true or",
+    ):
+        assert re.search(rf"^ *{setting}", shown, re.MULTILINE)
     config = plugins.find().learner("maml").value.Config
     for name, field in config.model_fields.items():
-        [row] = [line for line in shown.splitlines() if line.strip().startswith(f"{name} ")]
-        assert repr(field.default) in row
-        assert (field.description or "") in row
-    assert "arxiv.org/abs/1703.03400" in shown
+        assert re.search(rf"^ *{name} .*{re.escape(field.description or '')}", shown, re.MULTILINE)
+    assert "where the backbone's normalisation takes its statistics from" in shown  # said by the field it overrides
+
+
+def test_algorithms_shows_the_committed_figures_beside_the_published_ones() -> None:
+    shown = CliRunner().invoke(cli.app, ["algorithms", "maml"]).output
+    [first, *_] = figures.load().rows(learner="maml", data="omniglot")
+    assert first.paper is not None
+    row = " +".join(map(re.escape, ["5-way 1-shot", str(first.ours), first.paper.show("5w1s"), first.verdict]))
+    assert re.search(row, shown)
+    assert first.run.command in shown
+    assert re.search("Recipes that use it: .*omniglot-maml", shown)
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet", "conv4"])
+def test_what_algorithms_tells_fits_a_terminal_of_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli.app, ["algorithms", name]).output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+
+
+def test_a_plugin_says_itself_what_it_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign:
+        """Reads [palms].
+
+        Good for fairs: it needs
+        no training.
+        """
+
+        class Config(LearnerConfig):
+            pass
+
+    Foreign.__module__ = __name__
+    one = Provided("learners", "palms", Foreign, "palms", "kshot-palms", "0.1")
+    monkeypatch.setattr(plugins, "find", lambda: Found([one]))
+    shown = CliRunner().invoke(cli.app, ["algorithms", "palms"]).output
+    assert "Reads [palms]." in shown
+    assert "Good for fairs: it needs no training." in shown
+    assert "Good for" not in CliRunner().invoke(cli.app, ["algorithms"]).output
+
+
+@pytest.mark.parametrize(
+    ("annotation", "limits", "said"),
+    [
+        (int, Field(ge=1), "int ≥ 1"),
+        (float, Field(gt=0), "number > 0"),
+        (float, Field(ge=0, le=1), "number, 0 to 1"),
+        (float, Field(ge=0, lt=1), "number ≥ 0 and < 1"),
+        (float | None, Field(gt=0), "number > 0 or unset"),
+        (Annotated[int, Field(ge=2)] | None, Field(), "int ≥ 2 or unset"),
+        (tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), "list of int ≥ 1"),
+        (bool, Field(), "true or false"),
+        (Literal["pool", "stride", "none"], Field(), '"pool", "stride" or "none"'),
+    ],
+)
+def test_what_a_setting_takes_is_read_from_its_field(annotation: object, limits: FieldInfo, said: str) -> None:
+    assert takes(annotation, limits.metadata) == said
 
 
 def test_backbones_are_explained_too() -> None:
