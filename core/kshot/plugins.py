@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import linecache
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -40,6 +43,7 @@ class Broken:
     distribution: str
     version: str
     reason: str
+    where: str = ""  # the line of its code, if it was one
 
 
 @dataclass
@@ -95,8 +99,23 @@ def load(points: Iterator[EntryPoint] | Any) -> Found:
         try:
             found.provided += _load(point, origin)
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; the others still work
-            found.broken.append(Broken(*origin, f"{type(error).__name__}: {error}".splitlines()[0]))
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            found.broken.append(Broken(*origin, reason, place(error, point.module)))
     return found
+
+
+def place(error: BaseException, module: str) -> str:
+    """The innermost line of the package of `module` that an error, or what caused it, went through; "" if none is."""
+    package = module.partition(".")[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in reversed(list(traceback.walk_tb(cause.__traceback__))):
+            if frame.f_globals.get("__name__", "").partition(".")[0] == package:
+                file = Path(frame.f_code.co_filename)
+                near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+                return f"{near}:{line}, in {frame.f_code.co_name}: {linecache.getline(str(file), line).strip()}"
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return ""
 
 
 def _load(point: EntryPoint, origin: tuple[str, str, str]) -> list[Provided]:

@@ -1,5 +1,6 @@
 """The conformance kit: promises that every learner keeps, ours or yours, each a check that runs on a toy problem.
 
+A check's docstring says the promise, and what to do where it is broken; `kshot plugin check NAME` shows both.
 With pytest, for every installed learner:
 
     from kshot.testing import CHECKS, Subject
@@ -118,20 +119,25 @@ def state_is_flat_and_logits_are_finite(subject: Subject) -> None:
     learner, episode = subject.build(), subject.episode()
     with torch.no_grad():
         state = learner.adapt(episode.support, episode.support_labels, episode.classes)
-        logits = learner.classify(state, episode.query)
-    assert state, "the state is empty"
-    assert all(isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()), (
-        f"the state must be a dict of tensors; it is {type(state).__name__} {state!r:.80}"
-    )
+    assert isinstance(state, dict), f"adapt must return a dict of tensors; it returned {_kind(state)}"
+    assert state, "adapt returned an empty dict; all that classify needs to know of the classes goes into it"
+    others = {name: _kind(value) for name, value in state.items() if not isinstance(value, Tensor)}
+    assert not others, f"the state must hold tensors only, flat, by name; these are none: {others}"
     wrong = {name: value.dtype for name, value in state.items() if value.dtype != torch.float32}
     assert not wrong, f"state tensors must be float32; these are not: {wrong}"
+    with torch.no_grad():
+        logits = learner.classify(state, episode.query)
+    assert isinstance(logits, Tensor), f"classify must return a tensor; it returned {_kind(logits)}"
     assert logits.shape == (15, 5), f"logits must be (queries, ways) = (15, 5); they are {tuple(logits.shape)}"
     assert logits.isfinite().all(), "logits must be finite"
 
 
 @_check
 def any_ways_and_uneven_shots_fit(subject: Subject) -> None:
-    """Ways from 2 up, classes with different shots, and ids that are not 0..W-1."""
+    """Ways from 2 up, classes with different shots, and ids that are not 0..W-1 all fit.
+
+    The number of ways is classes.shape[0]; the images of each class are found by one_hot(labels, classes).
+    """
     learner = subject.build()
     for ways in (2, 3, 11):
         episode = subject.episode(Shape(ways, 2, 2))
@@ -146,18 +152,30 @@ def any_ways_and_uneven_shots_fit(subject: Subject) -> None:
 
 @_check
 def adapting_leaves_the_learner_as_it_was(subject: Subject) -> None:
-    """Every parameter and buffer is bit-equal after `adapt` and `classify`, and a second call answers the same."""
-    learner, episode = subject.build(), subject.episode()
+    """`adapt` and `classify` change nothing in the learner, and answer the same when asked again.
+
+    Return what adapting learns in the state: nothing else may pass from `adapt` to `classify`. Draw nothing at random.
+    """
+    learner, episode, other = subject.build(), subject.episode(), subject.episode(step=1)
     before = copy.deepcopy(learner.state_dict())
-    first = _logits(learner, episode)
+    with torch.no_grad():
+        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+        first = learner.classify(state, episode.query)
     changed = [name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])]
-    assert not changed, f"adapting changed {changed}; return what it learns in the state instead"
+    assert not changed, f"adapting or classifying changed {', '.join(changed)}"
     assert torch.equal(first, _logits(learner, episode)), "the same episode twice gave two answers"
+    with torch.no_grad():
+        learner.adapt(other.support, other.support_labels, other.classes)
+        later = learner.classify(state, episode.query)
+    assert torch.equal(first, later), "adapting to another episode changed what an earlier state answers"
 
 
 @_check
 def order_of_the_support_set_does_not_matter(subject: Subject) -> None:
-    """Support images in another order give the same logits."""
+    """Support images in another order give the same logits.
+
+    Bring the support set together by what has no order: sums, means, largest values, attention without positions.
+    """
     learner, episode = subject.build(), subject.episode()
     order = torch.randperm(len(episode.support), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -167,7 +185,10 @@ def order_of_the_support_set_does_not_matter(subject: Subject) -> None:
 
 @_check
 def permuting_the_classes_permutes_the_logits(subject: Subject) -> None:
-    """Column w answers for class w whatever the order in which classes are listed."""
+    """Column w of the logits answers for class w, in whatever order the classes are listed.
+
+    Treat every class alike: let no number depend on its place in the list, as rows of a learned head do.
+    """
     learner, episode = subject.build(), subject.episode()
     order = torch.tensor([3, 0, 4, 2, 1])
     with torch.no_grad():
@@ -178,7 +199,10 @@ def permuting_the_classes_permutes_the_logits(subject: Subject) -> None:
 
 @_check
 def one_query_does_not_depend_on_its_companions(subject: Subject) -> None:
-    """A query alone gets the logits that it gets in a batch."""
+    """A query alone gets the logits that it gets in a batch.
+
+    Take means and normalise over features or over the support set, never over the queries.
+    """
     learner, episode = subject.build(), subject.episode()
     together = _logits(learner, episode)
     with torch.no_grad():
@@ -189,7 +213,11 @@ def one_query_does_not_depend_on_its_companions(subject: Subject) -> None:
 
 @_check
 def accuracy_without_information_is_chance(subject: Subject) -> None:
-    """With shuffled support labels, and for an inner loop also before its first step, accuracy is 1/ways."""
+    """With shuffled support labels, and for an inner loop also before its first step, accuracy is chance.
+
+    Something other than the labels tells the classes apart: the order of images, or an initial head with a row of its
+    own for each class.
+    """
     learner, shape, episodes = subject.build(), Shape(5, 1, 4), 120
     shuffled, before = [], []
     generator = torch.Generator().manual_seed(3)
@@ -211,7 +239,7 @@ def accuracy_without_information_is_chance(subject: Subject) -> None:
 
 @_check
 def config_round_trips(subject: Subject) -> None:
-    """Settings survive JSON, have defaults that are accepted, and refuse unknown keys and changes."""
+    """Settings survive JSON, and refuse unknown keys and changes."""
     cls = plugins.find().learner(subject.name).value.Config
     config = cls(**subject.options)
     assert cls.model_validate_json(config.model_dump_json()) == config
@@ -225,7 +253,12 @@ def config_round_trips(subject: Subject) -> None:
 
 @_check
 def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
-    """In float64, `meta_loss` has the gradient that small steps measure: second order where there is one."""
+    """The gradient of `meta_loss` is what small steps measure, in float64, second order included.
+
+    Where they differ, something on the way cuts the gradient: .item(), .detach(), no_grad(), argmax, or an inner
+    gradient that `kshot.gradient` did not take. If that is on purpose, let the property `surrogate` say so. An error
+    about Float and Double is of a constant: make it like the data, by x.new_zeros(...) or value.to(x.dtype).
+    """
     learner = subject.build()
     if learner.surrogate:
         return  # an approximation or a game, and said to be one
@@ -262,7 +295,10 @@ def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
 
 @_check
 def learns_a_toy_problem(subject: Subject) -> None:
-    """A short meta-training lifts 5-way 1-shot accuracy on unseen toy classes far above chance, and never to NaN."""
+    """A short meta-training lifts accuracy on unseen toy classes far above chance.
+
+    See whether the loss falls at all: are the logits of a sensible scale, and does the gradient reach the backbone?
+    """
     torch.manual_seed(0)
     learner = subject.recipe.build((1, SIDE, SIDE))
     settings = Training(
@@ -285,7 +321,7 @@ def learns_a_toy_problem(subject: Subject) -> None:
 
 @_check
 def onnx_agrees_with_torch(subject: Subject) -> None:
-    """The learner exports, MAML-like loops included, and the bundle answers like torch at any size."""
+    """It exports to ONNX, inner loops included, and the bundle answers like torch at any size."""
     from kshot.exporting import Facts, export  # onnx takes a second to import
 
     learner = subject.build()
@@ -300,6 +336,10 @@ def onnx_agrees_with_torch(subject: Subject) -> None:
     )
     found = report.manifest.parity
     assert found.agreement >= 0.999, f"ONNX and torch agree on {100 * found.agreement:.2f} % of the queries only"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _accuracy(logits: Tensor, episode: Episode) -> float:

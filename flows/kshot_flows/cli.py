@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kshot_flows import cli_algorithms, cli_data, cli_models
+from kshot_flows import cli_algorithms, cli_data, cli_models, cli_plugin
 from kshot_runtime.errors import KshotError
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
@@ -24,6 +24,7 @@ _ORDER = (
     "recipes",
     "compare",
     "algorithms",
+    "plugin",
     "schedule",
     "models",
     "promote",
@@ -67,6 +68,7 @@ app = typer.Typer(
     """,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_plugin.app, name="plugin")
 cli_algorithms.add_commands(app)
 cli_models.add_commands(app)
 

@@ -46,6 +46,16 @@ def test_a_broken_plugin_is_listed_and_the_rest_works(tmp_path, monkeypatch):
     assert found.learner("mine").plugin == "two"
 
 
+def test_a_broken_plugin_is_listed_with_the_line_of_its_own_code(tmp_path, monkeypatch):
+    raised = "def kshot_learners(): return helper()\ndef helper(): return int('x')"
+    found = load(
+        tmp_path, monkeypatch, one="\nimport no_such_module", two=f"from kshot import hookimpl\n@hookimpl\n{raised}"
+    )
+    one, two = found.broken
+    assert one.where.endswith(f"one_of_{tmp_path.name}.py:2, in <module>: import no_such_module")
+    assert two.where.endswith(f"two_of_{tmp_path.name}.py:4, in helper: def helper(): return int('x')")
+
+
 def test_two_plugins_with_one_name_are_an_error_that_names_both(tmp_path, monkeypatch):
     found = load(tmp_path, monkeypatch, one=LEARNER, two=LEARNER)
     with pytest.raises(KshotError, match=r"'mine' from plugin 'one'.* and 'mine' from plugin 'two'"):
