@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kshot import plugins, testing
-from kshot.learner import Learner
+from kshot.learner import Learner, LearnerConfig
 from kshot.recipe import set_value
 from kshot.testing import Subject
 from kshot_flows import shipped
@@ -34,7 +34,11 @@ def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
     found = plugins.find()
     if not any(one.name == name for one in found.of("learners")):
         _refuse(name, found)
-    found.learner(name)  # the only one of that name
+    learner = found.learner(name).value
+    if not (isinstance(learner, type) and issubclass(learner, Learner)):
+        raise KshotError(f"kshot_learners gives {name!r} as {learner!r}; it must be a subclass of kshot.Learner.")
+    if not issubclass(learner.Config, LearnerConfig):
+        raise KshotError(f"the Config of {name!r} must derive from kshot.LearnerConfig, as a class in the learner.")
     options: dict[str, Any] = {}
     for key, text in shipped.changes(settings).items():
         set_value(options, key, text)

@@ -350,6 +350,21 @@ def test_settings_are_given_to_the_learner_and_judged_by_its_config(
             plugin_check.subject("mine", [setting], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("class Mine(Learner)", "class Mine", "it must be a subclass of kshot.Learner"),
+        ("class Config(LearnerConfig)", "class Config", "must derive from kshot.LearnerConfig"),
+    ],
+)
+def test_what_has_the_wrong_parent_is_told_so_before_anything_is_checked(
+    old: str, new: str, words: str, installed: Callable[..., Path], tmp_path: Path
+) -> None:
+    installed((old, new))
+    with pytest.raises(KshotError, match=words):
+        plugin_check.subject("mine", [], tmp_path)
+
+
 def test_a_misspelt_name_is_answered_with_a_guess(tmp_path: Path) -> None:
     with pytest.raises(KshotError, match=r"did you mean 'protonet'\?"):
         plugin_check.subject("protnet", [], tmp_path)

@@ -1,6 +1,6 @@
 """Cosines to class means: a query belongs to the class whose mean feature points its way.
 
-This sentence is what `kshot algorithms` shows: change it first. Below it belongs the paper, with a link.
+`kshot algorithms` shows these sentences, and the class's: change them first. Here belongs the paper, with a link.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,10 @@ from kshot.learner import class_means
 
 
 class Nearest(Learner):
-    """S support images, Q queries, W ways, D features; nothing may be remembered from one call to the next."""
+    """A class is the mean direction of its images' features, and logits are cosines to it.
+
+    Good for a first look at new data: it trains in a minute or two, and has one setting only.
+    """
 
     name = "nearest"  # in a recipe: [learner] name = "nearest"
 
@@ -22,6 +25,8 @@ class Nearest(Learner):
         scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
 
     config: Config
+
+    # Of S support images, Q queries, W ways and D features. Nothing is remembered from one call to the next.
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         """From images (S, C, H, W), their labels (S,) and the ids of the classes (W,), all that `classify` needs."""
