@@ -14,7 +14,6 @@ from kshot_flows import compare, report, shipped, standings_view, tracking
 from kshot_flows.compare import Comparison, entrants, shared_shapes
 from kshot_flows.pipeline import run as pipeline_run
 from kshot_flows.standings import Cost, Measured, Standing, Standings
-from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
 COMMON = ("training.steps=20", "training.validation_episodes=5")
@@ -36,7 +35,7 @@ def project(
 ) -> Iterator[Project]:
     home = new_project(tmp_path_factory.mktemp("compared") / "project")
     recipe = str(home / "tiny.toml")
-    asked = [recipe, f"{recipe} learner.name=maml evaluation.episodes=40 evaluation.shots=[1,2]", *COMMON]
+    asked = [recipe, f"{recipe} backbone.width=4 evaluation.episodes=40 evaluation.shots=[1,2]", *COMMON]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KSHOT_HOME", str(home))
         for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
@@ -45,12 +44,18 @@ def project(
         yield Project(home, asked, found, list(tracking.client().search_registered_models()))
 
 
-def episodes(project: Project, learner: str) -> np.ndarray:
-    """What each episode gave, from the file of arrays that the evaluation left."""
+def bundle(project: Project, width: int) -> Path:
+    """The bundle of the recipe whose backbone is so wide."""
     [file] = [
-        file for file in project.home.glob("runs/tiny/*/scores-*.npz")
-        if json.loads(next(file.parent.glob("bundle-*/bundle.json")).read_text())["learner"]["name"] == learner
+        file for file in project.home.glob("runs/tiny/*/bundle-*/bundle.json")
+        if json.loads(file.read_text())["backbone"]["config"]["width"] == width
     ]  # fmt: skip
+    return file.parent
+
+
+def episodes(project: Project, width: int) -> np.ndarray:
+    """What each of its episodes gave, from the file of arrays that the evaluation left."""
+    [file] = bundle(project, width).parent.glob("scores-*.npz")
     with np.load(file) as arrays:
         return np.asarray(arrays["3w1s.accuracies"])
 
@@ -59,28 +64,23 @@ def test_all_are_measured_on_the_episodes_that_they_share(project: Project) -> N
     found = project.found.standings
     assert found.episodes == {Shape(3, 1, 3): 40}
     assert found.data == "patterns:test"
-    protonet, maml = (episodes(project, name) for name in ("protonet", "maml"))
-    assert (len(protonet), len(maml)) == (60, 40)
+    wide, narrow = episodes(project, 8), episodes(project, 4)
+    assert (len(wide), len(narrow)) == (60, 40)
     first, second = (row.measured[Shape(3, 1, 3)] for row in found.rows)
-    assert first.accuracy == protonet[:40].mean()
-    assert second.accuracy == maml.mean()
-    difference = maml - protonet[:40]
+    assert first.accuracy == wide[:40].mean()
+    assert second.accuracy == narrow.mean()
+    difference = narrow - wide[:40]
     assert second.difference == pytest.approx(difference.mean())
     assert second.difference_margin == pytest.approx(1.96 * difference.std(ddof=1) / np.sqrt(40))
 
 
 def test_costs_are_those_of_what_is_served(project: Project) -> None:
-    for row, name in zip(project.found.standings.rows, ("protonet", "maml"), strict=True):
-        [folder] = [
-            file.parent for file in project.home.glob("runs/tiny/*/bundle-*/bundle.json")
-            if json.loads(file.read_text())["learner"]["name"] == name
-        ]  # fmt: skip
-        assert row.cost.bundle_bytes == sum(file.stat().st_size for file in folder.iterdir())
-        assert Bundle.open(folder).manifest.learner.name == row.learner == name
+    for row, width in zip(project.found.standings.rows, (8, 4), strict=True):
+        assert row.cost.bundle_bytes == sum(file.stat().st_size for file in bundle(project, width).iterdir())
         assert row.cost.adapt_ms > 0
         assert row.cost.classify_ms > 0
-        # 1 -> 8 channels and three times 8 -> 8, 3 x 3, with biases; each followed by a scale and a shift
-        assert row.cost.parameters >= (9 + 3 * 72) * 8 + 4 * 8 + 4 * 16
+        # Four convolutions 3 x 3 with biases, from one channel to `width`; each followed by a scale and a shift.
+        assert row.cost.parameters == (9 + 3 * 9 * width) * width + 4 * width + 4 * 2 * width
 
 
 def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Project) -> None:
@@ -88,7 +88,7 @@ def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Pro
     run = door.get_run(project.found.run)
     assert run.info.status == "FINISHED"
     assert run.data.params["1.recipe"] == "tiny"
-    assert run.data.params["2.recipe"] == "tiny learner.name=maml evaluation.episodes=40 evaluation.shots=[1,2]"
+    assert run.data.params["2.recipe"] == "tiny backbone.width=4 evaluation.episodes=40 evaluation.shots=[1,2]"
     assert len({run.data.params[f"{number}.training"] for number in (1, 2)}) == 2
     files = {artifact.path for where in ("", "pictures") for artifact in door.list_artifacts(run.info.run_id, where)}
     assert {"comparison.json", "pictures/comparison.png"} <= files
