@@ -8,10 +8,12 @@ from kshot.testing import CHECKS, Subject
 EVERY = [(p.name, {}) for p in plugins.find().of("learners")]
 # Settings that change the mathematics, for the checks that these can break; export has tests of its own for each norm.
 VARIANTS = [
+    ("clusters", {"norm": "support"}),
     ("maml", {"norm": "group"}),
     ("maml", {"norm": "transductive", "steps": 2}),
     ("maml", {"norm": "running", "learn_rate": True}),
     ("maml", {"first_order": True, "steps": 2}),
+    ("metagan", {"norm": "support"}),
     ("protonet", {"norm": "support"}),
 ]
 TOUCHED = [

@@ -1,0 +1,126 @@
+"""Clustered experts: k-means sorts episodes into kinds, and each kind has an expert of its own.
+
+Hard, flat clusters in place of the soft hierarchy of HSML (Yao, Wei, Huang and Li, 2019), around prototypical networks.
+https://arxiv.org/abs/1905.05301
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
+from kshot.learner import class_means, squared_distances
+
+
+class Clusters(Learner):
+    """The backbone is a generalist: it embeds the support set, and the nearest of k centroids names the expert.
+
+    An episode's embedding is the mean of its prototypes, so queries, label names and uneven shots have no say in it.
+    An expert is the generalist plus a difference of its own: from every episode it learns what episodes share, and
+    from those of its cluster the rest. Where a cluster has too few episodes, the generalist answers. Each expert would
+    need running averages of its own, so `norm` is one that has none.
+
+    Good for episodes of plainly different kinds, say scans and photos, whose support sets tell the kind. Where all
+    episodes are of one kind, one backbone as large as all experts together may well do better.
+    """
+
+    name = "clusters"
+
+    class Config(LearnerConfig):
+        norm: Literal["support", "group"] = Field(
+            "group", description="where the backbone's normalisation takes its statistics from"
+        )
+        clusters: int = Field(4, ge=1, description="experts beside the generalist, each as large as it")
+        min_share: float = Field(
+            0.05, ge=0, le=1, description="share of the window under which a cluster leaves answers to the generalist"
+        )
+        window: int = Field(256, ge=1, description="latest training episodes, of which k-means makes the clusters")
+
+    config: Config
+    centroids: Tensor  # (k, D)
+    shares: Tensor  # (k,) of the window's episodes
+    window: Tensor  # (window, D) the latest episodes' embeddings, the newest last
+    seen: Tensor  # () how many of these there are
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        self.differences = nn.ParameterList(
+            torch.zeros(config.clusters, *weight.shape) for weight in self.weights().values()
+        )
+        self.register_buffer("centroids", torch.zeros(config.clusters, backbone.features))
+        self.register_buffer("shares", torch.zeros(config.clusters))  # before meta-training no expert is trusted
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        """What k-means remembers; the centroids that it leaves are all that serving needs."""
+        self.register_buffer("window", torch.zeros(self.config.window, self.backbone.features))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        general = self._prototypes({}, support, labels, classes)
+        trusted = (self.shares >= self.config.min_share).float()
+        route = self.route(general["prototypes"].mean(0)) * trusted
+        return self._prototypes(self.expert(route), support, labels, classes)
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return -squared_distances(self.embed(query, state), state["prototypes"])
+
+    def route(self, embedding: Tensor) -> Tensor:
+        """One-hot (k,): the centroid that an episode's embedding (D,) is nearest to."""
+        nearest = squared_distances(embedding[None], self.centroids).argmin(1)
+        return one_hot(nearest, torch.arange(self.config.clusters, device=nearest.device))[0]
+
+    def expert(self, route: Tensor) -> State:
+        """The backbone's weights plus the difference that `route` (k,) picks; the generalist's where it picks none."""
+        return {
+            name: weight + torch.tensordot(route.to(weight.dtype), difference, 1)
+            for (name, weight), difference in zip(self.weights().items(), self.differences, strict=True)
+        }
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Mean query cross-entropy of the generalist on every episode, and of the expert that the episode goes to."""
+        losses, embeddings = [], []
+        for episode, support, query in self.embed_episodes(episodes):
+            prototypes = class_means(support, episode.support_labels, episode.classes)
+            targets = one_hot(episode.query_labels, episode.classes)
+            losses.append(cross_entropy(-squared_distances(query, prototypes), targets))
+            embeddings.append(prototypes.detach().mean(0))
+        self.cluster(torch.stack(embeddings))
+        for episode, embedding in zip(episodes, embeddings, strict=True):
+            expert = self.expert(self.route(embedding))
+            state = self._prototypes(expert, episode.support, episode.support_labels, episode.classes)
+            targets = one_hot(episode.query_labels, episode.classes)
+            losses.append(cross_entropy(self.classify(state, episode.query), targets))
+        return torch.stack(losses).mean()
+
+    def cluster(self, embeddings: Tensor) -> None:
+        """One step of Lloyd's k-means over the window, which these training episodes' embeddings (E, D) join.
+
+        A centroid that no episode is nearest to splits the largest cluster: it starts anew a little off that one's
+        centroid, towards its farthest member.
+        """
+        self.window = torch.cat([self.window, embeddings])[-self.config.window :]
+        self.seen = (self.seen + len(embeddings)).clamp(max=self.config.window)
+        recent = self.window[-int(self.seen) :]
+        every = torch.arange(self.config.clusters, device=recent.device)
+        nearest = squared_distances(recent, self.centroids).argmin(1)
+        self.shares = one_hot(nearest, every).mean(0)
+        means = class_means(recent, nearest, every)
+        self.centroids = torch.where(self.shares[:, None] > 0, means, self.centroids)
+        empty, largest = self.shares.argmin(), self.shares.argmax()
+        if self.shares[empty] == 0:
+            offsets = recent[nearest == largest] - means[largest]
+            self.centroids[empty] = means[largest] + 0.01 * offsets[offsets.square().sum(1).argmax()]
+
+    def _prototypes(self, weights: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support, weights)
+        return {**weights, "prototypes": class_means(features, labels, classes), **statistics}
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [Clusters]
