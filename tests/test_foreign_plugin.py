@@ -23,7 +23,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 COMMANDS = {
     "kshot": "from kshot_flows.cli import main",
     "pip": "from pip._internal.cli.main import main",
-    "pytest": "from pytest import console_main as main",
+    "pytest": "from pytest import main",
 }
 
 # For `kshot run`: a small data set and a short training, in the place of the recipe's.
