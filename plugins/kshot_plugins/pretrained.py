@@ -18,7 +18,10 @@ from kshot_runtime.errors import KshotError
 
 
 class Torchvision(Backbone):
-    """A torchvision network up to its last linear layer, after normalising colours as ImageNet networks expect."""
+    """A torchvision network up to its last linear layer, after normalising colours as ImageNet networks expect.
+
+    It sees images at the size at which they were imported; most networks were trained at 224.
+    """
 
     class Config(BackboneConfig):
         model: str = Field("resnet18", description="a name that torchvision.models.list_models() gives")
@@ -31,15 +34,13 @@ class Torchvision(Backbone):
         super().__init__(image, norm, config)
         if norm != "running":
             raise KshotError(f"torchvision networks bring their own normalisation: set norm = 'running', not {norm!r}")
-        if image[0] != 3:
-            raise KshotError(f"torchvision networks take colour images; these have {image[0]} channel. Import with 3.")
         self.network = _network(config)
         self.features = _cut_last_linear(self.network)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
+        return self.network((images.expand(-1, 3, -1, -1) - self.mean) / self.std)  # grey as colour
 
 
 def _network(config: Torchvision.Config) -> nn.Module:
