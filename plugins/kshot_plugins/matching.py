@@ -1,0 +1,101 @@
+"""Matching networks: a query attends to the support images by cosine, and takes the classes of what it attends to.
+
+Vinyals et al., 2016. https://arxiv.org/abs/1606.04080
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
+from kshot.recurrence import read_both_ways
+
+_NOTHING = 1e-37  # of a class without images: its logit is finite, and far under all others
+
+
+class MatchingNet(Learner):
+    """Logits are the log of the probabilities that attention gives the classes, whatever their shots.
+
+    Cosines alone, as in the paper, make a blunt attention: among 20 images, the one image that is alike gets e of
+    e + 19 parts, an eighth. So they are scaled.
+
+    With full context embeddings (`fce`) a bidirectional LSTM reads the support images one after the other, and each
+    is embedded anew in the light of the others; then a query reads all of them a few times. The paper leaves the order
+    of reading open. Here it is by the sum of an image's features, so the order in which images came means nothing.
+    """
+
+    name = "matching"
+
+    class Config(LearnerConfig):
+        scale: float = Field(
+            30.0, gt=0, le=40, description="sharpness of the attention: what cosines are multiplied by; 1 in the paper"
+        )
+        fce: bool = Field(
+            False, description="full context embeddings: embed each image in the light of the support set"
+        )
+        fce_steps: int = Field(5, ge=1, le=100, description="times that a query reads the support set, with fce")
+
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        if config.fce:
+            width = backbone.features
+            self.lstm = nn.LSTM(width, width, bidirectional=True)
+            self.gates = nn.Linear(3 * width, 4 * width)
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {"context": self.in_context(features), "members": one_hot(labels, classes), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.attend(self.embed(query, state), state["context"], state["members"])
+
+    def in_context(self, features: Tensor) -> Tensor:
+        """Support features (S, D), each in the light of all: the paper's g."""
+        if not self.config.fce:
+            return features
+        sums = features.sum(1)
+        order = sums.argsort()
+        read = read_both_ways(self.lstm, features[order]).sum(1)[order.argsort()]
+        alike = ((sums[:, None] - sums).abs() <= 1e-4 * sums.abs().mean()).to(read.dtype)  # (S, S)
+        return features + alike / alike.sum(1, keepdim=True) @ read  # a tie cannot tell which of the images came first
+
+    def read(self, query: Tensor, support: Tensor) -> Tensor:
+        """Query features (Q, D) in the light of the support features (S, D): the paper's f."""
+        if not self.config.fce:
+            return query
+        hidden = cell = torch.zeros_like(query)
+        for _ in range(self.config.fce_steps):
+            found = (hidden @ support.t()).softmax(1) @ support  # (Q, D)
+            i, f, o, new = self.gates(torch.cat([query, hidden, found], 1)).chunk(4, 1)
+            cell = f.sigmoid() * cell + i.sigmoid() * new.tanh()
+            hidden = o.sigmoid() * cell.tanh() + query
+        return hidden
+
+    def attend(self, query: Tensor, support: Tensor, members: Tensor) -> Tensor:
+        """Logits (Q, W) of query features (Q, D), from support features (S, D) and their classes (S, W)."""
+        query = self.read(query, support)
+        scores = self.config.scale * F.normalize(query, dim=1) @ F.normalize(support, dim=1).t()  # (Q, S)
+        # Cosines lie in -1..1, so no power falls under exp(-2 * scale) and their sums are as exact as logsumexp.
+        powers = (scores - scores.amax(1, keepdim=True)).exp()
+        return (powers @ members.to(powers.dtype) + _NOTHING).log() - powers.sum(1, keepdim=True).log()
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Cross-entropy of the queries, as ever; one pass of the backbone over all images."""
+        losses = []
+        for episode, support, query in self.embed_episodes(episodes):
+            members = one_hot(episode.support_labels, episode.classes)
+            logits = self.attend(query, self.in_context(support), members)
+            losses.append(cross_entropy(logits, one_hot(episode.query_labels, episode.classes)))
+        return torch.stack(losses).mean()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [MatchingNet]

@@ -1,0 +1,78 @@
+"""Siamese networks: one embedding for both images of a pair, and a weighted L1 distance that says same or different.
+
+Koch, Zemel and Salakhutdinov, 2015. https://www.cs.cmu.edu/~rsalakhu/papers/oneshot1.pdf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Backbone, Episodes, KshotError, Learner, LearnerConfig, State, hookimpl, one_hot
+
+
+class Siamese(Learner):
+    """A pair's score is the log-odds that both images show one class; a class scores the mean over its images.
+
+    Same and different pairs weigh the same in the loss, so a score tells how much likelier the pair is if the class is
+    one: of classes with one image each, of which one is right, the softmax of the scores is the probability of each.
+    """
+
+    name = "siamese"
+
+    class Config(LearnerConfig):
+        pass
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        self.score = nn.Linear(backbone.features, 1)
+        # No pair scores above the bias, which two equal images get; a bias that starts at 0 takes very long to rise.
+        nn.init.constant_(self.score.bias, 5.0)
+        nn.init.constant_(self.score.weight, -8 / backbone.features)
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        members = one_hot(labels, classes).to(features.dtype)  # (S, W)
+        return {"embeddings": features, "shares": members / members.sum(0).clamp_min(1), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.compare(self.embed(query, state)[:, None], state["embeddings"]) @ state["shares"]
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Scores (...) of pairs of features (..., D): a weighted sum of how far apart they are in each."""
+        return self.score((a - b).abs()).squeeze(-1)
+
+    @torch.no_grad()
+    def verify(self, a: Tensor, b: Tensor) -> Tensor:
+        """The probability (N,) that image i of `a` (N, C, H, W) and image i of `b` show one class, be it a new one.
+
+        This is where one class and two are as likely beforehand. A bundle can tell it too: adapt to image a as the
+        only class, classify b, and take the sigmoid of the logit.
+        """
+        if self.config.norm not in ("running", "group"):
+            raise KshotError(
+                f"two images alone have no support set for the norm {self.config.norm!r} to take statistics from. "
+                "Verify with a learner that was trained with the norm 'running' or 'group'."
+            )
+        if a.shape != b.shape:
+            raise KshotError(f"{tuple(a.shape)} and {tuple(b.shape)} do not pair: give two batches of as many images")
+        return self.compare(self.embed(a), self.embed(b)).sigmoid()
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Binary cross-entropy of all pairs of a support and a query image, half for same and half for different."""
+        losses = []
+        for episode, support, query in self.embed_episodes(episodes):
+            scores = self.compare(query[:, None], support)  # (Q, S)
+            same = (episode.query_labels[:, None] == episode.support_labels).to(scores.dtype)
+            share = same.mean()
+            weight = 0.5 * (same / share + (1 - same) / (1 - share))
+            losses.append(F.binary_cross_entropy_with_logits(scores, same, weight))
+        return torch.stack(losses).mean()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [Siamese]
