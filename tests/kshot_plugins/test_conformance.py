@@ -13,8 +13,10 @@ VARIANTS = [
     ("maml", {"norm": "transductive", "steps": 2}),
     ("maml", {"norm": "running", "learn_rate": True}),
     ("maml", {"first_order": True, "steps": 2}),
+    ("matching", {"fce": True}),
     ("metagan", {"norm": "support"}),
     ("protonet", {"norm": "support"}),
+    ("relation", {"loss": "cross_entropy", "norm": "support"}),
 ]
 TOUCHED = [
     check
