@@ -1,0 +1,71 @@
+"""Conditional neural processes: a class is its mean code, and a learned decoder reads a query against all classes.
+
+Garnelo et al., 2018. https://arxiv.org/abs/1807.01613
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
+from kshot.learner import class_means
+
+
+class CNP(Learner):
+    """A class is the mean of its encoded support images, its slot; the decoder turns a query and all slots into logits.
+
+    The paper sets the slots side by side in a fixed order, which binds it to one number of ways and to an order that
+    must be shuffled away. Here one decoder serves every slot: it compares the query with that slot, and sees of the
+    other slots what no order changes, the mean of all their comparisons. So any ways fit, and permuting the classes
+    permutes the logits exactly.
+    """
+
+    name = "cnp"
+
+    class Config(LearnerConfig):
+        width: int = Field(128, ge=2, le=4096, description="size of a slot and of the decoder's layers")
+
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        width = config.width
+        self.encoder = nn.Sequential(nn.Linear(backbone.features, width), nn.LayerNorm(width))
+        self.compare = nn.Linear(2 * width, width)
+        self.refine = nn.Linear(width, width)
+        self.context = nn.Linear(width, width, bias=False)
+        self.score = nn.Linear(width, 1, bias=False)  # a bias would be every class's, and cancel in the softmax
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {"slots": class_means(self.encoder(features), labels, classes), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.decode(self.encoder(self.embed(query, state)), state["slots"])
+
+    def decode(self, query: Tensor, slots: Tensor) -> Tensor:
+        """Logits (Q, W) of encoded queries (Q, R) against slots (W, R)."""
+        query, slots = query[:, None, :], slots[None, :, :]
+        pairs = torch.cat([(query - slots).square(), query * slots], 2)  # (Q, W, 2R)
+        hidden = F.relu(self.compare(pairs))  # (Q, W, R); its mean over the slots is the context
+        hidden = F.relu(self.refine(hidden) + self.context(hidden.mean(1, keepdim=True)))
+        return self.score(hidden).squeeze(2)
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """The queries' cross-entropy, with one pass of the backbone over every image where normalisation allows it."""
+        losses = []
+        for episode, support, query in self.embed_episodes(episodes):
+            slots = class_means(self.encoder(support), episode.support_labels, episode.classes)
+            logits = self.decode(self.encoder(query), slots)
+            losses.append(cross_entropy(logits, one_hot(episode.query_labels, episode.classes)))
+        return torch.stack(losses).mean()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [CNP]
