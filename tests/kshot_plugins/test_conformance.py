@@ -9,12 +9,15 @@ EVERY = [(p.name, {}) for p in plugins.find().of("learners")]
 # Settings that change the mathematics, for the checks that these can break; export has tests of its own for each norm.
 VARIANTS = [
     ("clusters", {"norm": "support"}),
+    ("cnp", {"norm": "transductive"}),
     ("maml", {"norm": "group"}),
     ("maml", {"norm": "transductive", "steps": 2}),
     ("maml", {"norm": "running", "learn_rate": True}),
     ("maml", {"first_order": True, "steps": 2}),
     ("matching", {"fce": True}),
     ("metagan", {"norm": "support"}),
+    ("metanet", {"norm": "group"}),
+    ("metanet", {"norm": "support"}),
     ("protonet", {"norm": "support"}),
     ("relation", {"loss": "cross_entropy", "norm": "support"}),
 ]
