@@ -8,6 +8,7 @@ from kshot.testing import CHECKS, Subject
 EVERY = [(p.name, {}) for p in plugins.find().of("learners")]
 # Settings that change the mathematics, for the checks that these can break; export has tests of its own for each norm.
 VARIANTS = [
+    ("baselinepp", {"learn_scale": True, "steps": 20}),
     ("clusters", {"norm": "support"}),
     ("cnp", {"norm": "transductive"}),
     ("maml", {"norm": "group"}),
@@ -15,6 +16,7 @@ VARIANTS = [
     ("maml", {"norm": "running", "learn_rate": True}),
     ("maml", {"first_order": True, "steps": 2}),
     ("matching", {"fce": True}),
+    ("metabaseline", {"pretrain": 0}),
     ("metagan", {"norm": "support"}),
     ("metanet", {"norm": "group"}),
     ("metanet", {"norm": "support"}),

@@ -1,0 +1,96 @@
+"""Baseline++: fine-tuning by angle. All heads, of the base classes and of an episode, see directions only.
+
+Chen, Liu, Kira, Wang and Huang, 2019. https://arxiv.org/abs/1904.04232
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import (
+    Backbone,
+    Episodes,
+    InnerLoop,
+    Learner,
+    LearnerConfig,
+    State,
+    cross_entropy,
+    gradient,
+    hookimpl,
+    one_hot,
+)
+from kshot.learner import class_means
+
+
+class BaselinePlusPlus(InnerLoop):
+    """Logits are cosines between a feature and a row for each class, times a scale.
+
+    Where the paper draws an episode's rows at random, they start at the class means of the support set's directions:
+    the answer then hangs on nothing but the support set, and no step at all is nearest mean by angle.
+    """
+
+    name = "baselinepp"
+
+    class Config(LearnerConfig):
+        steps: int = Field(100, ge=0, description="gradient steps for an episode's head")
+        rate: float = Field(1.0, gt=0, le=4, description="of the head, divided by scale²; over 4, descent may diverge")
+        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+        learn_scale: bool = Field(False, description="let class training change the scale, starting from this one")
+
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        log_scale = torch.tensor(config.scale).log()
+        self.log_scale = nn.Parameter(log_scale) if config.learn_scale else nn.Buffer(log_scale)
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        """Rows of unit length for all base classes, all but alike: what features have in common then cancels at once.
+
+        Features that leave a ReLU lie in a narrow cone, out of which rows of random directions have to be led first.
+        """
+        common = torch.ones(self.backbone.features) / self.backbone.features**0.5
+        self.base = nn.Parameter(common + 0.001 * torch.randn(sum(classes), self.backbone.features))
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        images, labels = episodes.pooled()
+        return F.cross_entropy(self._logits(self.embed(images), self.base), labels)
+
+    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        directions = F.normalize(features, dim=1)  # (S, D), carried so that the backbone runs once
+        return {"features": directions, "head": class_means(directions, labels, classes), **statistics}
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        targets = one_hot(labels, classes)
+
+        def loss(fast: State) -> Tensor:
+            return cross_entropy(self._logits(state["features"], fast["head"]), targets)
+
+        descent = gradient(loss, {"head": state["head"]})["head"]
+        return {**state, "head": state["head"] - self.config.rate * (-2 * self.log_scale).exp() * descent}
+
+    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {name: value for name, value in state.items() if name != "features"}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self._logits(self.embed(query, state), state["head"])
+
+    def _logits(self, features: Tensor, rows: Tensor) -> Tensor:
+        """(N, W) from features (N, D) and a row for each class (W, D)."""
+        return self.log_scale.exp() * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).t()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [BaselinePlusPlus]

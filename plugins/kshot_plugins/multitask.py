@@ -1,0 +1,60 @@
+"""Multi-task training: one backbone learns the classes of several data sets at once, with a head for each data set.
+
+Caruana, 1997 (https://doi.org/10.1023/A:1007379606734): hard parameter sharing. Wang, Zhao and Li, 2021, find such
+features as good for few-shot learning as meta-trained ones (https://arxiv.org/abs/2106.09017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from kshot import Episodes, Learner, LearnerConfig, State, hookimpl
+from kshot.learner import class_means
+from kshot_plugins.class_training import BaseHead
+
+
+class MultiTask(Learner):
+    """Every data set counts alike, however many of a batch's images it brings; a new class is where its mean points to.
+
+    Of a recipe with one data set, it is ordinary class training.
+    """
+
+    name = "multitask"
+
+    class Config(LearnerConfig):
+        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+
+    config: Config
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        self.classes = list(classes)  # of each data set; its head is its columns
+        self.base = BaseHead(self.backbone.features, classes)
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Mean over the data sets in the batch of their images' cross-entropy over the classes of their data set."""
+        images, labels = episodes.pooled()
+        losses, first = [], 0
+        for logits in self.base(self.embed(images)).split(self.classes, dim=1):  # (N, classes of one data set)
+            own = (first <= labels) & (labels < first + logits.shape[1])
+            if own.any():
+                losses.append(F.cross_entropy(logits[own], labels[own] - first))
+            first += logits.shape[1]
+        return torch.stack(losses).mean()
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        directions = class_means(F.normalize(features, dim=1), labels, classes)  # (W, D)
+        return {"directions": F.normalize(directions, dim=1), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.config.scale * F.normalize(self.embed(query, state), dim=1) @ state["directions"].t()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [MultiTask]

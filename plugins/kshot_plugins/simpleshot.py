@@ -1,0 +1,74 @@
+"""SimpleShot: train a classifier of the base classes, then take the nearest class mean, of centred unit features.
+
+Wang, Chao, Weinberger and van der Maaten, 2019. https://arxiv.org/abs/1911.04623
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from kshot import Backbone, Episodes, Learner, LearnerConfig, State, hookimpl
+from kshot.learner import class_means, squared_distances
+from kshot_plugins.class_training import BaseHead
+
+
+class SimpleShot(Learner):
+    """Logits are negative squared distances to the class means of transformed features.
+
+    What features are centred by is the base classes' mean, never an episode's. Features change while the backbone
+    learns, so the mean is one over the last batches of class training only, when they change no longer.
+    """
+
+    name = "simpleshot"
+
+    class Config(LearnerConfig):
+        transform: Literal["un", "l2n", "cl2n"] = Field(
+            "cl2n", description="of features: none, to unit length, or centred and then to unit length"
+        )
+        memory: int = Field(100, ge=1, description="batches of class training over which the mean feature is taken")
+
+    config: Config
+    centre: Tensor
+    batches: Tensor
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        self.register_buffer("centre", torch.zeros(backbone.features))
+        self.register_buffer("batches", torch.tensor(0))
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        self.base = BaseHead(self.backbone.features, classes)
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        images, labels = episodes.pooled()
+        features = self.embed(images)  # (N, D)
+        if self.training:
+            self.batches += 1
+            mean = features.detach().mean(0)
+            # The plain mean of the first batches, then one that forgets: a batch's share falls to 1/e in `memory` more
+            self.centre += (mean - self.centre) / self.batches.clamp(max=self.config.memory)
+        return F.cross_entropy(self.base(features), labels)
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {"means": class_means(self._transformed(features), labels, classes), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return -squared_distances(self._transformed(self.embed(query, state)), state["means"])
+
+    def _transformed(self, features: Tensor) -> Tensor:
+        if self.config.transform == "un":
+            return features
+        return F.normalize(features - self.centre if self.config.transform == "cl2n" else features, dim=1)
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [SimpleShot]
