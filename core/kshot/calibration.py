@@ -1,4 +1,6 @@
-"""How far to trust a learner, from validation episodes: a temperature, and a threshold for "none of these"."""
+"""How far to trust a learner, from validation episodes: a temperature, thresholds for "none of these", and when two
+images show one class.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,22 @@ from torch.nn import functional as F
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape, sample_episodes
 from kshot.learner import Learner
+from kshot.norms import BY_ITSELF
 
-KNOWN_ACCEPTED = 0.95  # share of known queries that the threshold lets pass
+KNOWN_ACCEPTED = 0.95  # share of known queries that the threshold lets pass, unless someone chooses another
+ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # the shares to choose from
+
+
+Similarity = Literal["logit", "cosine", "distance"]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a threshold does: the share of known queries that pass it, and of unknown ones."""
+
+    accepted: float
+    threshold: float
+    false_accepts: float  # NaN where there were no unknown classes to try
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,19 @@ class Calibration:
     false_accepts: float  # share of unknown queries that pass where 95 % of the known do
     ece: float  # of the probabilities at this temperature
     episodes: int
+    points: tuple[OperatingPoint, ...] = ()  # other thresholds, from lenient to strict
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How to tell from two images whether they show one class: sigmoid(slope * similarity + offset)."""
+
+    by: Similarity  # see `similarities`
+    slope: float
+    offset: float
+    auroc: float  # of telling same from different pairs
+    accuracy: float  # share of pairs on the right side of one half, as many same as different
+    pairs: int
 
 
 def calibrate(
@@ -52,17 +81,54 @@ def calibrate(
             best = area, by, known, strange
     assert best is not None
     area, by, known, strange = best
-    threshold = float(np.quantile(known, 1 - KNOWN_ACCEPTED))
+    points = tuple(_operating_point(share, known, strange) for share in sorted(ACCEPTED, reverse=True))
+    usual = _operating_point(KNOWN_ACCEPTED, known, strange)
     return Calibration(
         shape,
         temperature,
         by,
-        threshold,
+        usual.threshold,
         area,
-        float((strange >= threshold).mean()) if len(strange) else math.nan,
+        usual.false_accepts,
         calibration_error(probabilities.max(1), right),
         episodes,
+        points,
     )
+
+
+def verification(learner: Learner, images: ClassImages, pairs: int, *, seed: int, device: str = "cpu") -> Verification:
+    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
+    parts: dict[Similarity, list[np.ndarray]] = {}
+    for step in range(pairs // 2):
+        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
+        first, same_then_other = episode.support[:1], episode.query
+        for by, alike in similarities(learner, first, same_then_other).items():
+            parts.setdefault(by, []).append(alike)
+    same = np.tile([True, False], pairs // 2)
+    values = {by: np.concatenate(part) for by, part in parts.items()}
+    areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
+    best = max(areas, key=lambda by: areas[by])
+    slope, offset = _logistic(values[best], same)
+    right = (slope * values[best] + offset >= 0) == same
+    return Verification(best, slope, offset, areas[best], float(right.mean()), len(same))
+
+
+@torch.no_grad()
+def similarities(learner: Learner, image: torch.Tensor, others: torch.Tensor) -> dict[Similarity, np.ndarray]:
+    """How alike an image (1, C, H, W) and each of `others` (N, C, H, W) are, in up to three ways, (N,) each.
+
+    `logit`: what the learner gives to others after adapting to the image as its only class, if that tells anything;
+    `cosine` and `distance`: of the features, where an image's are its own (distance is Euclidean, and negative).
+    """
+    was_training = learner.training
+    learner.eval()
+    only = torch.zeros(1, dtype=torch.int64, device=image.device)
+    found: dict[Similarity, torch.Tensor] = {"logit": learner.classify(learner.adapt(image, only, only), others)[:, 0]}
+    if learner.config.norm in BY_ITSELF:
+        a, b = learner.embed(image), learner.embed(others)
+        found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
+    learner.train(was_training)
+    return {by: value.double().cpu().numpy() for by, value in found.items()}
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -97,6 +163,30 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
     ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each score, from 1
     above = ranks[ranks_of[: len(known)]].sum() - len(known) * (len(known) + 1) / 2
     return float(above / (len(known) * len(unknown)))
+
+
+def _operating_point(accepted: float, known: np.ndarray, strange: np.ndarray) -> OperatingPoint:
+    threshold = float(np.quantile(known, 1 - accepted))
+    return OperatingPoint(accepted, threshold, float((strange >= threshold).mean()) if len(strange) else math.nan)
+
+
+def _logistic(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the logistic regression of truth (N,) on values (N,), with a light pull to zero."""
+    mean, scale = values.mean(), values.std() + 1e-12
+    x, y = torch.from_numpy((values - mean) / scale), torch.from_numpy(truth.astype(np.float64))
+    line = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = F.binary_cross_entropy_with_logits(line[0] * x + line[1], y) + 1e-4 * line.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    slope, offset = line.detach().tolist()
+    return slope / scale, offset - slope * mean / scale
 
 
 def _evidence(logits: np.ndarray, by: str, temperature: float) -> np.ndarray:

@@ -20,6 +20,7 @@ from kshot.datasets import ClassImages
 from kshot.episodes import Shape, sample_episodes
 from kshot.graphs import adapt_model, classify_model, embed_model
 from kshot.learner import EMBEDDING, InnerLoop, Learner, State
+from kshot.norms import BY_ITSELF
 from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
 from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, Facts, FileFacts, Manifest, TensorSpec
@@ -97,6 +98,8 @@ def _sees_features_only(learner: Learner, data: ClassImages, shape: Shape, seed:
     Then the graphs take features in the place of images: a server embeds the images of many requests in one batch,
     whatever their label spaces, keeps the features of support images, and adapts again without embedding them again.
     """
+    if learner.config.norm not in BY_ITSELF:
+        return False
     episode = sample_episodes(data, shape, 1, seed=seed, step=0, stream="test")[0]
     with torch.no_grad():
         state = learner.adapt(episode.support, episode.support_labels, episode.classes)
@@ -118,13 +121,17 @@ def _models(
     learner: Learner, image: tuple[int, int, int], takes_features: bool
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
     """The graphs, and the shapes of the state that goes from adapting to classifying."""
+    embed = {}
+    if learner.config.norm in BY_ITSELF:
+        images = {"images": Spec(("Q", *image))}
+        piece = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
+        embed = {EMBED: embed_model(piece)}
     if not takes_features:
-        return _adapt_and_classify(learner, image)
-    images = {"images": Spec(("Q", *image))}
-    embed = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
-    with _embedding_by(learner, _as_it_is):
-        models, state = _adapt_and_classify(learner, (learner.backbone.features,))
-    return {EMBED: embed_model(embed), **models}, state
+        models, state = _adapt_and_classify(learner, image)
+    else:
+        with _embedding_by(learner, _as_it_is):
+            models, state = _adapt_and_classify(learner, (learner.backbone.features,))
+    return {**embed, **models}, state
 
 
 def _adapt_and_classify(learner: Learner, each: tuple[int, ...]) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:

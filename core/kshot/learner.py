@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kshot.norms import Norm, recorded
+from kshot.norms import BY_ITSELF, Norm, recorded
 
 if TYPE_CHECKING:
     from kshot.backbones import Backbone
@@ -114,7 +114,7 @@ class Learner(nn.Module, ABC):
 
         One pass of the backbone over all images where `norm` allows it; batch statistics are then of all of them.
         """
-        if self.config.norm in ("running", "group"):
+        if self.config.norm in BY_ITSELF:
             images = torch.cat([episodes.support.flatten(0, 1), episodes.query.flatten(0, 1)])
             shape, count = episodes.shape, len(episodes)
             sizes = [shape.ways * shape.shots] * count + [shape.ways * shape.queries] * count

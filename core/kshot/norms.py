@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 Norm = Literal["running", "support", "transductive", "group"]
 
+BY_ITSELF: tuple[Norm, ...] = ("running", "group")
+"""Those under which what is made of an image depends on no other image."""
+
 _recorder: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar("recorder", default=None)
 
 

@@ -90,32 +90,34 @@ class Answers:
 
 
 class Graphs:
-    """The ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads.
-
-    Where the bundle takes features, images (uint8) may come in their place, and are embedded first.
-    """
+    """The ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads."""
 
     def __init__(self, contents: Mapping[str, bytes], device: Device = "cpu", threads: int = 1) -> None:
         self._embed = _session(contents[EMBED], device, threads) if EMBED in contents else None
         self._adapt = _session(contents[ADAPT], device, threads)
         self._classify = _session(contents[CLASSIFY], device, threads)
         self._gives = [output.name for output in self._classify.get_outputs()]
-        self.device: str = _NAMES[(self._embed or self._classify).get_providers()[0]]
+        self.device: str = _NAMES[self._classify.get_providers()[0]]
+        self.takes_features = len(self._adapt.get_inputs()[0].shape) == 2
         self.state = [output.name for output in self._adapt.get_outputs()]
         self.takes_steps = any(given.name == "steps" for given in self._adapt.get_inputs())
 
     @property
-    def takes_features(self) -> bool:
+    def embeds(self) -> bool:
+        """Whether it makes features of an image by itself; they are else the support set's affair."""
         return self._embed is not None
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """Features (N, D) float32 of images (N, C, H, W) uint8, of a bundle that takes features."""
+        """Features (N, D) float32 of images (N, C, H, W) uint8, each by itself."""
         if self._embed is None:
-            raise BundleError("this bundle's features depend on the support set: it embeds only while it classifies")
+            raise BundleError("this bundle's features depend on the support set: it has none of an image by itself")
         return _run(self._embed, ["features"], {"images": images})[0]
 
     def adapt(self, support: np.ndarray, labels: np.ndarray, classes: np.ndarray, steps: int | None = None) -> Tensors:
-        """The state after adapting to support (S, C, H, W) uint8, labels (S,), the classes' ids (W,)."""
+        """The state after adapting to support (S, C, H, W) uint8, labels (S,), the classes' ids (W,).
+
+        Where the bundle takes features, support may be features (S, D); so may a query.
+        """
         support = self._embedded(support)
         given = {"support": support, "labels": labels.astype(np.int64), "classes": classes.astype(np.int64)}
         if self.takes_steps:
@@ -283,7 +285,7 @@ class Bundle:
         if given != set(self.manifest.state):
             raise BundleError(f"{ADAPT} gives {', '.join(sorted(given))}, not the state that the manifest describes")
         if self.graphs.takes_features != (self.manifest.takes == "features"):
-            raise BundleError(f"{EMBED} and the manifest disagree on what adapting takes")
+            raise BundleError(f"{ADAPT} and the manifest disagree on what adapting takes")
         if self.graphs.takes_steps != (self.manifest.steps is not None):
             raise BundleError(f"{ADAPT} and the manifest disagree on whether there are inner steps")
 

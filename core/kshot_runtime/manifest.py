@@ -18,9 +18,6 @@ from kshot_runtime.images import ImageRule
 MANIFEST, EMBED, ADAPT, CLASSIFY = "bundle.json", "embed.onnx", "adapt.onnx", "classify.onnx"
 SCHEMA_VERSION: Literal[2] = 2
 
-GRAPHS = {"features": (EMBED, ADAPT, CLASSIFY), "images": (ADAPT, CLASSIFY)}
-"""The graphs of a bundle, by what adapting and classifying take (`Manifest.takes`)."""
-
 _LARGEST = {MANIFEST: 16 << 20, EMBED: 2 << 30, ADAPT: 2 << 30, CLASSIFY: 2 << 30}  # bytes; protobuf ends at 2 GiB
 
 
@@ -54,6 +51,28 @@ class Limits(_Part):
     steps: int = Field(1000, ge=0, description="inner steps, for a learner that takes steps")
 
 
+class OperatingPoint(_Part):
+    """What a threshold does: the share of known queries that pass it, and of unknown ones."""
+
+    accepted: float = Field(ge=0, le=1)
+    threshold: float
+    false_accepts: Measured = None
+
+
+class Verification(_Part):
+    """When two images show one class: the probability is sigmoid(slope * similarity + offset)."""
+
+    by: Literal["logit", "cosine", "distance"] = Field(
+        description="the similarity: the logit of one after adapting to the other as the only class; or of the "
+        "features the cosine, or the negative Euclidean distance"
+    )
+    slope: float
+    offset: float
+    auroc: Measured = Field(None, description="of telling pairs of one class from pairs of two")
+    accuracy: Measured = Field(None, description="share of pairs judged right, as many same as different")
+    pairs: int = Field(ge=2)
+
+
 class Calibration(_Part):
     """How to read the logits at one size of episode, from validation classes that no training has seen."""
 
@@ -65,6 +84,7 @@ class Calibration(_Part):
     auroc: Measured = Field(None, description="of telling known classes from unknown ones by it")
     false_accepts: Measured = Field(None, description="share of unknown queries that pass the threshold")
     ece: Measured = Field(None, description="expected calibration error at this temperature")
+    points: tuple[OperatingPoint, ...] = Field((), description="other thresholds, from lenient to strict")
 
 
 class Accuracy(_Part):
@@ -134,6 +154,7 @@ class Facts(_Part):
     image: ImageRule
     limits: Limits = Limits()
     calibration: tuple[Calibration, ...] = ()
+    verification: Verification | None = None
     expected: tuple[Accuracy, ...] = ()
     source: Source = Source()
 
@@ -145,8 +166,8 @@ class Manifest(Facts):
     norm: str
     transductive: Literal[False] = False
     takes: Literal["features", "images"] = Field(
-        description="what adapting and classifying take: features that embed.onnx makes of any image by itself, or "
-        "images, where what features are depends on the support set"
+        description="what adapting and classifying take: the features that embed.onnx makes of an image by itself, or "
+        "images, where adapting changes what is made of them"
     )
     features: int = Field(ge=1, description="width of the features")
     steps: int | None = Field(None, description="inner steps unless told; none for a learner that takes none")
@@ -156,8 +177,10 @@ class Manifest(Facts):
 
     @model_validator(mode="after")
     def _names_its_files(self) -> Self:
-        if set(self.files) != set(expected := GRAPHS[self.takes]):
-            raise ValueError(f"files must be {', '.join(expected)}, not {', '.join(sorted(self.files)) or 'none'}")
+        needed = {ADAPT, CLASSIFY} | ({EMBED} if self.takes == "features" else set())
+        if not needed <= set(self.files) <= {EMBED, ADAPT, CLASSIFY}:
+            expected, came = ", ".join(sorted(needed)), ", ".join(sorted(self.files)) or "none"
+            raise ValueError(f"files must be {expected}, and may be {EMBED}; they are {came}")
         return self
 
     @classmethod

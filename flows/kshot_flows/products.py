@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kshot.calibration import Calibration
+from kshot.calibration import Calibration, Verification
 from kshot.datasets import ClassImages, ImageSet, file_sha256, splits_of
 from kshot.episodes import Shape
 from kshot_flows import tracking, versioning
@@ -186,6 +186,7 @@ class Scores:
 
     lines: tuple[Line, ...]  # the first is what the gate compares and the bundle states
     calibrations: tuple[Calibration, ...]  # one for each number of shots
+    verification: Verification | None  # none without validation classes, as there are then no calibrations
     report: Pin  # the same as JSON
     arrays: Pin  # accuracy of every episode, confidence and rightness of every query
     seed: int

@@ -6,7 +6,6 @@ They work without Prefect, hand files and hashes on (see `products`), and each c
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from kshot import plugins, training
-from kshot.calibration import Calibration, calibrate
+from kshot.calibration import Calibration, Verification, calibrate, verification
 from kshot.datasets import ClassImages, ImageSet
 from kshot.episodes import Shape
 from kshot.evaluation import Score
@@ -39,6 +38,7 @@ from kshot_runtime.manifest import MANIFEST
 
 TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
 _CALIBRATION_EPISODES = 200
+_VERIFICATION_PAIRS = 1000
 
 
 def version_data(recipe: Recipe) -> DataVersion:
@@ -97,11 +97,12 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
     model = learners.load(learner.learner.file).to(device())
     test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
-    calibrations = {}
+    calibrations, pairs = {}, None
     if validation is None:
         progress.say("  no validation classes: probabilities are not calibrated, and no class counts as unknown")
     else:
         calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
+        pairs = verification(model, validation, _VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
     hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
     scores = []
     for shape in recipe.evaluation.shapes:
@@ -113,7 +114,7 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
                         temperature=calibrations[shape.shots].temperature if calibrations else 1.0, device=device(),
                     )
                 )  # fmt: skip
-    return _keep(scores, tuple(calibrations.values()), recipe, data, learner)
+    return _keep(scores, tuple(calibrations.values()), pairs, recipe, data, learner)
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
@@ -214,11 +215,12 @@ def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
         calibration=tuple(
             manifest.Calibration(
                 ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
-                threshold=fit.threshold, auroc=_finite(fit.auroc), false_accepts=_finite(fit.false_accepts),
-                ece=fit.ece,
+                threshold=fit.threshold, auroc=fit.auroc, false_accepts=fit.false_accepts, ece=fit.ece,
+                points=tuple(manifest.OperatingPoint(**asdict(point)) for point in fit.points),
             )
             for fit in score.calibrations
         ),
+        verification=None if score.verification is None else manifest.Verification(**asdict(score.verification)),
         expected=tuple(
             manifest.Accuracy(**asdict(line.shape), episodes=line.episodes, accuracy=line.accuracy, margin=line.margin)
             for line in score.lines
@@ -236,10 +238,6 @@ def _plugin(provided: Provided, options: dict[str, Any]) -> manifest.Plugin:
     return manifest.Plugin(
         name=provided.name, config=config, distribution=provided.distribution, version=provided.version
     )  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _latency(bundle: Bundle, shape: Shape) -> float:
@@ -308,7 +306,12 @@ def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shots: i
 
 
 def _keep(
-    scores: list[Score], calibrations: tuple[Calibration, ...], recipe: Recipe, data: DataVersion, learner: Trained
+    scores: list[Score],
+    calibrations: tuple[Calibration, ...],
+    pairs: Verification | None,
+    recipe: Recipe,
+    data: DataVersion,
+    learner: Trained,
 ) -> Scores:
     """Write scores to files beside the learner: a summary to read, and what every episode gave."""
     lines = tuple(
@@ -333,8 +336,11 @@ def _keep(
                 "split": recipe.dataset.test,
                 "lines": [asdict(line) for line in lines],
                 "calibrations": [asdict(calibration) for calibration in calibrations],
+                "verification": None if pairs is None else asdict(pairs),
             },
             indent=2,
         )
     )
-    return Scores(lines, calibrations, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner, data)
+    return Scores(
+        lines, calibrations, pairs, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner, data
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kshot.calibration import auroc, calibrate, calibration_error, fit_temperature
+from kshot.calibration import auroc, calibrate, calibration_error, fit_temperature, similarities, verification
 from kshot.episodes import Shape
 from kshot.evaluation import Score, answers, evaluate
 from kshot.testing import Pixels, Subject, toy_images
@@ -86,3 +86,34 @@ def test_calibration_finds_a_threshold_that_rejects_most_of_the_unknown():
     assert found.auroc > 0.9
     assert found.false_accepts < 0.5
     assert 0 <= found.ece < 0.1
+
+
+def test_each_operating_point_accepts_the_share_of_known_queries_that_it_says():
+    learner = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config())
+    found = calibrate(learner, toy_images(), Shape(5, 2, 3), 40, seed=0)
+    shares = [point.accepted for point in found.points]
+    assert shares == sorted(shares, reverse=True)  # from lenient to strict
+    assert [point.threshold for point in found.points] == sorted(point.threshold for point in found.points)
+    usual = next(point for point in found.points if point.accepted == 0.95)
+    assert (usual.threshold, usual.false_accepts) == (found.threshold, found.false_accepts)
+    lenient, strict = found.points[0], found.points[-1]
+    assert lenient.false_accepts >= usual.false_accepts >= strict.false_accepts
+
+
+def test_verification_tells_pairs_of_one_class_from_pairs_of_two():
+    learner = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config())
+    found = verification(learner, toy_images(), 200, seed=0)
+    assert found.pairs == 200
+    assert found.slope > 0  # more alike is likelier the same
+    assert found.auroc > 0.8
+    assert found.accuracy > 0.7
+
+
+def test_similarities_are_of_the_features_and_of_the_only_class_s_logit():
+    learner = ProtoNet(Pixels((1, 1, 2)), ProtoNet.Config())
+    image = torch.tensor([[[[3.0, 4.0]]]])
+    others = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 0.0]]], [[[4.0, -3.0]]]])
+    found = similarities(learner, image, others)
+    assert found["distance"].tolist() == pytest.approx([0, -5, -(50**0.5)], abs=1e-5)
+    assert found["cosine"].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
+    assert found["logit"].tolist() == pytest.approx([0, -25, -50], abs=1e-4)

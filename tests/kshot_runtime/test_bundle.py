@@ -276,7 +276,7 @@ def respell(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda f: respell(f, lambda c: c.update(transductive=True)), "transductive: Input should be False"),
         (
             lambda f: respell(f, lambda c: c["files"].update({"../x": c["files"]["adapt.onnx"]})),
-            "files must be embed.onnx, adapt.onnx, classify.onnx, not",
+            r"files must be adapt.onnx, classify.onnx, embed.onnx, and may be embed.onnx; they are \.\./x",
         ),
         (lambda f: respell(f, lambda c: c["state"].pop("prototypes")), "not the state that the manifest describes"),
         (lambda f: respell(f, lambda c: c.update(steps=3)), "disagree on whether there are inner steps"),
