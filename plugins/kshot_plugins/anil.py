@@ -1,0 +1,55 @@
+"""ANIL: MAML whose inner loop moves the head only, for the body that MAML learns hardly changes while it adapts.
+
+Raghu, Raghu, Bengio and Vinyals, 2020. https://arxiv.org/abs/1909.09157
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kshot import Backbone, Learner, State, hookimpl, one_hot
+from kshot_plugins.gradient_learner import HEAD, GradientLearner
+
+
+class ANIL(GradientLearner):
+    """Only the head descends the support loss. The body learns in the outer loop, through the queries' features and,
+    to second order, through the support features that made the head."""
+
+    name = "anil"
+
+    class Config(GradientLearner.Config):
+        steps: int = Field(5, ge=0, description="inner steps while meta-training")
+        rate: float = Field(0.03, gt=0, description="inner learning rate, taken times the ways")
+        learn_rate: bool = Field(False, description="meta-learn the inner learning rate, starting at this one")
+
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        rate = torch.tensor(config.rate).log()
+        self.log_rate = nn.Parameter(rate) if config.learn_rate else nn.Buffer(rate)
+
+    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)  # (S, D), carried so that the backbone runs once
+        return {"features": features, **self.new_head(support, classes), **statistics}
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        # The cross-entropy's gradient written out, in ops that autograd follows to the features whatever needs them.
+        features = state["features"]
+        errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
+        gradients = dict(zip(HEAD, (errors.t() @ features, errors.sum(0)), strict=True))
+        # A row learns from its own class, a share 1/W of the mean loss: the rate makes up for that.
+        rate = self.log_rate.exp() * classes.shape[0]
+        return {**state, **{name: state[name] - rate * gradients[name] for name in HEAD}}
+
+    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {name: value for name, value in state.items() if name != "features"}
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [ANIL]

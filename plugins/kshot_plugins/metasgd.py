@@ -1,0 +1,53 @@
+"""Meta-SGD: meta-learn, beside the initialisation, the direction of each inner step: a learning rate for every weight.
+
+Li, Zhou, Chen and Li, 2017. https://arxiv.org/abs/1707.09835
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kshot import Backbone, Learner, State, gradient, hookimpl
+from kshot_plugins.gradient_learner import HEAD, GradientLearner
+
+
+class MetaSGD(GradientLearner):
+    """Every scalar weight has a rate of its own, of either sign. The head's are one for each feature and one for the
+    bias, shared by the classes, so that any ways fit.
+
+    The paper takes one step. Here the first step moves the head only, whose rows start at zero, so two are the default.
+    """
+
+    name = "metasgd"
+
+    class Config(GradientLearner.Config):
+        steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
+        lowest: float = Field(0.005, description="initial rates are drawn evenly between this")
+        highest: float = Field(0.1, description="and this")
+
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        shapes = [weight.shape for weight in self.weights().values()] + [(backbone.features,), ()]
+        self.rates = nn.ParameterList(torch.empty(s).uniform_(config.lowest, config.highest) for s in shapes)
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        def loss(fast: State) -> Tensor:
+            return self.support_loss(fast, support, labels, classes)
+
+        gradients = gradient(loss, state)
+        return {
+            # A head row learns from its own class, a share 1/W of the mean loss: its rates make up for that.
+            name: value - rate * (classes.shape[0] if name in HEAD else 1) * gradients[name]
+            for (name, value), rate in zip(state.items(), self.rates, strict=True)
+        }
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [MetaSGD]

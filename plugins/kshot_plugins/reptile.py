@@ -1,0 +1,98 @@
+"""Reptile: train on one episode with an ordinary optimiser, then move the initialisation towards where that led.
+
+Nichol, Achiam and Schulman, 2018. https://arxiv.org/abs/1803.02999
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kshot import Episode, Episodes, Learner, State, gradient, hookimpl
+from kshot_plugins.gradient_learner import GradientLearner
+
+_MOMENT = "second_moment."
+_EPSILON = 1e-5  # Adam's; with the usual 1e-8, entries whose gradient is mere rounding would take full steps
+
+
+class Reptile(GradientLearner):
+    """Inner steps are Adam's without momentum (beta1 = 0). Meta-training takes them on minibatches of an episode's
+    images, support and query alike; afterwards they are on the whole support set, so nothing hangs on its order.
+
+    `meta_loss` is half the squared distance to the weights where the episodes led, which are held fixed. Its gradient
+    is minus the paper's update, so plain gradient descent at a rate epsilon (`optimizer = "sgd"`, `momentum = 0`) is
+    the paper's interpolation. Nothing but weights is interpolated: there are no running statistics among them.
+    """
+
+    name = "reptile"
+
+    class Config(GradientLearner.Config):
+        steps: int = Field(5, ge=1, description="inner steps on each training episode, a minibatch each")
+        eval_steps: int | None = Field(50, ge=0, description="inner steps afterwards; `steps` if unset")
+        batch: int = Field(10, ge=1, description="images of a minibatch in meta-training")
+        rate: float = Field(1e-3, gt=0, description="inner learning rate of Adam")
+        beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moments")
+
+    config: Config
+
+    @property
+    def surrogate(self) -> bool:
+        return True
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """Half the squared distance from the weights to those that each episode leads to, on average over episodes."""
+        distances = []
+        for episode in episodes:
+            goal = self.trained(episode)
+            distances.append(torch.stack([(w - goal[name]).square().sum() for name, w in self.weights().items()]).sum())
+        return torch.stack(distances).mean() / 2
+
+    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        fast = super().begin(support, labels, classes)
+        return {**fast, **{_MOMENT + name: torch.zeros_like(value) for name, value in fast.items()}}
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        fast = _without_moments(state)
+
+        def loss(fast: State) -> Tensor:
+            return self.support_loss(fast, support, labels, classes)
+
+        beta2, moved = self.config.beta2, {}
+        for name, slope in gradient(loss, fast).items():
+            moment = beta2 * state[_MOMENT + name] + (1 - beta2) * slope * slope
+            unbiased = moment / (1 - beta2 ** (i + 1).to(moment.dtype))
+            moved[name] = fast[name] - self.config.rate * slope / (unbiased.sqrt() + _EPSILON)
+            moved[_MOMENT + name] = moment
+        return moved
+
+    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return super().finish(_without_moments(state), support, labels, classes)
+
+    @torch.no_grad()
+    def trained(self, episode: Episode) -> State:
+        """The state after `steps` minibatches of an episode's images, support and query alike."""
+        images = torch.cat([episode.support, episode.query])
+        labels = torch.cat([episode.support_labels, episode.query_labels])
+        state = self.begin(images, labels, episode.classes)
+        for i, chosen in enumerate(minibatches(len(images), self.config.batch, self.config.steps)):
+            state = self.step(state, images[chosen], labels[chosen], episode.classes, torch.tensor(i))
+        return state
+
+
+def minibatches(images: int, size: int, count: int) -> tuple[Tensor, ...]:
+    """Which images each of `count` minibatches takes, in random order, and every one before any comes again."""
+    rounds = math.ceil(size * count / images)
+    return torch.cat([torch.randperm(images) for _ in range(rounds)])[: size * count].split(size)
+
+
+def _without_moments(state: State) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(_MOMENT)}
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [Reptile]
