@@ -17,7 +17,11 @@ from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 class ANIL(GradientLearner):
     """Only the head descends the support loss. The body learns in the outer loop, through the queries' features and,
-    to second order, through the support features that made the head."""
+    to second order, through the support features that made the head.
+
+    Good for MAML's way of adapting at a fraction of its cost: the body stays as it is, so a bundle embeds an image
+    once, whatever label space asks, and a step touches the head only.
+    """
 
     name = "anil"
 

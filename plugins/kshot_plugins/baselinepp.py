@@ -32,6 +32,9 @@ class BaselinePlusPlus(InnerLoop):
 
     Where the paper draws an episode's rows at random, they start at the class means of the support set's directions:
     the answer then hangs on nothing but the support set, and no step at all is nearest mean by angle.
+
+    Good for features from a class-trained or pretrained backbone whose length means little. It starts where nearest
+    mean by angle stands, and gradient steps improve on that where there are several shots.
     """
 
     name = "baselinepp"

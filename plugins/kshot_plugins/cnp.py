@@ -23,6 +23,9 @@ class CNP(Learner):
     must be shuffled away. Here one decoder serves every slot: it compares the query with that slot, and sees of the
     other slots what no order changes, the mean of all their comparisons. So any ways fit, and permuting the classes
     permutes the logits exactly.
+
+    Good for classes that no fixed distance separates well: what counts as alike is learned, and still an answer takes
+    one pass. It trains fast; the decoder's work grows with queries times ways.
     """
 
     name = "cnp"

@@ -22,6 +22,9 @@ class DomainAdapt(Learner):
 
     The target's classes stay unknown; a new class is then what its mean feature points to. Source and target pass the
     backbone together, so that running statistics are those of both.
+
+    Good for new classes in pictures of another kind than the labelled ones, scans beside photos say, where many
+    pictures of that kind are at hand without labels.
     """
 
     name = "domainadapt"

@@ -27,6 +27,9 @@ class MatchingNet(Learner):
     With full context embeddings (`fce`) a bidirectional LSTM reads the support images one after the other, and each
     is embedded anew in the light of the others; then a query reads all of them a few times. The paper leaves the order
     of reading open. Here it is by the sum of an image's features, so the order in which images came means nothing.
+
+    Good for several looks within one class: a query needs to be like one support image, not like their mean. The state
+    grows with the support set, and with full context embeddings adapting reads all of it in order.
     """
 
     name = "matching"

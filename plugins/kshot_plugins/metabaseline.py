@@ -21,6 +21,9 @@ class MetaBaseline(Learner):
     """Logits are cosines between a feature and the classes' mean features, times a learned temperature.
 
     The outer steps are counted in a buffer, which tells the two stages apart: a run that resumes goes on in its own.
+
+    Good for many labelled base classes: class training makes strong features cheaply, and meta-training then fits them
+    to the cosine that answers. Adapting is a mean, as with prototypes.
     """
 
     name = "metabaseline"

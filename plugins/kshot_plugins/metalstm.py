@@ -39,6 +39,9 @@ class MetaLSTM(GradientLearner):
 
     As in the paper, the outer gradient takes the inner gradients and losses for constants. The authors pass them
     through another LSTM of 20 units before the gates; the paper's equations, and we, do not.
+
+    Good for research into learned optimisers: what it learns, from a weight's gradient, the loss and the weight itself,
+    is how much of the weight to keep and how far to move it.
     """
 
     name = "metalstm"

@@ -28,6 +28,9 @@ class MetaNet(Learner):
 
     The paper freezes a pretrained backbone; here everything is meta-trained together. The set encoder is a network of
     its own, as in the paper, so that the backbone's running averages are of the modulated backbone only.
+
+    Good for episodes that differ in kind, as its backbone changes with the support set without a gradient step. A label
+    space then needs a backbone's pass of its own: images of several cannot share one.
     """
 
     name = "metanet"

@@ -20,6 +20,9 @@ class MetaSGD(GradientLearner):
     bias, shared by the classes, so that any ways fit.
 
     The paper takes one step. Here the first step moves the head only, whose rows start at zero, so two are the default.
+
+    Good for episodes that a gradient step or two can solve, if each weight knows how far to go. It has twice MAML's
+    weights to learn, and serves like MAML.
     """
 
     name = "metasgd"

@@ -22,6 +22,9 @@ class MultiTask(Learner):
     """Every data set counts alike, however many of a batch's images it brings; a new class is where its mean points to.
 
     Of a recipe with one data set, it is ordinary class training.
+
+    Good for several labelled data sets with one image size: more data, and more kinds of it, make features that carry
+    over. Adapting is a mean, as cheap as can be.
     """
 
     name = "multitask"

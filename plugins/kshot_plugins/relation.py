@@ -26,6 +26,9 @@ class RelationNet(Learner):
 
     The paper adds up the maps of a class's images. Their mean, here, is the same to the next layer as long as every
     class has one number of shots, and is all that stays on one scale when shots vary.
+
+    Good for images whose places matter, as it compares maps and not vectors, by a measure that it learns. Work grows
+    with queries times ways, so a hundred classes cost a hundred comparisons.
     """
 
     name = "relation"

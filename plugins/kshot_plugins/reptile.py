@@ -26,6 +26,9 @@ class Reptile(GradientLearner):
     `meta_loss` is half the squared distance to the weights where the episodes led, which are held fixed. Its gradient
     is minus the paper's update, so plain gradient descent at a rate epsilon (`optimizer = "sgd"`, `momentum = 0`) is
     the paper's interpolation. Nothing but weights is interpolated: there are no running statistics among them.
+
+    Good for the simplest meta-training there is, without second derivatives or a query set. It wants many inner steps
+    and more than one shot, and adapting is the slowest of all.
     """
 
     name = "reptile"
