@@ -8,6 +8,7 @@ from kshot.testing import CHECKS, Subject
 EVERY = [(p.name, {}) for p in plugins.find().of("learners")]
 # Settings that change the mathematics, for the checks that these can break; export has tests of its own for each norm.
 VARIANTS = [
+    ("anil", {"norm": "transductive", "learn_rate": True}),
     ("baselinepp", {"learn_scale": True, "steps": 20}),
     ("clusters", {"norm": "support"}),
     ("cnp", {"norm": "transductive"}),
@@ -18,10 +19,13 @@ VARIANTS = [
     ("matching", {"fce": True}),
     ("metabaseline", {"pretrain": 0}),
     ("metagan", {"norm": "support"}),
+    ("metalstm", {"norm": "group", "steps": 2}),
     ("metanet", {"norm": "group"}),
     ("metanet", {"norm": "support"}),
+    ("metasgd", {"norm": "group", "steps": 3}),
     ("protonet", {"norm": "support"}),
     ("relation", {"loss": "cross_entropy", "norm": "support"}),
+    ("reptile", {"norm": "group", "eval_steps": 5}),
 ]
 TOUCHED = [
     check
