@@ -99,7 +99,7 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
     calibrations, pairs = {}, None
     if validation is None:
-        progress.say("  no validation classes: probabilities are not calibrated, and no class counts as unknown")
+        progress.say("  no validation classes: probabilities are not calibrated, and nothing counts as unknown")
     else:
         calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
         pairs = verification(model, validation, _VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
