@@ -26,7 +26,7 @@ class Project:
     home: Path
     asked: list[str]
     found: Comparison
-    registered: list[object]
+    registered: set[str]  # by the comparison: models of other tests may be in the store
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,13 @@ def project(
         patch.setenv("KSHOT_HOME", str(home))
         for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
+        before = models()
         found = compare.run(asked)
-        yield Project(home, asked, found, list(tracking.client().search_registered_models()))
+        yield Project(home, asked, found, models() - before)
+
+
+def models() -> set[str]:
+    return {model.name for model in tracking.client().search_registered_models()}
 
 
 def bundle(project: Project, width: int) -> Path:
@@ -98,7 +103,7 @@ def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Pro
 
 
 def test_nothing_is_registered(project: Project) -> None:
-    assert project.registered == []
+    assert project.registered == set()
 
 
 def test_a_second_comparison_trains_nothing(project: Project) -> None:

@@ -166,10 +166,11 @@ def test_a_whole_pull_never_removes_what_was_not_recorded(project, tmp_path):
 def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path, monkeypatch):
     mirror = tmp_path / "mirror" / "mnist"
     mirror.mkdir(parents=True)
-    (mirror / "t10k-images-idx3-ubyte").write_bytes(
-        bytes([0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(range(196)) * 16
-    )
-    (mirror / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 4, 5, 5, 7, 7]))
+    for part, pixels in (("t10k", bytes(range(196))), ("train", bytes(range(1, 197)))):
+        (mirror / f"{part}-images-idx3-ubyte").write_bytes(
+            bytes([0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 28, 0, 0, 0, 28]) + pixels * 16
+        )
+        (mirror / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 4, 5, 5, 7, 7]))
     monkeypatch.setenv("KSHOT_MIRROR", str(mirror.parent))
     root = project / "data"
     assert versioning.ensure("mnist", root).how == "built"
