@@ -28,7 +28,7 @@ check: $(READY)  ## lint, types and import directions only
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-reproduce: $(READY)  ## train the recipes whose figures stand in docs/results.md (hours; OMNIGLOT=folder with the archives)
+reproduce: $(READY)  ## train the recipes at full length (days without a GPU; bench/reproduce.sh says which, and from where)
 	@bash bench/reproduce.sh
 
 bench: $(READY)  ## side-by-side measurements, written to bench/results/
