@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, sample_episodes
+from kshot.episodes import Shape
+from kshot.features import evaluating
 from kshot.learner import Learner
 from kshot.norms import BY_ITSELF
 
@@ -99,11 +100,13 @@ def calibrate(
 def verification(learner: Learner, images: ClassImages, pairs: int, *, seed: int, device: str = "cpu") -> Verification:
     """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
     parts: dict[Similarity, list[np.ndarray]] = {}
-    for step in range(pairs // 2):
-        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
-        first, same_then_other = episode.support[:1], episode.query
-        for by, alike in similarities(learner, first, same_then_other).items():
-            parts.setdefault(by, []).append(alike)
+    shape = Shape(2, 1, 1)
+    with evaluating(learner, images, shape, device=device) as sample:
+        for step in range(pairs // 2):
+            [episode] = sample(shape, 1, seed=seed, step=step, stream="calibration")
+            first, same_then_other = episode.support[:1], episode.query
+            for by, alike in similarities(learner, first, same_then_other).items():
+                parts.setdefault(by, []).append(alike)
     same = np.tile([True, False], pairs // 2)
     values = {by: np.concatenate(part) for by, part in parts.items()}
     areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
@@ -202,18 +205,16 @@ def _answers(
     """Logits of known queries (N, ways), of unknown ones (M, ways), and the labels of the known (N,)."""
     known_logits, unknown_logits, labels = [], [], []
     wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
-    was_training = learner.training
-    learner.eval()
-    for step in range(episodes):
-        [episode] = sample_episodes(images, wider, 1, seed=seed, step=step, stream="calibration").to(device)
-        in_support = episode.support_labels < shape.ways
-        state = learner.adapt(
-            episode.support[in_support], episode.support_labels[in_support], episode.classes[: shape.ways]
-        )
-        logits = learner.classify(state, episode.query).cpu().numpy()
-        is_known = (episode.query_labels < shape.ways).cpu().numpy()
-        known_logits.append(logits[is_known])
-        unknown_logits.append(logits[~is_known])
-        labels.append(episode.query_labels.cpu().numpy()[is_known])
-    learner.train(was_training)
+    with evaluating(learner, images, wider, device=device) as sample:
+        for step in range(episodes):
+            [episode] = sample(wider, 1, seed=seed, step=step, stream="calibration")
+            in_support = episode.support_labels < shape.ways
+            state = learner.adapt(
+                episode.support[in_support], episode.support_labels[in_support], episode.classes[: shape.ways]
+            )
+            logits = learner.classify(state, episode.query).cpu().numpy()
+            is_known = (episode.query_labels < shape.ways).cpu().numpy()
+            known_logits.append(logits[is_known])
+            unknown_logits.append(logits[~is_known])
+            labels.append(episode.query_labels.cpu().numpy()[is_known])
     return np.concatenate(known_logits), np.concatenate(unknown_logits), np.concatenate(labels)

@@ -124,7 +124,8 @@ def sample_episodes(
     classes, samples = draw_indices(images, shape, count, seed=seed, step=step, stream=stream)
     pixels = images.gather(classes[..., None], samples)  # (count, ways, shots + queries, C, H, W) uint8
     support, query = pixels[:, :, : shape.shots], pixels[:, :, shape.shots :]
-    return Episodes(shape, _as_floats(support), _as_floats(query), torch.from_numpy(classes))
+    floats = [as_floats(part).flatten(1, 2) for part in (support, query)]
+    return Episodes(shape, floats[0], floats[1], torch.from_numpy(classes))
 
 
 def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> Tensor:
@@ -137,7 +138,7 @@ def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> T
     chosen = random.choice(ends[-1], min(count, ends[-1]), replace=False)  # (N,) counting through all classes
     classes = np.searchsorted(ends, chosen, side="right")
     pixels = images.gather(classes, chosen - (ends - images.counts)[classes])  # (N, C, H, W) uint8
-    return _as_floats(pixels[None, None])[0]
+    return as_floats(pixels)
 
 
 def check_shape(images: ClassImages, shape: Shape) -> int:
@@ -167,13 +168,12 @@ def _choose(random: np.random.Generator, count: int, population: int, size: int)
     return rows
 
 
-def _as_floats(pixels: np.ndarray) -> Tensor:
-    """uint8 (episodes, ways, images, C, H, W) as floats in 0..1, (episodes, ways * images, C, H, W).
+def as_floats(pixels: np.ndarray) -> Tensor:
+    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape.
 
     Channels last: a convolution is several times faster in that layout on a CPU, and no slower on a GPU. It is
     copied into place because for one channel both layouts look alike to `contiguous`.
     """
-    episodes, ways, images, channels, height, width = pixels.shape
-    source = torch.from_numpy(pixels.reshape(-1, channels, height, width))
+    source = torch.from_numpy(pixels.reshape(-1, *pixels.shape[-3:]))
     floats = torch.empty(source.shape, memory_format=torch.channels_last).copy_(source).div_(255)
-    return floats.unflatten(0, (episodes, ways * images))
+    return floats.unflatten(0, pixels.shape[:-3])

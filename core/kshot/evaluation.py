@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kshot.calibration import calibration_error
 from kshot.datasets import ClassImages
-from kshot.episodes import Episode, Shape, Stream, sample_episodes
+from kshot.episodes import Episode, Shape, Stream
+from kshot.features import evaluating
 from kshot.learner import Learner
 from kshot.learner import transductive as without_statistics
 
@@ -79,7 +80,7 @@ def evaluate(
     started = time.perf_counter()
     accuracies, confidences, right = [], [], []
     for episode, logits in answers(
-        learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device
+        learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device, brief=True
     ):
         confidence, prediction = (logits / temperature).softmax(1).max(1)
         correct = prediction == episode.query_labels
@@ -107,17 +108,18 @@ def answers(
     stream: Stream = "test",
     transductive: bool = False,
     device: str = "cpu",
+    brief: bool = False,
 ) -> Iterator[tuple[Episode, Tensor]]:
-    """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it."""
-    was_training = learner.training
-    learner.eval()
-    try:
+    """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it.
+
+    `brief`: an episode may hold features in the place of images, which is many times faster where the learner needs
+    no more (see `kshot.features`).
+    """
+    with evaluating(learner, images, shape, brief=brief, device=device) as sample:
         for step in range(math.ceil(episodes / _AT_ONCE)):
-            batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
+            batch = sample(shape, _AT_ONCE, seed=seed, step=step, stream=stream)
             for episode in batch.part(0, episodes - step * _AT_ONCE):
                 state = learner.adapt(episode.support, episode.support_labels, episode.classes)
                 if transductive:
                     state = without_statistics(state)
                 yield episode, learner.classify(state, episode.query)
-    finally:
-        learner.train(was_training)

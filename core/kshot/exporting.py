@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from torch import Tensor
 from kshot import parity
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape, sample_episodes
+from kshot.features import as_it_is, embedding_by, sees_features_only
 from kshot.graphs import adapt_model, classify_model, embed_model
-from kshot.learner import EMBEDDING, InnerLoop, Learner, State
+from kshot.learner import InnerLoop, Learner, State
 from kshot.norms import BY_ITSELF
 from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
@@ -72,7 +73,8 @@ def export(
         )
     with _appearing(folder) as staging:
         parity.check_learner(learner, data, shape, seed=seed)
-        takes_features = _sees_features_only(learner, data, shape, seed)
+        tried = sample_episodes(data, shape, 1, seed=seed, step=0, stream="test")[0]
+        takes_features = sees_features_only(learner, tried)  # a server may then keep features, not images
         models, state = _models(learner, image, takes_features)
         contents = {name: _serialised(model, name) for name, model in models.items()}
         compared = parity.compare(learner, Graphs(contents), data, shape, seed=seed, episodes=episodes)
@@ -92,31 +94,6 @@ def export(
     return Report(folder, manifest, time.perf_counter() - started)
 
 
-def _sees_features_only(learner: Learner, data: ClassImages, shape: Shape, seed: int) -> bool:
-    """Whether `embed` of an image by itself is all that adapting and classifying ever ask of it.
-
-    Then the graphs take features in the place of images: a server embeds the images of many requests in one batch,
-    whatever their label spaces, keeps the features of support images, and adapts again without embedding them again.
-    """
-    if learner.config.norm not in BY_ITSELF:
-        return False
-    episode = sample_episodes(data, shape, 1, seed=seed, step=0, stream="test")[0]
-    with torch.no_grad():
-        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
-        if any(name.startswith(EMBEDDING) for name in state):
-            return False
-        support, query = learner.embed(episode.support), learner.embed(episode.query)
-        expected = learner.classify(state, episode.query)
-        try:
-            with _embedding_by(learner, _as_it_is):
-                again = learner.adapt(support, episode.support_labels, episode.classes)
-                logits = learner.classify(again, query)
-        except Exception:  # its code expects images, and may fail in any way
-            return False
-    same = set(again) == set(state) and logits.shape == expected.shape
-    return same and bool(torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
-
-
 def _models(
     learner: Learner, image: tuple[int, int, int], takes_features: bool
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
@@ -129,7 +106,7 @@ def _models(
     if not takes_features:
         models, state = _adapt_and_classify(learner, image)
     else:
-        with _embedding_by(learner, _as_it_is):
+        with embedding_by(learner, as_it_is):
             models, state = _adapt_and_classify(learner, (learner.backbone.features,))
     return {**embed, **models}, state
 
@@ -161,26 +138,9 @@ def _classified(learner: Learner, state: State, query: Tensor) -> State:
         made["query_features"] = embed(images, state)
         return made["query_features"]
 
-    with _embedding_by(learner, noting):
+    with embedding_by(learner, noting):
         logits = learner.classify(state, query)
     return {"logits": logits, **{name: value for name, value in made.items() if value is not query}}
-
-
-def _as_it_is(features: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
-    return features
-
-
-@contextmanager
-def _embedding_by(learner: Learner, embed: Callable[..., Tensor]) -> Iterator[None]:
-    """Put another function into the place of a learner's `embed`."""
-    before = vars(learner).get("embed")
-    vars(learner)["embed"] = embed
-    try:
-        yield
-    finally:
-        del vars(learner)["embed"]
-        if before is not None:
-            vars(learner)["embed"] = before
 
 
 def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> tuple[Piece, Piece, Piece]:

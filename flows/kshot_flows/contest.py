@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape
 from kshot.evaluation import evaluate
-from kshot.learner import Learner, State
+from kshot.learner import Learner, LearnerConfig, State
 from kshot_flows import progress, registry, tracking
 from kshot_flows.gate import EpisodeSet, Evidence
 from kshot_flows.products import DataVersion, Exported, Scores
@@ -107,13 +107,23 @@ class _Served(nn.Module):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self.bundle = bundle
+        self.config = LearnerConfig(norm=bundle.manifest.norm)
+
+    def embed(self, images: Tensor, state: State | None = None) -> Tensor:
+        return torch.from_numpy(self.bundle.graphs.embed(_bytes(images)))
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        state = self.bundle.adapt_arrays(_bytes(support), labels.numpy(), classes.numpy())
+        steps = self.bundle.manifest.steps
+        state = self.bundle.graphs.adapt(_taken(support), labels.numpy(), classes.numpy(), steps)
         return {name: torch.from_numpy(value) for name, value in state.items()}
 
     def classify(self, state: State, query: Tensor) -> Tensor:
-        return torch.from_numpy(self.bundle.logits({k: v.numpy() for k, v in state.items()}, _bytes(query)))
+        return torch.from_numpy(self.bundle.graphs.logits({k: v.numpy() for k, v in state.items()}, _taken(query)))
+
+
+def _taken(images: Tensor) -> np.ndarray:
+    """What the graphs take: images' bytes, or features as they are."""
+    return images.numpy() if images.ndim == 2 else _bytes(images)
 
 
 def _bytes(images: Tensor) -> np.ndarray:

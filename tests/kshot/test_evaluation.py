@@ -64,6 +64,27 @@ def test_evaluation_keeps_no_graph_and_changes_nothing(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
 
 
+@pytest.mark.parametrize("norm", ["running", "group", "support"])
+@pytest.mark.parametrize("name", ["protonet", "maml", "anil"])
+def test_embedding_each_image_once_changes_no_answer(name, norm, tmp_path):
+    learner = Subject(name, tmp_path, {"norm": norm}).build()
+    shape, images = Shape(3, 2, 4), toy_images()
+    brief, whole = (list(answers(learner, images, shape, 20, seed=1, brief=brief)) for brief in (True, False))
+    assert (brief[0][0].query.ndim == 2) is (name != "maml" and norm != "support")
+    for (given, logits), (episode, expected) in zip(brief, whole, strict=True):
+        assert torch.equal(given.query_labels, episode.query_labels)
+        assert torch.equal(given.source, episode.source)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_image_is_embedded_once(tmp_path):
+    learner, seen = Subject("protonet", tmp_path).build(), []
+    learner.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    evaluate(learner, toy_images(), Shape(3, 1, 2), 200, seed=0)
+    tried = 2 * 3 * (1 + 2)  # one episode, as images and as features, to see that features are enough
+    assert sum(seen) <= tried + int(toy_images().counts.sum())
+
+
 def test_the_number_of_episodes_is_the_one_asked_for(tmp_path):
     learner = Subject("protonet", tmp_path).build()
     assert evaluate(learner, toy_images(), Shape(3, 1, 2), 13, seed=0).episodes == 13
