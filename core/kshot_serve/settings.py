@@ -1,0 +1,62 @@
+"""Every knob of a server, with its unit, its range and why one would turn it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kshot_runtime.images import ImageLimits
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Part):
+    """How images of many requests share runs of onnxruntime."""
+
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0 takes the cores that this process may use")
+    buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
+    wait_ms: float = Field(2.0, ge=0, description="longest wait for companions, once a batch has its first image")
+    queue: int = Field(256, ge=1, description="images that may wait; past that a request is refused at once")
+    deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
+    decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
+    states_mb: int = Field(512, ge=1, description="memory for adapted states; the least used go first")
+
+
+class Settings(_Part):
+    """A server's settings. `kshot serve --help` has the ones that most people turn."""
+
+    source: str = Field(description="a bundle, folder or zip, or models:/NAME@ALIAS of the MLflow registry")
+    folder: Path = Field(Path("serve"), description="where label spaces and the last good bundle lie")
+    database: str = Field("", description="SQLAlchemy URL of the label spaces; empty: SQLite in the folder")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free one and says which")
+    keys: Literal["auto", "required", "off"] = Field("auto", description="API keys: auto needs them beyond loopback")
+    origins: tuple[str, ...] = Field((), description="web origins that may call (CORS); none by default")
+    hosts: tuple[str, ...] = Field((), description="further names in a Host header; loopback's and `host` always go")
+    keep_photos: bool = Field(True, description="keep originals; without them only what adapting needs is kept")
+    poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
+    drain_s: float = Field(25.0, ge=0, description="longest time to answer what was accepted after SIGTERM")
+    accept: float = Field(0.95, ge=0.5, le=0.995, description="share of known photos a new space's threshold lets pass")
+    spaces: int = Field(100_000, ge=1, description="label spaces at most")
+    space_mb: int = Field(512, ge=1, description="photos' bytes in one label space at most")
+    photos: int = Field(32, ge=1, description="photos in one request at most")
+    body_mb: int = Field(64, ge=1, description="a request's body at most")
+    image: ImageLimits = ImageLimits()
+    engine: EngineSettings = EngineSettings()
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.folder / 'spaces.db'}"
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+    @property
+    def needs_keys(self) -> bool:
+        return self.keys == "required" or (self.keys == "auto" and not self.on_loopback)

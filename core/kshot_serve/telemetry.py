@@ -1,0 +1,109 @@
+"""What an operator sees: Prometheus metrics by stage, and one JSON line for each request with its ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+Stage = Literal["decode", "queue", "infer", "adapt", "decide", "store"]
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Metrics:
+    """The server's own registry of metrics: two servers in one process do not share numbers."""
+
+    def __init__(self) -> None:
+        self.registry = to = CollectorRegistry()
+        self.stages = Histogram("kshot_stage_seconds", "time in one stage", ["stage"], buckets=_SECONDS, registry=to)
+        self.requests = Counter("kshot_requests", "requests answered", ["route", "status"], registry=to)
+        self.request_seconds = Histogram(
+            "kshot_request_seconds", "whole requests", ["route"], buckets=_SECONDS, registry=to
+        )
+        self.refusals = Counter("kshot_refusals", "requests refused", ["code", "reason"], registry=to)
+        self.dropped = Counter("kshot_dropped_images", "never run: client gone, or too late", ["why"], registry=to)
+        self.batch = Histogram("kshot_batch_images", "images in one run", buckets=(1, 2, 4, 8, 16, 32, 64), registry=to)
+        self.queued = Gauge("kshot_queued_images", "images waiting now", registry=to)
+        self.decisions = Counter("kshot_decisions", "answers by decision", ["decision"], registry=to)
+        self.ready = Gauge("kshot_ready", "1 when a champion is loaded and warm", registry=to)
+        self.degraded = Gauge(
+            "kshot_degraded", "1 while the registry is away: the last good bundle serves", registry=to
+        )
+        self.champion = Gauge(
+            "kshot_champion", "1 for the model that serves", ["name", "version", "bundle"], registry=to
+        )
+        self.swaps = Counter("kshot_champion_swaps", "new champions, taken and refused", ["outcome"], registry=to)
+        self.spaces = Gauge("kshot_label_spaces", "label spaces", registry=to)
+        self.state_bytes = Gauge("kshot_state_bytes", "adapted states in memory", registry=to)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Time a block, for the metrics and for the request's own log line."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.took(stage, perf_counter() - started)
+
+    def took(self, stage: Stage, seconds: float) -> None:
+        self.stages.labels(stage).observe(seconds)
+        if (request := current.get()) is not None:
+            request.stages[stage] = request.stages.get(stage, 0.0) + seconds
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+@dataclass
+class Request:
+    """What goes into the log line of one request."""
+
+    id: str
+    trace: str
+    started: float = field(default_factory=perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, traceparent: str | None) -> Request:
+        """A new request, in the caller's trace if it names one (W3C Trace Context)."""
+        found = _TRACEPARENT.fullmatch(traceparent or "")
+        return cls("req_" + secrets.token_hex(10), found[1] if found else secrets.token_hex(16))
+
+    @property
+    def traceparent(self) -> str:
+        return f"00-{self.trace}-{secrets.token_hex(8)}-01"
+
+
+current: ContextVar[Request | None] = ContextVar("request", default=None)
+"""The request that this task answers."""
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one JSON object: time, level, message, the request's ids, and the record's own `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (request := current.get()) is not None:
+            line |= {"request_id": request.id, "trace_id": request.trace}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
