@@ -1,13 +1,19 @@
 """Class training: telling all base classes apart, which transfer learners do where others play episodes.
 
-No learner by itself, but what several of them share: the head that they train with. No bundle holds one.
+No learner by itself, but what several of them share: the head that they train with, which no bundle holds, and the
+simplest way to answer with features made so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kshot import Learner, LearnerConfig, State
+from kshot.learner import class_means
 
 
 class BaseHead(nn.Module):
@@ -28,3 +34,23 @@ class BaseHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.logits(self.standardise(features))
         return logits
+
+
+class ByAngle(Learner):
+    """A new class is where the mean of its unit features points; logits are cosines to it, times a scale."""
+
+    class Config(LearnerConfig):
+        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+
+    config: Config
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        self.base = BaseHead(self.backbone.features, classes)
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        directions = class_means(F.normalize(features, dim=1), labels, classes)  # (W, D)
+        return {"directions": F.normalize(directions, dim=1), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.config.scale * F.normalize(self.embed(query, state), dim=1) @ state["directions"].t()

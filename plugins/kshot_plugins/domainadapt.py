@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kshot import Episodes, KshotError, Learner, LearnerConfig, State, hookimpl
-from kshot.learner import class_means
-from kshot_plugins.class_training import BaseHead
+from kshot import Episodes, KshotError, Learner, hookimpl
+from kshot_plugins.class_training import ByAngle
 
 
-class DomainAdapt(Learner):
+class DomainAdapt(ByAngle):
     """The base classes' loss, and a weight times the squared distance between the covariances of the two domains.
 
     The target's classes stay unknown; a new class is then what its mean feature points to. Source and target pass the
@@ -29,14 +28,10 @@ class DomainAdapt(Learner):
 
     name = "domainadapt"
 
-    class Config(LearnerConfig):
+    class Config(ByAngle.Config):
         weight: float = Field(1.0, ge=0, description="of the alignment, beside the cross-entropy")
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
 
     config: Config
-
-    def prepare(self, classes: Sequence[int]) -> None:
-        self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Cross-entropy over all base classes, of every image of the episodes; and how far the target is from them."""
@@ -49,14 +44,6 @@ class DomainAdapt(Learner):
         features = self.embed(torch.cat([images, episodes.unlabelled]))
         source, target = features.split([images.shape[0], episodes.unlabelled.shape[0]])
         return F.cross_entropy(self.base(source), labels) + self.config.weight * coral(source, target)
-
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        directions = class_means(F.normalize(features, dim=1), labels, classes)  # (W, D)
-        return {"directions": F.normalize(directions, dim=1), **statistics}
-
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.config.scale * F.normalize(self.embed(query, state), dim=1) @ state["directions"].t()
 
 
 def coral(source: Tensor, target: Tensor) -> Tensor:

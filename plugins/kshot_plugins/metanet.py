@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kshot import Backbone, Episode, KshotError, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
 from kshot.learner import class_means
-from kshot.norms import SupportNorm, make_norm
+from kshot.norms import BY_ITSELF, SupportNorm, make_norm
 
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, SupportNorm)
 
@@ -77,7 +77,7 @@ class MetaNet(Learner):
 
     def query_loss(self, episode: Episode) -> Tensor:
         """One pass of the modulated backbone over support and query: batch statistics are then of all of them."""
-        if self.config.norm not in ("running", "group"):
+        if self.config.norm not in BY_ITSELF:
             return super().query_loss(episode)
         images = torch.cat([episode.support, episode.query])
         features = self.embed(images, self.modulate(episode.support))

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kshot import Episodes, Learner, LearnerConfig, State, hookimpl
-from kshot.learner import class_means
-from kshot_plugins.class_training import BaseHead
+from kshot import Episodes, Learner, hookimpl
+from kshot_plugins.class_training import ByAngle
 
 
-class MultiTask(Learner):
+class MultiTask(ByAngle):
     """Every data set counts alike, however many of a batch's images it brings; a new class is where its mean points to.
 
     Of a recipe with one data set, it is ordinary class training.
@@ -29,14 +27,9 @@ class MultiTask(Learner):
 
     name = "multitask"
 
-    class Config(LearnerConfig):
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
-
-    config: Config
-
     def prepare(self, classes: Sequence[int]) -> None:
+        super().prepare(classes)
         self.classes = list(classes)  # of each data set; its head is its columns
-        self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Mean over the data sets in the batch of their images' cross-entropy over the classes of their data set."""
@@ -48,14 +41,6 @@ class MultiTask(Learner):
                 losses.append(F.cross_entropy(logits[own], labels[own] - first))
             first += logits.shape[1]
         return torch.stack(losses).mean()
-
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        directions = class_means(F.normalize(features, dim=1), labels, classes)  # (W, D)
-        return {"directions": F.normalize(directions, dim=1), **statistics}
-
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.config.scale * F.normalize(self.embed(query, state), dim=1) @ state["directions"].t()
 
 
 @hookimpl

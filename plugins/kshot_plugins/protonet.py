@@ -35,15 +35,8 @@ class ProtoNet(Learner):
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """One pass of the backbone over every image, as the authors train: batch statistics are then of all of them."""
-        if self.config.norm not in ("running", "group"):
-            return super().meta_loss(episodes)
-        images = torch.cat([episodes.support.flatten(0, 1), episodes.query.flatten(0, 1)])
-        features = self.embed(images)
-        supports, queries = features.split([episodes.support.shape[:2].numel(), episodes.query.shape[:2].numel()])
         losses = []
-        for episode, support, query in zip(
-            episodes, supports.chunk(len(episodes)), queries.chunk(len(episodes)), strict=True
-        ):
+        for episode, support, query in self.embed_episodes(episodes):
             prototypes = class_means(support, episode.support_labels, episode.classes)
             targets = one_hot(episode.query_labels, episode.classes)
             losses.append(cross_entropy(-squared_distances(query, prototypes), targets))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kshot import Backbone, Episodes, KshotError, Learner, LearnerConfig, State, hookimpl, one_hot
+from kshot.norms import BY_ITSELF
 
 
 class Siamese(Learner):
@@ -55,7 +56,7 @@ class Siamese(Learner):
         This is where one class and two are as likely beforehand. A bundle can tell it too: adapt to image a as the
         only class, classify b, and take the sigmoid of the logit.
         """
-        if self.config.norm not in ("running", "group"):
+        if self.config.norm not in BY_ITSELF:
             raise KshotError(
                 f"two images alone have no support set for the norm {self.config.norm!r} to take statistics from. "
                 "Verify with a learner that was trained with the norm 'running' or 'group'."
