@@ -1,0 +1,83 @@
+"""What takes seconds and is made once: two tiny bundles, one that takes features and one that takes images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kshot.calibration import calibrate, verification
+from kshot.datasets import ClassImages
+from kshot.episodes import Shape
+from kshot.exporting import export
+from kshot.learner import Learner
+from kshot_plugins.conv4 import Conv4
+from kshot_plugins.maml import MAML
+from kshot_plugins.protonet import ProtoNet
+from kshot_runtime import manifest as manifests
+from kshot_runtime.images import ImageRule
+
+SIDE = 16
+COLOURS = {
+    "red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "yellow": (230, 230, 20),
+    "white": (240, 240, 240), "black": (10, 10, 10), "grey": (128, 128, 128),
+}  # fmt: skip
+
+
+def _photo(colour: str, shade: int = 0, format: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
+    random, (width, height) = np.random.default_rng(shade), size
+    pixels = np.clip(np.array(COLOURS[colour]) + random.normal(0, 12, (height, width, 3)), 0, 255)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., bytes]:
+    """photo(colour, shade=0, format="PNG", size=(40, 30)): a noisy photo of one colour; each shade is another file."""
+    return _photo
+
+
+def _build(folder: Path, kind: type[Learner], **settings: object) -> Path:
+    random = np.random.default_rng(0)
+    plain = random.integers(0, 256, (12, 1, 3, 1, 1)) + random.normal(0, 12, (12, 10, 3, SIDE, SIDE))
+    images = ClassImages.from_arrays(list(np.clip(plain, 0, 255).astype(np.uint8)))  # 12 colours, 10 images of each
+    torch.manual_seed(0)
+    config = kind.Config(**settings)
+    learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config).eval()
+    fits = [calibrate(learner, images, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
+    facts = manifests.Facts(
+        learner=manifests.Plugin(name=learner.name),
+        backbone=manifests.Plugin(name="conv4"),
+        image=ImageRule(size=SIDE, channels=3),
+        limits=manifests.Limits(ways=200, shots=100, support=2000),
+        calibration=tuple(
+            manifests.Calibration(
+                ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
+                threshold=fit.threshold, auroc=fit.auroc, false_accepts=fit.false_accepts, ece=fit.ece,
+                points=tuple(manifests.OperatingPoint(**asdict(point)) for point in fit.points),
+            )
+            for fit in fits
+        ),
+        verification=manifests.Verification(**asdict(verification(learner, images, 40, seed=1))),
+    )  # fmt: skip
+    export(learner, folder, facts=facts, data=images, shape=Shape(3, 1, 3), seed=1, episodes=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ProtoNet that has not learnt: random features, which tell colours apart. It takes features."""
+    return _build(tmp_path_factory.mktemp("bundles") / "protonet", ProtoNet)
+
+
+@pytest.fixture(scope="session")
+def images_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MAML that has not learnt: two inner steps tell colours apart. It takes images."""
+    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, steps=2, norm="group")
