@@ -29,10 +29,10 @@ def kshot_learners() -> Sequence[type[Learner]]:  # type: ignore[empty-body]  # 
 
 
 @hookspec
-def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-body]
+def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-body]  # likewise
     """Backbones by name: subclasses of `kshot.Backbone`."""
 
 
 @hookspec
-def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]
+def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]  # likewise
     """Data sources by name: `kshot.sources.Importer`, which say what pictures there are and how to pack them."""

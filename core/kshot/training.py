@@ -277,13 +277,21 @@ def save_atomically(held: dict[str, Any], path: Path) -> None:
 def _resume(path: Path, fresh: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> _Run:
     held = torch.load(path, weights_only=True, map_location="cpu")
     kept = {key: held[key] for key in asdict(fresh)}
-    for key in ("settings", "recipe", "seed"):
-        if kept[key] != getattr(fresh, key):
+    for part in ("settings", "recipe", "seed"):
+        if differ := _differences(part, kept[part], getattr(fresh, part)):
             raise KshotError(
-                f"{path} is a checkpoint of another run: its {key} was {kept[key]}, and is now {getattr(fresh, key)}. "
+                f"{path} is a checkpoint of another run: its {'; its '.join(differ)}. "
                 f"Give this run a folder of its own, or delete that one."
             )
     learner.load_state_dict(held["learner"])
     optimiser.load_state_dict(held["optimiser"])
     torch.set_rng_state(held["random"])
     return _Run(**kept)
+
+
+def _differences(name: str, then: Any, now: Any) -> list[str]:
+    """What differs between two trees of settings, in words."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        inner = (_differences(key, then.get(key), now.get(key)) for key in dict.fromkeys([*then, *now]))
+        return [f"{name}.{one}" for part in inner for one in part]
+    return [] if then == now else [f"{name} was {then!r}, and is now {now!r}"]

@@ -171,7 +171,7 @@ def schedule(
     changes: Changes = None,
     cron: Annotated[
         str, typer.Option(help="When: minute, hour, day, month, weekday.", show_default=False, metavar="EXPR")
-    ] = ...,  # type: ignore[assignment]
+    ] = ...,  # type: ignore[assignment]  # typer's way to say: needed
     timezone: Annotated[str, typer.Option(help="In which the expression is meant.")] = "UTC",
 ) -> None:
     """Run a recipe again and again, one run at a time, for as long as this command lives.

@@ -107,8 +107,8 @@ def _line(promise: str, seconds: float, failure: Failure | None, again: bool) ->
     from rich.text import Text
 
     grid = Table.grid(padding=(0, 1))
-    for width, justify in ((6, "left"), (7, "right")):
-        grid.add_column(width=width, justify=justify)  # type: ignore[arg-type]
+    grid.add_column(width=6)
+    grid.add_column(width=7, justify="right")
     grid.add_column(overflow="fold")
     passed = Text("passed", "green") if failure is None else Text("FAILED", "bold red")
     grid.add_row(passed, f"{seconds:.1f} s", Text(promise))

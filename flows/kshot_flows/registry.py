@@ -1,44 +1,30 @@
-"""The registry: versions of a model, the stage that each is in, and who moved it there, when and why.
+"""The registry: versions of a model with their bundles, the stage that each is in, and what led to it.
 
-**What holds.** Every move is first an entry in a log, and only then done. The log of model `NAME` is a registered
-model `NAME.moves` whose versions are the entries: MLflow numbers them 1, 2, 3, ... and its database lets no number
-be given twice, on SQLite and on a server alike. So all processes on all machines see the same entries in the same
-order, and reading them from the first to the last gives everyone the same answer: which version is in which stage,
-and whether an entry counted. An entry that expects a version in a stage where it no longer is does not count: that
-is the compare-and-set, and it needs no lock and no lease. Entries are only ever added: the log is the audit too.
-
-MLflow's stages, the tag `stage` and the aliases follow the log, in this order and the alias last; whoever moves
-goes on until they agree with the newest entry. A process killed in between leaves them behind, never the log:
-`disagreements` finds that, and the next move (or `repair`) sets it right. Moves made by other means, such as a
-click in MLflow's own pages, are not in the log; they are found, and undone, in the same way.
+Who moved a version where, when and why is in a log (`kshot_flows.moves`), which decides; MLflow's stages, tags and
+aliases follow it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import tempfile
-import time
 import uuid
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kshot_flows import tracking
+from kshot_flows import moves, registered, tracking
 from kshot_flows.gate import GateReport
 from kshot_flows.stages import (
     ANY,
     SINGLE,
     Audit,
     GateClosedError,
-    Log,
     Stage,
     StageConflictError,
     Unset,
@@ -55,11 +41,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 _FILES = ("adapt.onnx", "classify.onnx", "bundle.json")  # of every bundle; some have embed.onnx besides
-_MOVES = ".moves"  # NAME.moves is the log of NAME
-_ENTRY = "kshot.move"  # the tag of a log entry that holds it
 
 
 @dataclass(frozen=True)
@@ -99,9 +82,9 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     and `bundle.json`. Its tags carry their sha256, the data hash and git commit of the run, and what the caller adds
     (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`).
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(_MOVES):
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(moves.SUFFIX):
         raise KshotError(
-            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, with another end than {_MOVES!r}"
+            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, but {moves.SUFFIX!r} at its end"
         )
     missing = [file for file in _FILES if not (bundle / file).is_file()]
     if missing:
@@ -109,8 +92,10 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     hashes = _hashes(bundle)
     identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
     door = tracking.client()
-    _create_model(door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{_MOVES}")
-    for known in _versions(door, name):
+    registered.create_model(
+        door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{moves.SUFFIX}"
+    )
+    for known in registered.versions(door, name):
         if known.run_id == run_id and known.tags.get("bundle") == identity:
             return int(known.version)
     run = door.get_run(run_id)
@@ -151,10 +136,10 @@ def move(
     if stage not in SINGLE and expect is not ANY:
         raise KshotError(f"{stage} holds any number of versions, so none can be expected there")
     door = tracking.client()
-    _existing(door, name, version)
+    registered.existing(door, name, version)
     if report is not None:
         record_gate(name, version, report)
-    return _move(door, name, version, stage, why=why, who=who, expect=expect)
+    return moves.record(door, name, version, stage, why=why, who=who, expect=expect)
 
 
 def promote(
@@ -191,48 +176,46 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
     Again and again, this walks back through all that ever served.
     """
     door = tracking.client()
-    _model(door, name)
-    there = {int(version.version) for version in _versions(door, name)}
-    log = _log(door, name)
+    registered.model(door, name)
+    there = {int(version.version) for version in registered.versions(door, name)}
+    log = moves.read_log(door, name)
     champion = log.holder(Stage.PRODUCTION)
     before = [version for version in log.served if version in there and version != champion]
     if not before:
         raise KshotError(
             f"{the(champion)} of {name} has no predecessor in production to go back to; see kshot history {name}"
         )
-    return _move(door, name, before[-1], Stage.PRODUCTION, why=why, who=who, expect=champion, back=True)
+    return moves.record(door, name, before[-1], Stage.PRODUCTION, why=why, who=who, expect=champion, back=True)
 
 
 def champion(name: str) -> int | None:
     """The version in production; None where there is none, or no such model yet."""
     door = tracking.client()
-    version = _log(door, name).holder(Stage.PRODUCTION)
-    there = version is not None and any(int(known.version) == version for known in _versions(door, name))
+    version = moves.read_log(door, name).holder(Stage.PRODUCTION)
+    there = version is not None and any(int(known.version) == version for known in registered.versions(door, name))
     return version if there else None
 
 
 def models() -> list[str]:
     """The names of all models, without the logs."""
-    door = tracking.client()
-    found = _all(lambda token: door.search_registered_models(page_token=token))
-    return sorted(model.name for model in found if not _is_log(model.tags))
+    return registered.models(tracking.client())
 
 
 def versions(name: str) -> list[Version]:
     """All versions of a model, the newest first."""
     door = tracking.client()
-    aliases = _aliases(door, name)
+    aliases = registered.aliases(door, name)
     found = [
         Version(
             name=name,
             version=int(version.version),
             stage=Stage(version.current_stage),
             aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == int(version.version))),
-            when=_moment(version.creation_timestamp),
+            when=registered.moment(version.creation_timestamp),
             run=version.run_id,
             tags=version.tags,
         )
-        for version in _versions(door, name)
+        for version in registered.versions(door, name)
     ]
     return sorted(found, key=lambda version: -version.version)
 
@@ -240,27 +223,27 @@ def versions(name: str) -> list[Version]:
 def history(name: str, *, refused: bool = False) -> list[Audit]:
     """All moves of a model's versions, the oldest first; with `refused`, the attempts that came too late as well."""
     door = tracking.client()
-    _model(door, name)
-    return [entry for entry in _log(door, name).entries if refused or not entry.refused]
+    registered.model(door, name)
+    return [entry for entry in moves.read_log(door, name).entries if refused or not entry.refused]
 
 
 def disagreements(name: str) -> list[str]:
     """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
     door = tracking.client()
-    return _differences(door, name, _log(door, name))
+    return moves.differences(door, name, moves.read_log(door, name))
 
 
 def repair(name: str) -> None:
     """Make MLflow's stages, tags and aliases what the log says."""
     door = tracking.client()
-    _model(door, name)
-    _settle(door, name)
+    registered.model(door, name)
+    moves.settle(door, name)
 
 
 def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
     """Keep a gate report with the version's run, and its verdict on the version. Returns the report's URI."""
     door = tracking.client()
-    known = _existing(door, name, version)
+    known = registered.existing(door, name, version)
     judged = GateReport.from_dict(report)
     place = f"gate/{name}-{version}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"  # never overwritten
     door.log_text(known.run_id, json.dumps(judged.to_dict(), indent=2), f"{place}.json")
@@ -275,19 +258,21 @@ def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
 def gate_report(name: str, version: int) -> GateReport | None:
     """The newest gate report of a version."""
     door = tracking.client()
-    uri = _existing(door, name, version).tags.get("gate.report")
+    uri = registered.existing(door, name, version).tags.get("gate.report")
     return None if uri is None else GateReport.from_dict(json.loads(_download(uri)))
 
 
 def trace(name: str, version: int) -> Trace:
     """From a version back to its data, code, recipe and runs, and forward through its stages."""
     door = tracking.client()
-    known = _existing(door, name, version)
+    known = registered.existing(door, name, version)
     tags = known.tags
     facts = {
         "stage": str(known.current_stage),
-        "aliases": ", ".join(sorted(a for a, holder in _aliases(door, name).items() if holder == int(version))),
-        "registered": local_time(_moment(known.creation_timestamp)),
+        "aliases": ", ".join(
+            sorted(a for a, holder in registered.aliases(door, name).items() if holder == int(version))
+        ),
+        "registered": local_time(registered.moment(known.creation_timestamp)),
         "accuracy": accuracy(tags),
         "data (DVC)": tags.get("data", ""),
         "data (sha256)": tags.get("data.version", ""),
@@ -300,7 +285,7 @@ def trace(name: str, version: int) -> Trace:
         **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
         "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
     }
-    about = [entry for entry in _log(door, name).entries if version in (entry.version, entry.displaced)]
+    about = [entry for entry in moves.read_log(door, name).entries if version in (entry.version, entry.displaced)]
     return Trace(name, version, {key: value for key, value in facts.items() if value}, about)
 
 
@@ -313,7 +298,7 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
 
     door = tracking.client()
     number = _number(door, name, version)
-    known = _existing(door, name, number)
+    known = registered.existing(door, name, number)
     wanted = {key.removeprefix("sha256."): value for key, value in known.tags.items() if key.startswith("sha256.")}
     if folder.exists() and any(folder.iterdir()):
         if _hashes(folder) == wanted:
@@ -335,225 +320,21 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
     return folder
 
 
-# The log, and what follows from it ------------------------------------------------------------------------------
-
-
-def _log(door: MlflowClient, name: str) -> Log:
-    log = Log(name)
-    for version in sorted(_versions(door, name + _MOVES), key=lambda version: int(version.version)):
-        log.add(int(version.version), _moment(version.creation_timestamp), json.loads(version.tags[_ENTRY]))
-    return log
-
-
-def _move(
-    door: MlflowClient,
-    name: str,
-    version: int,
-    stage: Stage,
-    *,
-    why: str,
-    who: str | None,
-    expect: int | Unset | None,
-    back: bool = False,
-) -> Audit:
-    if not why.strip():
-        raise KshotError("a move is kept for ever, and so is its reason: say why")
-    log = _forget_deleted(door, name, _log(door, name))
-    if not isinstance(expect, Unset) and log.holder(stage) != expect:
-        raise StageConflictError(log.conflict(stage, expect))
-    entry: dict[str, Any] = {"version": version, "stage": stage, "who": who or tracking.user(), "why": why}
-    if not isinstance(expect, Unset):
-        entry["expect"] = expect
-    if back:
-        entry["rollback"] = True
-    if stage is Stage.PRODUCTION and (uri := _existing(door, name, version).tags.get("gate.report")):
-        entry["report"] = uri
-    mine = _append(door, name, entry)
-    audit = next(one for one in _settle(door, name).entries if one.id == mine)
-    if audit.refused:
-        raise StageConflictError(audit.refused)
-    return audit
-
-
-def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> str:
-    """Add an entry to the log, under a number that the database gives to no one else. Returns the entry's id."""
-    moves = name + _MOVES
-    _create_model(door, moves, f"Who moved which version of {name} where, an entry to a version. By kshot.", log=True)
-    entry = {"id": uuid.uuid4().hex, **entry}
-    sentence = f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"[:1000]
-    _patiently(
-        lambda: door.create_model_version(
-            moves,
-            source=f"kshot-move:/kshot-move/{name}",
-            tags={_ENTRY: json.dumps(entry)},
-            description=sentence,
-            await_creation_for=0,
-        )
-    )
-    return str(entry["id"])
-
-
-def _forget_deleted(door: MlflowClient, name: str, log: Log) -> Log:
-    """Write down that a version which held a stage is gone, so that the stage is free."""
-    there = {int(version.version) for version in _versions(door, name)}
-    gone = [v for stage in SINGLE if (v := log.holder(stage)) is not None and v not in there]
-    for version in gone:
-        why = "the version was deleted from the registry"
-        _append(door, name, {"version": version, "stage": Stage.NONE, "who": tracking.user(), "why": why})
-    return _log(door, name) if gone else log
-
-
-def _settle(door: MlflowClient, name: str) -> Log:
-    """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
-    from mlflow.exceptions import MlflowException
-
-    log = _log(door, name)
-    while True:
-        try:
-            _patiently(partial(_apply, door, name, log))
-        except MlflowException as error:
-            raise KshotError(
-                f"the move of {name} is in its log, but MLflow did not follow: {error}. When it is well again: "
-                f"kshot models {name} --repair"
-            ) from error
-        newest = _log(door, name)
-        if len(newest.entries) == len(log.entries):
-            return newest
-        log = newest
-
-
-def _apply(door: MlflowClient, name: str, log: Log) -> None:
-    known = {int(version.version): version for version in _versions(door, name)}
-    stages = {number: Stage(version.current_stage) for number, version in known.items()}
-    wanted = log.wanted(stages)
-    # A stage that holds one version is taken in one transaction, which archives whoever was there.
-    for number in sorted(wanted, key=lambda number: wanted[number] not in SINGLE):
-        target = wanted[number]
-        others = [other for other in stages if other != number and stages[other] is target and target in SINGLE]
-        if stages[number] is not target or others:
-            _transition(door, name, number, target)
-            stages.update(dict.fromkeys(others, Stage.ARCHIVED) | {number: target})
-    for number, version in known.items():
-        if version.tags.get("stage", Stage.NONE) != wanted[number]:
-            door.set_model_version_tag(name, str(number), "stage", wanted[number])
-    aliases = _aliases(door, name)
-    for stage in SINGLE:
-        alias, holder = stage.lower(), next((n for n, where in wanted.items() if where is stage), None)
-        if holder is not None and aliases.get(alias) != holder:
-            door.set_registered_model_alias(name, alias, str(holder))
-        elif holder is None and alias in aliases:
-            door.delete_registered_model_alias(name, alias)
-
-
-def _differences(door: MlflowClient, name: str, log: Log) -> list[str]:
-    known = {int(version.version): version for version in _versions(door, name)}
-    wanted = log.wanted({number: Stage(version.current_stage) for number, version in known.items()})
-    gaps = set(range(1, max(log.numbers, default=0))) - log.numbers
-    found = [f"entry {number} of the log was deleted" for number in sorted(gaps)]
-    for number, version in known.items():
-        if Stage(version.current_stage) is not wanted[number]:
-            found.append(f"version {number} is in {version.current_stage}, and the log says {wanted[number]}")
-        elif (tag := version.tags.get("stage", Stage.NONE)) != wanted[number]:
-            found.append(f"version {number} is tagged {tag}, and the log says {wanted[number]}")
-    aliases = _aliases(door, name)
-    for stage in SINGLE if log.entries else ():
-        holder = next((number for number, where in wanted.items() if where is stage), None)
-        if aliases.get(stage.lower()) != holder:
-            at = the(aliases.get(stage.lower()))
-            found.append(f"the alias {stage.lower()} is at {at}, and the log says {the(holder)}")
-    return found
-
-
-# MLflow's calls, with what they leave out ------------------------------------------------------------------------
-
-
-def _transition(door: MlflowClient, name: str, version: int, stage: Stage) -> None:
-    with warnings.catch_warnings():
-        # Deprecated since 2.9 and to be removed one day; the tag and the alias are what will remain.
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        door.transition_model_version_stage(
-            name, str(version), stage.value, archive_existing_versions=stage in SINGLE
-        )  # fmt: skip
-
-
-def _patiently(call: Callable[[], object]) -> None:
-    """Call again when others write at the same moment: MLflow reads before it inserts, and the later one fails."""
-    from mlflow.exceptions import MlflowException
-
-    for attempt in range(10):
-        try:
-            call()
-            return
-        except MlflowException:
-            if attempt == 9:
-                raise
-            time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
-
-
-def _create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        door.create_registered_model(name, tags={"kshot.log": "true"} if log else None, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _model(door: MlflowClient, name: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = door.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        found = None
-    if found is None or _is_log(found.tags):
-        known = ", ".join(models()) or "none yet: `kshot run` makes the first"
-        raise KshotError(f"no model {name!r} in the registry; there are: {known}")
-    return found
-
-
-def _existing(door: MlflowClient, name: str, version: int) -> ModelVersion:
-    _model(door, name)
-    known = {int(one.version): one for one in _versions(door, name)}
-    if version not in known:
-        has = ", ".join(map(str, sorted(known))) or "none"
-        raise KshotError(f"{name} has no version {version}; it has: {has}")
-    return known[version]
+def accuracy(tags: Mapping[str, str]) -> str:
+    """A version's accuracy with its margin, as people write it."""
+    if "accuracy" not in tags:
+        return ""
+    margin = f" ± {100 * float(tags['margin']):.2f}" if "margin" in tags else ""
+    return f"{100 * float(tags['accuracy']):.2f}{margin} %"
 
 
 def _number(door: MlflowClient, name: str, version: int | str) -> int:
     if isinstance(version, int) or version.isdecimal():
         return int(version)
-    aliases = _aliases(door, name)
+    aliases = registered.aliases(door, name)
     if version not in aliases:
         raise KshotError(f"{name} has no alias {version!r}; it has: {', '.join(sorted(aliases)) or 'none'}")
     return aliases[version]
-
-
-def _aliases(door: MlflowClient, name: str) -> dict[str, int]:
-    return {alias: int(version) for alias, version in _model(door, name).aliases.items()}
-
-
-def _versions(door: MlflowClient, name: str) -> list[ModelVersion]:
-    if "'" in name:
-        return []
-    found = _all(lambda token: door.search_model_versions(f"name='{name}'", page_token=token))
-    return [version for version in found if version.name == name]
-
-
-def _all(search: Callable[[str | None], Any]) -> list[Any]:
-    """All pages of a search."""
-    found: list[Any] = []
-    token: str | None = None
-    while True:
-        page = search(token)
-        found += page
-        token = page.token
-        if not token:
-            return found
 
 
 def _download(uri: str) -> str:
@@ -584,19 +365,3 @@ def _from_run(tags: Mapping[str, str]) -> dict[str, str]:
         "kshot.prefect.flow_run": "prefect.flow_run",
     }
     return {short: tags[long] for long, short in names.items() if long in tags}
-
-
-def _is_log(tags: Mapping[str, str]) -> bool:
-    return tags.get("kshot.log") == "true"
-
-
-def accuracy(tags: Mapping[str, str]) -> str:
-    """A version's accuracy with its margin, as people write it."""
-    if "accuracy" not in tags:
-        return ""
-    margin = f" ± {100 * float(tags['margin']):.2f}" if "margin" in tags else ""
-    return f"{100 * float(tags['accuracy']):.2f}{margin} %"
-
-
-def _moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)

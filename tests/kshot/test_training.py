@@ -153,7 +153,7 @@ def test_patience_stops_a_run_that_no_longer_gets_better(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(tmp_path, steps=4)
-    with pytest.raises(KshotError, match="checkpoint of another run: its settings"):
+    with pytest.raises(KshotError, match=r"of another run: its settings.steps was 4, and is now 8\. Give"):
         train(tmp_path, steps=8)
 
 
