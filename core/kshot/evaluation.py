@@ -21,6 +21,13 @@ from kshot.learner import transductive as without_statistics
 _AT_ONCE = 8  # episodes sampled together
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean of values (episodes,), and half its 95 % interval: 1.96 * sd / sqrt(n), with the sample's sd."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
 @dataclass(frozen=True)
 class Score:
     """Accuracy over episodes with its 95 % interval, and how far the probabilities can be trusted."""
@@ -42,10 +49,8 @@ class Score:
 
     @property
     def margin(self) -> float:
-        """Half the 95 % interval of the mean over episodes: 1.96 * sd / sqrt(n), with the sample's sd."""
-        if self.episodes < 2:
-            return math.nan
-        return float(1.96 * self.accuracies.std(ddof=1) / math.sqrt(self.episodes))
+        """Half the 95 % interval of the mean over episodes."""
+        return interval(self.accuracies)[1]
 
     @property
     def ece(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kshot.episodes import Shape
+from kshot.evaluation import interval
 
 Verdict = Literal["better", "worse", "no difference"]
 
@@ -26,7 +26,7 @@ class Measured:
     @classmethod
     def of(cls, accuracies: np.ndarray, reference: np.ndarray) -> Measured:
         """From the accuracy of every episode: (episodes,), in the same order for both."""
-        return cls(*_interval(accuracies), *_interval(accuracies - reference))
+        return cls(*interval(accuracies), *interval(accuracies - reference))
 
     @property
     def verdict(self) -> Verdict:
@@ -94,8 +94,3 @@ class Standings:
 def shared(shapes: Sequence[Sequence[Shape]]) -> list[Shape]:
     """The shapes that occur in all lists, in the order of the first."""
     return [shape for shape in shapes[0] if all(shape in others for others in shapes[1:])]
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half its 95 % interval: 1.96 standard errors."""
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))

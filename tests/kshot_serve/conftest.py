@@ -17,6 +17,7 @@ from kshot.datasets import ClassImages
 from kshot.episodes import Shape
 from kshot.exporting import export
 from kshot.learner import Learner
+from kshot.training import Training, meta_train
 from kshot_plugins.conv4 import Conv4
 from kshot_plugins.maml import MAML
 from kshot_plugins.protonet import ProtoNet
@@ -30,27 +31,30 @@ COLOURS = {
 }  # fmt: skip
 
 
-def _photo(colour: str, shade: int = 0, format: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
+def _photo(colour: str, shade: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
     random, (width, height) = np.random.default_rng(shade), size
     pixels = np.clip(np.array(COLOURS[colour]) + random.normal(0, 12, (height, width, 3)), 0, 255)
     file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, format)
+    Image.fromarray(pixels.astype(np.uint8)).save(file, kind)
     return file.getvalue()
 
 
 @pytest.fixture(scope="session")
 def photo() -> Callable[..., bytes]:
-    """photo(colour, shade=0, format="PNG", size=(40, 30)): a noisy photo of one colour; each shade is another file."""
+    """photo(colour, shade=0, kind="PNG", size=(40, 30)): a noisy photo of one colour; each shade is another file."""
     return _photo
 
 
-def _build(folder: Path, kind: type[Learner], **settings: object) -> Path:
+def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **settings: object) -> Path:
     random = np.random.default_rng(0)
-    plain = random.integers(0, 256, (12, 1, 3, 1, 1)) + random.normal(0, 12, (12, 10, 3, SIDE, SIDE))
-    images = ClassImages.from_arrays(list(np.clip(plain, 0, 255).astype(np.uint8)))  # 12 colours, 10 images of each
+    plain = random.integers(0, 256, (64, 1, 3, 1, 1)) + random.normal(0, 12, (64, 8, 3, SIDE, SIDE))
+    images = ClassImages.from_arrays(list(np.clip(plain, 0, 255).astype(np.uint8)))  # 64 colours, 8 images of each
     torch.manual_seed(0)
     config = kind.Config(**settings)
-    learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config).eval()
+    learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config)
+    training = Training(queries=3, steps=training_steps, lr=1e-2, validate_every=100, validation_episodes=1)
+    list(meta_train(learner, images, None, training, folder=folder.with_name(f"{folder.name}-training"), seed=0))
+    learner.eval()
     fits = [calibrate(learner, images, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
     facts = manifests.Facts(
         learner=manifests.Plugin(name=learner.name),
@@ -79,5 +83,5 @@ def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MAML that has not learnt: two inner steps tell colours apart. It takes images."""
-    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, steps=2, norm="group")
+    """A MAML that has learnt for two seconds to tell colours apart, in two inner steps. It takes images."""
+    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, training_steps=100, steps=2, norm="running")
