@@ -11,8 +11,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kshot import plugins
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 _LEARNING = (
     "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
 )  # fmt: skip
-_EVALUATING = ("kshot.evaluation", "kshot.calibration")
+_EVALUATING = ("kshot.evaluation", "kshot.calibration", "kshot.features")
 _EXPORTING = (
     "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.tracing", "kshot.decompositions",
     "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
@@ -97,8 +99,26 @@ def _plugins(recipe: Recipe) -> list[str]:
 
 
 def _plugin(provided: Provided) -> str:
-    source = Path(inspect.getfile(provided.value)).read_bytes()
-    return f"{provided.name} {provided.distribution} {provided.version} {hashlib.sha256(source).hexdigest()}"
+    digest = hashlib.sha256()
+    for module in _own_modules(sys.modules[provided.value.__module__]):
+        digest.update(Path(inspect.getfile(module)).read_bytes())
+    return f"{provided.name} {provided.distribution} {provided.version} {digest.hexdigest()}"
+
+
+def _own_modules(module: ModuleType) -> list[ModuleType]:
+    """A plugin's module, and those of its package that it takes anything from, and so on; by name."""
+    package, found, left = module.__name__.partition(".")[0], {}, [module]
+    while left:
+        one = left.pop()
+        if one.__name__ in found or one.__name__.partition(".")[0] != package:
+            continue
+        found[one.__name__] = one
+        names = (
+            value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")
+            for value in vars(one).values()
+        )
+        left += [sys.modules[name] for name in names if isinstance(name, str) and name in sys.modules]
+    return [found[name] for name in sorted(found)]
 
 
 def _key(step: str, *parts: Any) -> str:
