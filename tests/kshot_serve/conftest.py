@@ -52,8 +52,10 @@ def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **setting
     torch.manual_seed(0)
     config = kind.Config(**settings)
     learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config)
-    training = Training(queries=3, steps=training_steps, lr=1e-2, validate_every=100, validation_episodes=1)
-    list(meta_train(learner, images, None, training, folder=folder.with_name(f"{folder.name}-training"), seed=0))
+    training = Training(
+        queries=3, steps=training_steps, lr=1e-2, validate_every=100, validation_episodes=2, validation_queries=3
+    )
+    list(meta_train(learner, images, images, training, folder=folder.with_name(f"{folder.name}-training"), seed=0))
     learner.eval()
     fits = [calibrate(learner, images, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
     facts = manifests.Facts(
