@@ -79,8 +79,8 @@ def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **setting
 
 @pytest.fixture(scope="session")
 def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ProtoNet that has not learnt: random features, which tell colours apart. It takes features."""
-    return _build(tmp_path_factory.mktemp("bundles") / "protonet", ProtoNet)
+    """A ProtoNet that has learnt for a second to tell colours apart. It takes features."""
+    return _build(tmp_path_factory.mktemp("bundles") / "protonet", ProtoNet, training_steps=60)
 
 
 @pytest.fixture(scope="session")
