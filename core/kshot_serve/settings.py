@@ -19,6 +19,7 @@ class EngineSettings(_Part):
 
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0 takes the cores that this process may use")
+    runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
     wait_ms: float = Field(2.0, ge=0, description="longest wait for companions, once a batch has its first image")
     queue: int = Field(256, ge=1, description="images that may wait; past that a request is refused at once")

@@ -1,0 +1,446 @@
+"""Images of many requests in few runs of onnxruntime: admission, batches of fixed sizes, deadlines, isolation.
+
+All bookkeeping happens on the event loop, so that it needs no locks; threads get whole batches and give arrays back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+
+from kshot_runtime.bundle import Bundle, Tensors
+from kshot_runtime.manifest import BundleError
+from kshot_serve.problems import Problem
+from kshot_serve.settings import EngineSettings
+from kshot_serve.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from kshot_serve.champions import Champion
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Outputs = tuple[np.ndarray, ...]
+Run = Callable[[np.ndarray], Outputs]
+
+log = logging.getLogger(__name__)
+
+_FULL = 0.75  # of a size that a batch must fill to be padded up to it, where a run's time grows with its size
+_BACKGROUND = 8  # images in one run of a call without a deadline: others wait for no more than that
+_MEMORY = 0.9  # of the measured rate: the last ten runs count
+
+
+class Engine:
+    """Runs champions. `embed`, `classify` and `adapt` are awaited by requests; `admit` turns some away before that."""
+
+    def __init__(self, settings: EngineSettings, metrics: Metrics) -> None:
+        self.buckets = tuple(sorted({1, *settings.buckets}))  # 1: images of a failed run go one by one
+        self.device = settings.device
+        self.threads = settings.threads or cores()
+        self._metrics = metrics
+        self._room = settings.queue
+        self._wait = settings.wait_ms / 1000
+        runners = settings.runners if settings.device == "cpu" else 1
+        self._runners = ThreadPoolExecutor(runners, "kshot-run")
+        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work")
+        self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
+        self._free = runners
+        self._groups: dict[Hashable, _Group] = {}  # in the order of their turn
+        self._running: set[_Batch] = set()
+        self._rows = 0  # submitted and not yet answered
+        self._places = 0  # held by admitted requests
+        self._calls = 0  # of embed, classify and adapt, in progress
+        self._rate = _Rate()
+        self._draining = self._stopped = False
+        self._empty = asyncio.Event()
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def drain(self) -> None:
+        """Admit nobody from now on; what was admitted goes on."""
+        self._draining = True
+
+    async def stop(self) -> None:
+        """Admit nobody, finish what is there, and end the threads."""
+        self.drain()
+        self._leave()
+        await self._empty.wait()
+        self._stopped = True
+        for pool in (self._runners, self._workers, self._adapters):
+            pool.shutdown(wait=False)
+
+    def admit(self, images: int = 1) -> Admission:
+        """Places for so many images, or a Problem at once: check before a body is read, hold while it is answered.
+
+        A call by itself is the check; `with engine.admit(n):` keeps the places until its block is left.
+        """
+        if self._draining:
+            raise Problem("draining", "this server is stopping; ask another, or again later", retry_after=1.0)
+        inside = max(self._places, self._rows)
+        if inside and inside + images > self._room:
+            seconds = max(1, math.ceil(inside / self._rate.per_second))
+            raise Problem(
+                "busy",
+                f"{inside} images are being worked on, and {images} more would exceed the queue of {self._room}; "
+                f"try again in {seconds} s",
+                retry_after=float(seconds),
+                reason="queue",
+            )
+        return Admission(self, images)
+
+    @property
+    def oldest(self) -> float:
+        """For how many seconds the oldest image has been waiting or running: a watchdog's question."""
+        since = [group.calls[0].since for group in self._groups.values()] + [batch.started for batch in self._running]
+        return monotonic() - min(since, default=monotonic())
+
+    async def embed(self, champion: Champion, images: np.ndarray, deadline: float = math.inf) -> np.ndarray:
+        """Features (N, D) of images (N, C, H, W) uint8. They share runs with everybody's.
+
+        `deadline` is in time.monotonic's seconds. A call without one is background work, and gives way to others.
+        """
+        _check(champion, images)
+        graphs = champion.bundle.graphs
+        with self._inside():
+            (features,) = await self._batched(
+                (champion.id, "embed"), lambda rows: (graphs.embed(rows),), images, deadline
+            )
+        return features
+
+    async def classify(
+        self, champion: Champion, adapted: Tensors, key: Hashable, query: np.ndarray, deadline: float = math.inf
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits (N, W) of a query, images or features as the bundle takes, and its features, if the learner has any.
+
+        Calls with the same key have the same state, and their images may share runs.
+        """
+        graphs = champion.bundle.graphs
+        with self._inside():
+            if graphs.takes_features:  # which is little work, and of different states: each runs by itself
+                with self._metrics.stage("infer"):
+                    return await self.in_thread(graphs.classify, adapted, query)
+            _check(champion, query)
+
+            def run(rows: np.ndarray) -> Outputs:
+                logits, features = graphs.classify(adapted, rows)
+                return (logits,) if features is None else (logits, features)
+
+            logits, *features = await self._batched((champion.id, "classify", key), run, query, deadline)
+        return logits, features[0] if features else None
+
+    async def adapt(self, champion: Champion, support: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Tensors:
+        """The state after adapting to a support set, images or features as the bundle takes; one at a time."""
+        bundle = champion.bundle
+        with self._inside(), self._metrics.stage("adapt"):
+            run = partial(bundle.graphs.adapt, support, labels, classes, bundle.manifest.steps)
+            return await self._loop.run_in_executor(self._adapters, run)
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Decoding and other short work for a processor, in a bounded pool. Not started if the caller has gone."""
+        call = partial(copy_context().run, function, *args, **kwargs)
+        return await self._loop.run_in_executor(self._workers, call)
+
+    # Batches: calls are queued in groups, and free runners take what has its turn -----------------------------------
+
+    async def _batched(self, key: Hashable, run: Run, rows: np.ndarray, deadline: float) -> Outputs:
+        call = _Call(rows, deadline, self._loop.create_future())
+        # Background work is a group of its own, so that nobody waits behind it.
+        group = self._groups.setdefault((key, deadline == math.inf), _Group(run, deadline == math.inf))
+        group.calls.append(call)
+        self._count(len(rows))
+        self._dispatch()
+        results = await call.answer
+        self._metrics.took("queue", call.started - call.since)
+        self._metrics.took("infer", monotonic() - call.started)
+        return results
+
+    def _dispatch(self) -> None:
+        """Give the free runners the batches whose turn it is."""
+        while self._free and (batch := self._next()):
+            self._free -= 1
+            self._running.add(batch)
+            self._metrics.batch.observe(batch.rows)
+            self._loop.run_in_executor(self._runners, batch.run).add_done_callback(partial(self._finished, batch))
+
+    def _next(self) -> _Batch | None:
+        now = monotonic()
+        for key in list(self._groups):
+            group = self._groups[key]
+            self._drop(group, now)
+            if group.calls and not self._ripe(group, now):
+                continue
+            del self._groups[key]
+            if not group.calls:
+                continue
+            batch = group.cut(self._size(group), now)
+            if group.calls:
+                self._groups[key] = group  # the others have their turn first
+            return batch
+        return None
+
+    def _ripe(self, group: _Group, now: float) -> bool:
+        """Whether to run now. Waiting pays only while admitted requests are about to bring companions."""
+        if self._places <= self._rows or group.rows >= self.buckets[-1]:
+            return True
+        since = group.calls[0].since + self._wait
+        if since > now:
+            self._loop.call_later(since - now, self._dispatch)
+        return since <= now
+
+    def _size(self, group: _Group) -> int:
+        """How many images the next run takes, padding included."""
+        most = min(group.rows, _BACKGROUND if group.background else self.buckets[-1])
+        above = next((size for size in self.buckets if size >= most), self.buckets[-1])
+        below = max((size for size in self.buckets if size <= most), default=above)
+        # On a processor padding costs as much as images do; a GPU hardly feels it.
+        return above if self.device != "cpu" or most >= _FULL * above else below
+
+    def _drop(self, group: _Group, now: float) -> None:
+        """Forget the calls that nobody waits for any more, or for too long."""
+        alive: deque[_Call] = deque()
+        for call in group.calls:
+            waiting = len(call.rows) - call.taken
+            if not call.answer.done() and now <= call.deadline:
+                alive.append(call)
+                continue
+            self._count(-waiting)
+            if call.answer.cancelled():
+                self._metrics.dropped.labels("gone").inc(waiting)
+            elif not call.answer.done():
+                self._metrics.dropped.labels("late").inc(waiting)
+                message = "the image waited longer than its deadline and was not looked at; try again"
+                call.answer.set_exception(Problem("too_late", message, retry_after=1.0, reason="deadline"))
+        group.calls = alive
+
+    def _finished(self, batch: _Batch, ran: asyncio.Future[list[Outputs | Problem]]) -> None:
+        self._free += 1
+        self._running.discard(batch)
+        self._rate.add(batch.rows, batch.started)
+        self._count(-batch.rows)
+        for piece, outcome in zip(batch.pieces, ran.result(), strict=True):
+            piece.call.take(piece, outcome)
+        self._dispatch()
+
+    def _count(self, rows: int) -> None:
+        self._rows += rows
+        self._metrics.queued.set(self._rows)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        if self._stopped:
+            raise Problem("draining", "this server has stopped; ask another")
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._draining and not self._calls and not self._places:
+            self._empty.set()
+
+
+class Admission:
+    """Places in the engine's queue; a context manager that holds them."""
+
+    def __init__(self, engine: Engine, images: int) -> None:
+        self._engine = engine
+        self._images = images
+
+    def __enter__(self) -> None:
+        self._engine._places += self._images
+
+    def __exit__(self, *error: object) -> None:
+        self._engine._places -= self._images
+        self._engine._leave()
+
+
+@dataclass(eq=False)
+class _Call:
+    """Rows that one caller waits for; they may go to the model in several runs."""
+
+    rows: np.ndarray
+    deadline: float
+    answer: asyncio.Future[Outputs]
+    since: float = field(default_factory=monotonic)
+    started: float = 0.0  # when its first run began
+    taken: int = 0  # rows that have gone to a run
+    known: int = 0  # rows whose results are here
+    results: Outputs = ()
+
+    def take(self, piece: _Piece, outcome: Outputs | Problem) -> None:
+        """Results of some rows, or why there are none."""
+        if self.answer.done():
+            return
+        if isinstance(outcome, Problem):
+            self.answer.set_exception(outcome)
+            return
+        if not self.results:
+            self.results = tuple(np.empty((len(self.rows), *part.shape[1:]), part.dtype) for part in outcome)
+        for result, part in zip(self.results, outcome, strict=True):
+            result[piece.start : piece.stop] = part
+        self.known += piece.stop - piece.start
+        if self.known == len(self.rows):
+            self.answer.set_result(self.results)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Some rows of a call, as they go to one run."""
+
+    call: _Call
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.call.rows[self.start : self.stop]
+
+
+@dataclass(eq=False)
+class _Group:
+    """Calls whose rows may share a run."""
+
+    run: Run
+    background: bool
+    calls: deque[_Call] = field(default_factory=deque)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(call.rows) - call.taken for call in self.calls)
+
+    def cut(self, size: int, now: float) -> _Batch:
+        """The next batch of at most so many rows, the oldest first."""
+        pieces = []
+        room = size
+        while room and self.calls:
+            call = self.calls[0]
+            start, call.taken = call.taken, min(len(call.rows), call.taken + room)
+            call.started = call.started or now
+            pieces.append(_Piece(call, start, call.taken))
+            room -= call.taken - start
+            if call.taken == len(call.rows):
+                self.calls.popleft()
+        return _Batch(self.run, pieces, size, size - room, now)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What goes to the model at once: pieces of many calls, padded to a size that has been warmed."""
+
+    inference: Run
+    pieces: Sequence[_Piece]
+    size: int
+    rows: int
+    started: float
+
+    def run(self) -> list[Outputs | Problem]:
+        """The results of each piece. Runs in a thread."""
+        try:
+            first = self.pieces[0].rows
+            batch = first
+            if len(first) != self.size:
+                batch = np.zeros((self.size, *first.shape[1:]), first.dtype)
+                np.concatenate([piece.rows for piece in self.pieces], out=batch[: self.rows])
+            outputs = self.inference(batch)
+        except Exception as error:
+            if self.rows > 1:
+                log.warning("a run of %d images failed; each runs by itself now: %s", self.rows, error)
+            return [self._by_itself(piece) for piece in self.pieces]
+        ends = np.cumsum([len(piece.rows) for piece in self.pieces])
+        return [
+            tuple(output[end - len(piece.rows) : end] for output in outputs)
+            for piece, end in zip(self.pieces, ends.tolist(), strict=True)
+        ]
+
+    def _by_itself(self, piece: _Piece) -> Outputs | Problem:
+        try:
+            parts = [self.inference(piece.rows[i : i + 1]) for i in range(len(piece.rows))]
+        except Exception:
+            log.exception("the model fails on an image")
+            return Problem("internal", "the model fails on this image")
+        return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+
+
+class _Rate:
+    """Images a second while there is work, as the last runs have shown."""
+
+    def __init__(self) -> None:
+        self._images, self._seconds, self._last = 1.0, 0.01, 0.0
+
+    @property
+    def per_second(self) -> float:
+        return self._images / self._seconds
+
+    def add(self, images: int, started: float) -> None:
+        """A run has ended. Runs may overlap, so what counts is the time since the one before, if there was work."""
+        now = monotonic()
+        self._images = _MEMORY * self._images + images
+        self._seconds = _MEMORY * self._seconds + max(1e-6, now - max(self._last, started))
+        self._last = now
+
+
+def warm(bundle: Bundle, buckets: Sequence[int]) -> None:
+    """Run each graph at each size that will be run, and look at the answers: a BundleError says why it cannot serve."""
+    graphs, manifest = bundle.graphs, bundle.manifest
+    noise = np.random.default_rng(0).integers(0, 256, (max(2, *buckets), *manifest.image.shape), np.uint8)
+    query = noise
+    if graphs.takes_features:
+        query = graphs.embed(noise)
+        for size in buckets:
+            _same(graphs.embed(noise[:size]), query[:size])
+    ways = min(2, manifest.limits.ways, manifest.limits.support)
+    state = graphs.adapt(query[:ways], np.arange(ways), np.arange(ways), manifest.steps)
+    logits, _ = graphs.classify(state, query)
+    for size in buckets:
+        _same(graphs.classify(state, query[:size])[0], logits[:size])
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> None:
+    """An image's answer is a finite number, and does not depend on its companions in a batch."""
+    if found.shape != expected.shape:
+        raise BundleError(f"the graph gives {found.shape} where it gave {expected.shape} in a larger batch")
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        raise BundleError("the graph gives numbers that are not finite for plain noise")
+    if not np.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max(initial=1e-6))):
+        raise BundleError("the graph's answer for an image depends on the other images in its batch")
+
+
+def cores() -> int:
+    """The processor cores that this process may use: its affinity, and its container's quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _quotas(root: Path = Path("/sys/fs/cgroup")) -> Generator[float]:
+    for file in ("cpu.max", "cpu/cpu.cfs_quota_us"):
+        try:
+            words = (root / file).read_text().split()
+            period = float(words[1] if len(words) > 1 else (root / "cpu/cpu.cfs_period_us").read_text())
+            if words[0] not in ("max", "-1"):
+                yield float(words[0]) / period
+        except (OSError, ValueError, IndexError):  # another kernel, or no limit
+            continue
+
+
+def _check(champion: Champion, images: np.ndarray) -> None:
+    """Wrong shapes are refused before they meet others in a batch."""
+    wanted = champion.bundle.manifest.image.shape
+    if images.dtype != np.uint8 or images.shape[1:] != wanted or not len(images):
+        shape = ", ".join(map(str, wanted))
+        raise Problem("bad_request", f"images are uint8 (N, {shape}), not {images.dtype} {images.shape}")
