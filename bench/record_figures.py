@@ -60,7 +60,7 @@ def found(asked: argparse.Namespace) -> Run:
         data=_data(recipe),
         learner=recipe.learner.name,
         command=shlex.join(["kshot", "run", asked.recipe, *asked.changes]),
-        trained=", ".join(filter(None, [_trained(recipe, last["step"]), asked.note])),
+        trained=", ".join(filter(None, [_trained(recipe, last), asked.note])),
         minutes=round(last["seconds"] / 60),
         memory_gb=asked.memory,
         machine=asked.machine,
@@ -112,10 +112,12 @@ def _figures(lines: list[dict[str, Any]], *, transductive: bool) -> dict[str, Fi
     }
 
 
-def _trained(recipe: Recipe, steps: int) -> str:
-    how = recipe.training
+def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
+    how, steps = recipe.training, last["step"]
     if steps == 0:
         return "not meta-trained: as it was built"
+    if any(name.startswith("base.") for name in last["learner"]):  # a head over all base classes: class training
+        return f"{steps:,} batches of {how.ways * (how.shots + how.queries) * how.episodes_per_step} images"
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
     return f"{how.ways}-way {how.shots}-shot, {how.queries} queries, {steps:,} {batches}"
 

@@ -78,9 +78,22 @@ def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scor
             for line in scores.lines
         ],
     )  # fmt: skip
+    run.tag("mlflow.note.content", _note(scores))
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
     _draw(run, recipe, learner, scores)
+
+
+def _note(scores: Scores) -> str:
+    """What MLflow's page of the run says first: how good it is, and where the pictures are. Markdown."""
+    rows = [
+        f"| {line.label} | **{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %** | {100 * line.ece:.1f} % |"
+        for line in scores.lines
+    ]
+    head = ["| test episodes | accuracy (95 % interval) | calibration error |", "| --- | --- | --- |"]
+    return "\n".join(
+        [*head, *rows, "", "Pictures are under Artifacts, in `pictures`; the served model is the bundle there."]
+    )
 
 
 def _draw(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:

@@ -279,11 +279,15 @@ def _experiment(door: MlflowClient, name: str) -> str:
         # An embedded store must be told where artifacts live; by default they follow the current folder.
         place = str(_artifacts(database) / name) if database else None
         try:
-            return str(door.create_experiment(name, artifact_location=place))
+            return str(door.create_experiment(name, artifact_location=place, tags=_TRAINING_PAGES))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     raise KshotError(f"MLflow says that experiment {name!r} exists, and cannot find it. Try again.")
+
+
+_TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's pages then open as for models that are trained; else they show those for language models."""
 
 
 def _database(uri: str) -> Path | None:
