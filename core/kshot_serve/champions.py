@@ -1,18 +1,26 @@
-"""The bundle that serves: warm before it counts, replaced by moving one pointer, the last good one kept on disk."""
+"""The bundle that serves: warm before it counts, replaced by moving one pointer, the last good one to fall back on."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kshot_runtime.bundle import Bundle
+from kshot_runtime.errors import KshotError
 from kshot_serve.engine import Engine, warm
 from kshot_serve.problems import Problem
+from kshot_serve.registry import Found, Registry, RegistryError, Shelf
 from kshot_serve.settings import Settings
 from kshot_serve.telemetry import Metrics
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -28,22 +36,29 @@ class Champion:
     source: str
 
 
-async def nothing(_: Champion) -> None:
-    """For whoever does not care about changes."""
+async def _nothing(_: Champion) -> None:
+    pass
 
 
 class Champions:
     """Gives the champion of now; finds, checks and warms its successors."""
 
     def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
-        self.on_change: Callable[[Champion], Awaitable[None]] = nothing  # before the pointer moves; raising refuses it
-        self.on_settled: Callable[[Champion], Awaitable[None]] = nothing  # after the pointer has moved
-        self.degraded: str | None = None
-        self._settings = settings
+        self.on_change: Callable[[Champion], Awaitable[None]] = _nothing  # before the pointer moves; raising refuses it
+        self.on_settled: Callable[[Champion], Awaitable[None]] = _nothing  # when the pointer has moved
         self._engine = engine
         self._metrics = metrics
+        self._source = settings.source
+        self._poll_s = settings.poll_s
+        follows = settings.source.startswith("models:")
+        self._registry = Registry(settings.source, settings.registry) if follows else None
+        self._shelf = Shelf(settings.folder / "champions")
         self._current: Champion | None = None
+        self._serving: Found | None = None  # what the registry calls the current champion
+        self._refused: tuple[Found, KshotError] | None = None  # the newest that was, and why; not tried again
+        self._trouble: str | None = None
         self._stopping = False
+        self._polling: asyncio.Task[None] | None = None
 
     @property
     def current(self) -> Champion:
@@ -56,25 +71,128 @@ class Champions:
         """Whether a champion is loaded and warm, and the server is not stopping."""
         return self._current is not None and not self._stopping
 
+    @property
+    def degraded(self) -> str | None:
+        """Why what serves may not be what the registry names."""
+        if self._trouble is None:
+            return None
+        return f"{self._trouble}; {f'version {self._current.version}' if self._current else 'no model yet'} serves"
+
     async def start(self) -> None:
-        source = Path(self._settings.source)
-        bundle = await asyncio.to_thread(self._open, source)
-        name = bundle.manifest.source.recipe or source.stem
-        await self._take(Champion(bundle, bundle.manifest.id, name, "0", str(source)))
+        """Have a champion. A bundle that cannot serve, and no other to fall back on, is a KshotError.
+
+        A registry that is away, or names no version yet, is waited for: not ready until then.
+        """
+        if self._registry is None:
+            bundle = await _aside(self._open, Path(self._source))
+            await self._take(bundle, bundle.manifest.source.recipe or Path(self._source).stem, "0")
+            return
+        await _aside(self._shelf.tidy)
+        await self._follow(self._registry)
+        if self._current is None and (last := await _aside(self._shelf.last, self._registry.name)):
+            found, folder = last
+            await self._take(await _aside(self._open, folder), found.name, found.version)
+            self._serving = found
+        if self._current is None and self._refused:
+            raise self._refused[1]
+        self._polling = asyncio.create_task(self._poll(self._registry))
 
     async def stop(self) -> None:
+        """Not ready from now on, and no new champions; the current one goes on answering."""
         self._stopping = True
         self._metrics.ready.set(0)
+        if self._polling:
+            self._polling.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._polling
+
+    async def _poll(self, registry: Registry) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            await self._follow(registry)
+
+    async def _follow(self, registry: Registry) -> None:
+        """Ask the registry once, and serve what it names, if that can serve."""
+        try:
+            found = await _aside(registry.find)
+        except RegistryError as error:
+            self._report("the registry names no version, or does not answer", error)
+            return
+        if self._refused and found == self._refused[0]:
+            self._report(f"version {found.version} was refused", self._refused[1])
+            return
+        try:
+            if found != self._serving:
+                await self._change(registry, found)
+            self._report(None)
+        except RegistryError as error:
+            self._report(f"version {found.version} cannot be fetched", error)
+        except Exception as error:
+            if isinstance(error, KshotError) and not (isinstance(error, Problem) and error.status >= 500):
+                self._refused = found, error  # it would end the same again; accidents need not
+            self._metrics.swaps.labels("refused").inc()
+            self._report(f"version {found.version} was refused", error)
+
+    async def _change(self, registry: Registry, found: Found) -> None:
+        folder = await _aside(self._shelf.fetch, registry, found)
+        try:
+            bundle = await _aside(self._open, folder)
+        except KshotError:
+            await _aside(self._shelf.drop, folder)
+            raise
+        await self._take(bundle, found.name, found.version)
+        self._serving = found
+        try:
+            await _aside(self._shelf.keep, found, folder)
+        except OSError as error:
+            log.error("version %s serves, but cannot be kept for when the registry is away: %s", found.version, error)
 
     def _open(self, path: Path) -> Bundle:
         bundle = Bundle.open(path, self._engine.device, self._engine.threads)
         warm(bundle, self._engine.buckets)
         return bundle
 
-    async def _take(self, champion: Champion) -> None:
+    async def _take(self, bundle: Bundle, name: str, version: str) -> None:
+        """Let everyone get ready for a champion, and then move the pointer: requests under way keep the old one."""
+        champion = Champion(bundle, bundle.manifest.id, name, version, self._source)
         await self.on_change(champion)
         self._current = champion
-        self._metrics.ready.set(not self._stopping)
+        self._metrics.ready.set(self.ready)
         self._metrics.champion.clear()
-        self._metrics.champion.labels(champion.name, champion.version, champion.id).set(1)
-        await self.on_settled(champion)
+        self._metrics.champion.labels(name, version, champion.id).set(1)
+        self._metrics.swaps.labels("taken").inc()
+        log.info("version %s of %s serves, bundle %s on %s", version, name, champion.id, bundle.device)
+        try:
+            await self.on_settled(champion)
+        except Exception:
+            log.exception("the champion serves, but what should follow its taking over failed")
+
+    def _report(self, trouble: str | None, error: Exception | None = None) -> None:
+        if trouble != self._trouble:
+            if trouble:
+                log.error("%s: %s", trouble, error)
+            else:
+                log.info("what the registry names serves again")
+        self._trouble = trouble
+        self._metrics.degraded.set(trouble is not None)
+
+
+async def _aside(function: Callable[..., T], *args: Any) -> T:
+    """A long call in a thread that does not hold up the end of the process: a network may never answer."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_it: Callable[[Any], None], value: object) -> None:
+        if not answer.done():
+            set_it(value)
+
+    def work() -> None:
+        try:
+            settled = partial(settle, answer.set_result, function(*args))
+        except Exception as error:
+            settled = partial(settle, answer.set_exception, error)
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settled)
+
+    threading.Thread(target=work, name=f"kshot-{getattr(function, '__name__', 'aside')}", daemon=True).start()
+    return await answer

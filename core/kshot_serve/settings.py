@@ -32,6 +32,7 @@ class Settings(_Part):
     """A server's settings. `kshot serve --help` has the ones that most people turn."""
 
     source: str = Field(description="a bundle, folder or zip, or models:/NAME@ALIAS of the MLflow registry")
+    registry: str = Field("", description="address of the MLflow server that has the model; empty: MLFLOW_TRACKING_URI")
     folder: Path = Field(Path("serve"), description="where label spaces and the last good bundle lie")
     database: str = Field("", description="SQLAlchemy URL of the label spaces; empty: SQLite in the folder")
     host: str = "127.0.0.1"

@@ -37,9 +37,7 @@ class Metrics:
         self.queued = Gauge("kshot_queued_images", "images waiting now", registry=to)
         self.decisions = Counter("kshot_decisions", "answers by decision", ["decision"], registry=to)
         self.ready = Gauge("kshot_ready", "1 when a champion is loaded and warm", registry=to)
-        self.degraded = Gauge(
-            "kshot_degraded", "1 while the registry is away: the last good bundle serves", registry=to
-        )
+        self.degraded = Gauge("kshot_degraded", "1 while what serves may not be what the registry names", registry=to)
         self.champion = Gauge(
             "kshot_champion", "1 for the model that serves", ["name", "version", "bundle"], registry=to
         )

@@ -1,0 +1,147 @@
+"""Which version the MLflow registry names, and its bundle brought to this disk, where the last two are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kshot_runtime.errors import KshotError
+from kshot_runtime.manifest import MANIFEST, BundleError
+
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Whoever follows a registry asks again soon anyway.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+_LAST = "last.json"  # what is on the shelf: the last good bundle
+_INCOMING = ".incoming-"
+
+
+class RegistryError(KshotError):
+    """The registry did not say, or did not give, what it was asked for; it may the next time."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A version, as the registry has it."""
+
+    name: str
+    version: str
+    source: str
+    sha256: str  # of bundle.json, which holds the hashes of the graphs; empty if none was registered
+
+
+class Registry:
+    """A model's versions in MLflow. The calls block, for as long as the network does."""
+
+    def __init__(self, source: str, address: str = "") -> None:
+        parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", source)
+        if parts is None:
+            raise KshotError(f"{source!r} names no model: models:/NAME@ALIAS follows one, models:/NAME/VERSION stays")
+        self._address = address or os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not self._address:
+            raise KshotError(f"no registry to find {source} in: set MLFLOW_TRACKING_URI to its address")
+        self.name, self._alias, self._version = parts.groups()
+        for name, value in _ENVIRONMENT.items():  # MLflow reads some of them when it is imported
+            os.environ.setdefault(name, value)
+        self._client: Any = None
+
+    def find(self) -> Found:
+        """The version that serves, by the registry."""
+        try:
+            if self._client is None:
+                from mlflow import MlflowClient
+
+                self._client = MlflowClient(tracking_uri=self._address)
+            if self._alias:
+                version = self._client.get_model_version_by_alias(self.name, self._alias)
+            else:
+                version = self._client.get_model_version(self.name, self._version)
+        except ImportError:
+            raise KshotError("following a registry needs MLflow's client: pip install 'kshot[registry]'") from None
+        except Exception as error:  # MLflow's own, requests', SQLAlchemy's
+            raise RegistryError(f"the registry gives no version: {error}") from error
+        return Found(self.name, str(version.version), version.source, version.tags.get(f"sha256.{MANIFEST}", ""))
+
+    def download(self, found: Found, folder: Path) -> Path:
+        """The files of a version, as they come, under this folder."""
+        from mlflow.artifacts import download_artifacts
+
+        try:
+            return Path(download_artifacts(found.source, dst_path=str(folder), tracking_uri=self._address))
+        except Exception as error:  # MLflow's own, requests', an object store's, the disk's
+            raise RegistryError(f"version {found.version} of {found.name} cannot be fetched: {error}") from error
+
+
+class Shelf:
+    """The bundles on this disk, each in a folder named by the hash of its bundle.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fetch(self, registry: Registry, found: Found) -> Path:
+        """The bundle of a version: from here, or else from the registry. Its folder appears only when complete."""
+        if found.sha256 and _hash(here := self._folder / found.sha256[:16]) == found.sha256:
+            return here
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=_INCOMING) as scratch:
+            came = registry.download(found, Path(scratch))
+            sha256 = _hash(came)
+            if sha256 is None or sha256 != (found.sha256 or sha256):
+                raise BundleError(
+                    f"version {found.version} of {found.name} is not what was registered: its {MANIFEST} is missing or "
+                    "changed. Restore it, or register the bundle anew."
+                )
+            folder = self._folder / sha256[:16]
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(came, folder)
+        return folder
+
+    def last(self, name: str) -> tuple[Found, Path] | None:
+        """The last good bundle of a model, if one is here."""
+        try:
+            kept = json.loads((self._folder / _LAST).read_text())
+            found, folder = Found(**kept["found"]), self._folder / kept["folder"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (found, folder) if found.name == name and folder.is_dir() else None
+
+    def keep(self, found: Found, folder: Path) -> None:
+        """Remember the last good bundle. It and the one before stay; others go."""
+        before = self.last(found.name)
+        fresh = self._folder / f"{_INCOMING}{_LAST}"
+        fresh.write_text(json.dumps({"found": asdict(found), "folder": folder.name}))
+        os.replace(fresh, self._folder / _LAST)
+        self._clear({folder, before[1]} if before else {folder})
+
+    def tidy(self) -> None:
+        """Remove what a killed process had begun to fetch."""
+        for left in self._folder.glob(f"{_INCOMING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def drop(self, folder: Path) -> None:
+        """Remove a bundle that cannot serve."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _clear(self, keep: set[Path]) -> None:
+        for folder in self._folder.iterdir():
+            if folder.is_dir() and folder not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hash(folder: Path) -> str | None:
+    """sha256 of a bundle's manifest."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
