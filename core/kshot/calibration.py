@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape
+from kshot.episodes import Shape, Stream
 from kshot.features import evaluating
 from kshot.learner import Learner
 from kshot.norms import BY_ITSELF
@@ -50,6 +50,16 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class OpenSet:
+    """What a threshold from validation classes does on test episodes that hold as many unknown classes as known."""
+
+    accepted: float  # share of known queries that pass; 95 % of those on validation did
+    false_accepts: float  # share of unknown queries that pass
+    auroc: float  # of telling known from unknown classes, at any threshold
+    episodes: int
+
+
+@dataclass(frozen=True)
 class Verification:
     """How to tell from two images whether they show one class: sigmoid(slope * similarity + offset)."""
 
@@ -69,8 +79,7 @@ def calibrate(
     An episode has as many unknown classes as the split allows, up to `shape.ways`: their images are queries only.
     The threshold is on the largest logit or the largest probability, whichever separates better.
     """
-    unknown = min(shape.ways, len(images) - shape.ways)
-    known_logits, unknown_logits, labels = _answers(learner, images, shape, unknown, episodes, seed, device)
+    known_logits, unknown_logits, labels = _answers(learner, images, shape, episodes, seed, "calibration", device)
     temperature = fit_temperature(known_logits, labels)
     probabilities = (torch.from_numpy(known_logits) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
@@ -95,6 +104,19 @@ def calibrate(
         episodes,
         points,
     )
+
+
+def open_set(
+    learner: Learner, images: ClassImages, shape: Shape, fit: Calibration, episodes: int, *, seed: int,
+    device: str = "cpu",
+) -> OpenSet | None:  # fmt: skip
+    """Hold the threshold of `fit` against test episodes of `shape`; None where there is no class to be unknown."""
+    if len(images) == shape.ways:
+        return None
+    answers = _answers(learner, images, shape, episodes, seed, "test", device)
+    known, strange = (_evidence(logits, fit.by, fit.temperature) for logits in answers[:2])
+    accepted, false_accepts = (float((values >= fit.threshold).mean()) for values in (known, strange))
+    return OpenSet(accepted, false_accepts, auroc(known, strange), episodes)
 
 
 def verification(learner: Learner, images: ClassImages, pairs: int, *, seed: int, device: str = "cpu") -> Verification:
@@ -200,14 +222,18 @@ def _evidence(logits: np.ndarray, by: str, temperature: float) -> np.ndarray:
 
 @torch.no_grad()
 def _answers(
-    learner: Learner, images: ClassImages, shape: Shape, unknown: int, episodes: int, seed: int, device: str
+    learner: Learner, images: ClassImages, shape: Shape, episodes: int, seed: int, stream: Stream, device: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits of known queries (N, ways), of unknown ones (M, ways), and the labels of the known (N,)."""
+    """Logits of known queries (N, ways), of unknown ones (M, ways), and the labels of the known (N,).
+
+    An episode has as many unknown classes as there are, up to its ways: their images are queries only.
+    """
+    unknown = min(shape.ways, len(images) - shape.ways)
     known_logits, unknown_logits, labels = [], [], []
     wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
     with evaluating(learner, images, wider, device=device) as sample:
         for step in range(episodes):
-            [episode] = sample(wider, 1, seed=seed, step=step, stream="calibration")
+            [episode] = sample(wider, 1, seed=seed, step=step, stream=stream)
             in_support = episode.support_labels < shape.ways
             state = learner.adapt(
                 episode.support[in_support], episode.support_labels[in_support], episode.classes[: shape.ways]

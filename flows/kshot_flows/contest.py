@@ -28,7 +28,7 @@ EVIDENCE = "evidence.json"
 def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
     """What was measured of a new version, on the first shape of its recipe."""
     first = scores.lines[0]
-    fit = next((fit for fit in scores.calibrations if fit.shape.shots == first.shape.shots), None)
+    fit = scores.calibration_for(first.shape)
     with np.load(scores.arrays.file) as arrays:
         accuracies = arrays[f"{first.key}.accuracies"]
     split, rotations = data.split_of(scores.split)

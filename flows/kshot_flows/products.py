@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kshot.calibration import Calibration, Verification
+from kshot.calibration import Calibration, OpenSet, Verification
 from kshot.datasets import ClassImages, ImageSet, file_sha256, splits_of
 from kshot.episodes import Shape
 from kshot_flows import tracking, versioning
@@ -169,6 +169,7 @@ class Line:
     accuracy: float
     margin: float
     ece: float
+    open_set: OpenSet | None = None  # none without validation classes, or without test classes to be unknown
 
     @property
     def label(self) -> str:
@@ -185,7 +186,7 @@ class Scores:
     """What test episodes said of a learner, and validation episodes of its confidence."""
 
     lines: tuple[Line, ...]  # the first is what the gate compares and the bundle states
-    calibrations: tuple[Calibration, ...]  # one for each number of shots
+    calibrations: tuple[Calibration, ...]  # at the sizes of the test episodes, as far as there are classes for them
     verification: Verification | None  # none without validation classes, as there are then no calibrations
     report: Pin  # the same as JSON
     arrays: Pin  # accuracy of every episode, confidence and rightness of every query
@@ -193,6 +194,14 @@ class Scores:
     split: str
     learner: Trained
     data: DataVersion
+
+    def calibration_for(self, shape: Shape) -> Calibration | None:
+        """The calibration at the size nearest to this one; shots count first, as in a bundle."""
+        return min(
+            self.calibrations,
+            key=lambda fit: (abs(fit.shape.shots - shape.shots), abs(fit.shape.ways - shape.ways)),
+            default=None,
+        )
 
     @property
     def identity(self) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from kshot.evaluation import answers
 from kshot_flows import curves, learners, tracking
-from kshot_flows.products import DataVersion, Scores, Trained
+from kshot_flows.products import DataVersion, Line, Scores, Trained
 
 if TYPE_CHECKING:
     from kshot.recipe import Recipe
@@ -62,18 +62,19 @@ def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scor
     if learner.validation is not None:
         run.metrics(learner.best_step, {"best.validation.accuracy": learner.validation})
     for line in scores.lines:
-        values = {"accuracy": line.accuracy, "margin": line.margin, "ece": line.ece}
+        values = {"accuracy": line.accuracy, "margin": line.margin, "ece": line.ece, **_unknown(line)}
         run.metrics(learner.best_step, {f"test.{line.key}.{name}": value for name, value in values.items()})
     for fit in scores.calibrations:
         values = {"temperature": fit.temperature, "auroc": fit.auroc, "false_accepts": fit.false_accepts}
         known = {name: value for name, value in values.items() if np.isfinite(value)}
-        run.metrics(learner.best_step, {f"calibration.{fit.shape.shots}s.{name}": v for name, v in known.items()})
+        size = f"{fit.shape.ways}w{fit.shape.shots}s"
+        run.metrics(learner.best_step, {f"calibration.{size}.{name}": v for name, v in known.items()})
     run.table(
         "scores",
         [
             {
                 "episodes": str(line.shape), "transductive": line.transductive, "count": line.episodes,
-                "accuracy": line.accuracy, "margin": line.margin, "ece": line.ece,
+                "accuracy": line.accuracy, "margin": line.margin, "ece": line.ece, **_unknown(line),
             }
             for line in scores.lines
         ],
@@ -82,6 +83,14 @@ def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scor
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
     _draw(run, recipe, learner, scores)
+
+
+def _unknown(line: Line) -> dict[str, float]:
+    """What was found of unknown classes, by the names that metrics and columns have."""
+    found = line.open_set
+    return {} if found is None else {
+        "auroc": found.auroc, "false_accepts": found.false_accepts, "known_accepted": found.accepted,
+    }  # fmt: skip
 
 
 def _note(scores: Scores) -> str:

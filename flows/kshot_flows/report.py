@@ -84,10 +84,13 @@ def _summary(product: Product) -> str:
 
 
 def _scores(scores: Scores) -> Table:
-    table = _table("test episodes", "accuracy (95 % interval)", "calibration error")
+    table = _table("test episodes", "accuracy (95 % interval)", "calibration error", "of unknown classes let in")
     for line in scores.lines:
         accuracy = f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]"
-        table.add_row(f"{line.label}, {line.shape.queries} queries", accuracy, f"{100 * line.ece:.1f} %")
+        told, unknown = line.open_set, "not measured"
+        if told is not None:
+            unknown = f"{100 * told.false_accepts:.1f} % (with {100 * told.accepted:.1f} % of the known)"
+        table.add_row(f"{line.label}, {line.shape.queries} queries", accuracy, f"{100 * line.ece:.1f} %", unknown)
     return table
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kshot import plugins, training
-from kshot.calibration import Calibration, Verification, calibrate, verification
+from kshot.calibration import Calibration, OpenSet, Verification, calibrate, open_set, verification
 from kshot.datasets import ClassImages, ImageSet
 from kshot.episodes import Shape
 from kshot.evaluation import Score
@@ -97,24 +97,29 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
     model = learners.load(learner.learner.file).to(device())
     test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
-    calibrations, pairs = {}, None
+    shapes, fits, pairs = recipe.evaluation.shapes, dict[Shape, Calibration](), None
     if validation is None:
         progress.say("  no validation classes: probabilities are not calibrated, and nothing counts as unknown")
     else:
-        calibrations = {shots: _calibrate(model, validation, recipe, shots) for shots in recipe.evaluation.shots}
+        sizes = {shape: _calibrated_at(shape, validation) for shape in shapes}
+        known = {size: _calibrate(model, validation, recipe, size) for size in dict.fromkeys(sizes.values())}
+        fits = {shape: known[size] for shape, size in sizes.items()}
         pairs = verification(model, validation, _VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
     hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
-    scores = []
-    for shape in recipe.evaluation.shapes:
-        for transductive in hows:
-            with progress.busy(f"{recipe.evaluation.episodes} episodes, {shape}"):
-                scores.append(
-                    play(
-                        model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
-                        temperature=calibrations[shape.shots].temperature if calibrations else 1.0, device=device(),
-                    )
-                )  # fmt: skip
-    return _keep(scores, tuple(calibrations.values()), pairs, recipe, data, learner)
+    scores, told = [], []
+    for shape in shapes:
+        fit = fits.get(shape)
+        with progress.busy(f"{recipe.evaluation.episodes} episodes, {shape}"):
+            scores += [
+                play(
+                    model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
+                    temperature=fit.temperature if fit else 1.0, device=device(),
+                )
+                for transductive in hows
+            ]  # fmt: skip
+            told += [open_set(model, test, shape, fit, _few(recipe), seed=TEST_SEED, device=device()) if fit else None]
+            told += [None] * (len(hows) - 1)
+    return _keep(scores, told, tuple(dict.fromkeys(fits.values())), pairs, recipe, data, learner)
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
@@ -297,16 +302,24 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shots: int) -> Calibration:
-    ways = min(recipe.evaluation.ways[0], max(2, len(validation) // 2))  # the other half: classes to be told apart
-    shape = Shape(ways, shots, recipe.evaluation.queries)
-    episodes = min(_CALIBRATION_EPISODES, recipe.evaluation.episodes)
-    with progress.busy(f"calibration on {episodes} validation episodes, {shape}"):
-        return calibrate(model, validation, shape, episodes, seed=TEST_SEED, device=device())
+def _calibrated_at(shape: Shape, validation: ClassImages) -> Shape:
+    """The size of episode to calibrate at: at most half the classes, as the others are there to be unknown."""
+    return replace(shape, ways=min(shape.ways, max(2, len(validation) // 2)))
+
+
+def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shape: Shape) -> Calibration:
+    with progress.busy(f"calibration on {_few(recipe)} validation episodes, {shape}"):
+        return calibrate(model, validation, shape, _few(recipe), seed=TEST_SEED, device=device())
+
+
+def _few(recipe: Recipe) -> int:
+    """Episodes for what needs no narrow interval: each of them has many queries."""
+    return min(_CALIBRATION_EPISODES, recipe.evaluation.episodes)
 
 
 def _keep(
     scores: list[Score],
+    told: list[OpenSet | None],
     calibrations: tuple[Calibration, ...],
     pairs: Verification | None,
     recipe: Recipe,
@@ -315,8 +328,8 @@ def _keep(
 ) -> Scores:
     """Write scores to files beside the learner: a summary to read, and what every episode gave."""
     lines = tuple(
-        Line(score.shape, score.episodes, score.transductive, score.accuracy, score.margin, score.ece)
-        for score in scores
+        Line(score.shape, score.episodes, score.transductive, score.accuracy, score.margin, score.ece, unknown)
+        for score, unknown in zip(scores, told, strict=True)
     )
     stem = learner.folder / f"scores-{keys.evaluate(recipe, data, learner).removeprefix('evaluate-')[:12]}"
     arrays, report = stem.with_suffix(".npz"), stem.with_suffix(".json")

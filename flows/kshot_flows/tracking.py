@@ -121,9 +121,9 @@ class Run:
             self.client.log_figure(self.id, figure, f"pictures/{name}.png", save_kwargs={"dpi": 150})
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows with the keys of the first one as columns, as CSV."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        """Rows as CSV, with a column for each key that any of them has."""
+        text, columns = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         self.client.log_text(self.id, text.getvalue(), f"tables/{name}.csv")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kshot.calibration import auroc, calibrate, calibration_error, fit_temperature, similarities, verification
+from kshot.calibration import auroc, calibrate, calibration_error, fit_temperature, open_set, similarities, verification
 from kshot.episodes import Shape
 from kshot.evaluation import Score, answers, evaluate
 from kshot.testing import Pixels, Subject, toy_images
@@ -107,6 +107,22 @@ def test_calibration_finds_a_threshold_that_rejects_most_of_the_unknown():
     assert found.auroc > 0.9
     assert found.false_accepts < 0.5
     assert 0 <= found.ece < 0.1
+
+
+def test_a_threshold_from_some_classes_is_held_against_episodes_of_others():
+    learner, shape = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(5, 2, 3)
+    fit = calibrate(learner, toy_images(), shape, 40, seed=0)
+    found = open_set(learner, toy_images(seed=2), shape, fit, 40, seed=0)
+    assert found.episodes == 40
+    assert found.accepted == pytest.approx(0.95, abs=0.05)
+    assert found.false_accepts < 0.5
+    assert found.auroc > 0.9
+
+
+def test_where_every_class_is_known_nothing_is_said_of_unknown_ones():
+    learner, shape = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(len(toy_images()), 1, 1)
+    fit = calibrate(learner, toy_images(), Shape(5, 1, 1), 5, seed=0)
+    assert open_set(learner, toy_images(), shape, fit, 5, seed=0) is None
 
 
 def test_each_operating_point_accepts_the_share_of_known_queries_that_it_says():
