@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _FULL = 0.75  # of a size that a batch must fill to be padded up to it, where a run's time grows with its size
 _BACKGROUND = 8  # images in one run of a call without a deadline: others wait for no more than that
+_PATIENCE = 9  # runs of others that background work lets pass: it gets on under any load
 _MEMORY = 0.9  # of the measured rate: the last ten runs count
 
 
@@ -59,6 +60,8 @@ class Engine:
         self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
         self._free = runners
         self._groups: dict[Hashable, _Group] = {}  # in the order of their turn
+        self._background: dict[Hashable, _Group] = {}
+        self._passed = 0  # runs that background work has let pass
         self._running: set[_Batch] = set()
         self._rows = 0  # submitted and not yet answered
         self._places = 0  # held by admitted requests
@@ -105,8 +108,9 @@ class Engine:
     @property
     def oldest(self) -> float:
         """For how many seconds the oldest image has been waiting or running: a watchdog's question."""
-        since = [group.calls[0].since for group in self._groups.values()] + [batch.started for batch in self._running]
-        return monotonic() - min(since, default=monotonic())
+        waiting = [group.calls[0].since for group in self._groups.values() if group.calls]
+        now = monotonic()
+        return now - min(waiting + [batch.started for batch in self._running], default=now)
 
     async def embed(self, champion: Champion, images: np.ndarray, deadline: float = math.inf) -> np.ndarray:
         """Features (N, D) of images (N, C, H, W) uint8. They share runs with everybody's.
@@ -158,9 +162,8 @@ class Engine:
 
     async def _batched(self, key: Hashable, run: Run, rows: np.ndarray, deadline: float) -> Outputs:
         call = _Call(rows, deadline, self._loop.create_future())
-        # Background work is a group of its own, so that nobody waits behind it.
-        group = self._groups.setdefault((key, deadline == math.inf), _Group(run, deadline == math.inf))
-        group.calls.append(call)
+        groups = self._background if deadline == math.inf else self._groups
+        groups.setdefault(key, _Group(run)).calls.append(call)
         self._count(len(rows))
         self._dispatch()
         results = await call.answer
@@ -177,19 +180,30 @@ class Engine:
             self._loop.run_in_executor(self._runners, batch.run).add_done_callback(partial(self._finished, batch))
 
     def _next(self) -> _Batch | None:
+        """The next batch, if any is to run now."""
+        foreground = partial(self._cut, self._groups, self.buckets[-1])
+        background = partial(self._cut, self._background, _BACKGROUND)
+        if self._passed >= _PATIENCE and (batch := background()):
+            self._passed = 0
+        elif batch := foreground():
+            self._passed += bool(self._background)
+        else:
+            batch, self._passed = background(), 0
+        return batch
+
+    def _cut(self, groups: dict[Hashable, _Group], most: int) -> _Batch | None:
         now = monotonic()
-        for key in list(self._groups):
-            group = self._groups[key]
+        for key in list(groups):
+            group = groups[key]
             self._drop(group, now)
             if group.calls and not self._ripe(group, now):
                 continue
-            del self._groups[key]
-            if not group.calls:
-                continue
-            batch = group.cut(self._size(group), now)
+            del groups[key]
             if group.calls:
-                self._groups[key] = group  # the others have their turn first
-            return batch
+                batch = group.cut(self._size(min(most, group.rows, self.buckets[-1])), now)
+                if group.calls:
+                    groups[key] = group  # and the others have their turn first
+                return batch
         return None
 
     def _ripe(self, group: _Group, now: float) -> bool:
@@ -201,13 +215,12 @@ class Engine:
             self._loop.call_later(since - now, self._dispatch)
         return since <= now
 
-    def _size(self, group: _Group) -> int:
+    def _size(self, waiting: int) -> int:
         """How many images the next run takes, padding included."""
-        most = min(group.rows, _BACKGROUND if group.background else self.buckets[-1])
-        above = next((size for size in self.buckets if size >= most), self.buckets[-1])
-        below = max((size for size in self.buckets if size <= most), default=above)
+        above = next(size for size in self.buckets if size >= waiting)
+        below = max(size for size in self.buckets if size <= waiting)
         # On a processor padding costs as much as images do; a GPU hardly feels it.
-        return above if self.device != "cpu" or most >= _FULL * above else below
+        return above if self.device != "cpu" or waiting >= _FULL * above else below
 
     def _drop(self, group: _Group, now: float) -> None:
         """Forget the calls that nobody waits for any more, or for too long."""
@@ -317,7 +330,6 @@ class _Group:
     """Calls whose rows may share a run."""
 
     run: Run
-    background: bool
     calls: deque[_Call] = field(default_factory=deque)
 
     @property
