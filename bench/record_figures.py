@@ -20,7 +20,7 @@ import torch
 from kshot.datasets import splits_of
 from kshot.recipe import Recipe
 from kshot_flows import figures, keys, learners, shipped
-from kshot_flows.figures import Figure, Run
+from kshot_flows.figures import Figure, Run, Trust
 from kshot_runtime.errors import KshotError
 
 
@@ -67,6 +67,7 @@ def found(asked: argparse.Namespace) -> Run:
         episodes=recipe.evaluation.episodes,
         inductive=_figures(scores, transductive=False),
         transductive=_figures(scores, transductive=True),
+        trust=_trust(scores),
     )
 
 
@@ -104,12 +105,26 @@ def _scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 def _figures(lines: list[dict[str, Any]], *, transductive: bool) -> dict[str, Figure]:
     return {
-        f"{line['shape']['ways']}w{line['shape']['shots']}s": Figure(
-            round(100 * line["accuracy"], 2), round(100 * line["margin"], 2)
-        )
+        _name(line): Figure(round(100 * line["accuracy"], 2), round(100 * line["margin"], 2))
         for line in sorted(lines, key=lambda line: (line["shape"]["ways"], line["shape"]["shots"]))
         if line["transductive"] == transductive
     }
+
+
+def _trust(lines: list[dict[str, Any]]) -> dict[str, Trust]:
+    names = ("auroc", "false_accepts", "accepted")
+    return {
+        _name(line): Trust(
+            round(100 * line["ece"], 1),
+            *(round(100 * line["open_set"][name], 1) if line.get("open_set") else None for name in names),
+        )
+        for line in lines
+        if not line["transductive"]
+    }
+
+
+def _name(line: dict[str, Any]) -> str:
+    return f"{line['shape']['ways']}w{line['shape']['shots']}s"
 
 
 def _trained(recipe: Recipe, last: dict[str, Any]) -> str:

@@ -45,6 +45,14 @@ def tables(known: Figures, data: str) -> str:
         [
             _table(COLUMNS, [_cells(row, first=row.shape == row.run.shapes[0]) for row in rows]),
             _table(("learner", "trained", "time", "memory"), trained),
+            *(
+                [
+                    "Calibration and unknown classes, in %: thresholds let 95 % of validation's known queries pass.",
+                    trust,
+                ]
+                if (trust := _trust(runs))
+                else []
+            ),
             *(["Beside ours stand:", "\n".join(sources)] if sources else []),
         ]
     )
@@ -63,6 +71,16 @@ def _cells(row: Row, *, first: bool) -> tuple[str, ...]:
         row.run.time if first else "",
         f"`{row.run.command}`" if first else "",
     )
+
+
+def _trust(runs: list[Run]) -> str:
+    columns = ("learner", "episodes", "calibration error", "AUROC, unknown", "unknown let in", "known let in")
+    rows = [
+        (run.method if shape == next(iter(run.trust)) else "", figures.words(shape),
+         *("" if number is None else f"{number:.1f}" for number in run.trust[shape]))
+        for run in runs for shape in run.trust
+    ]  # fmt: skip
+    return _table(columns, rows) if rows else ""
 
 
 def _beside(entry: Published | None, shape: str) -> str:

@@ -33,6 +33,15 @@ class Figure(NamedTuple):
         return " ± ".join(f"{number:.{digits}f}" for number in given)
 
 
+class Trust(NamedTuple):
+    """How far answers at one size of episode can be trusted, in %: thresholds and temperatures are from validation."""
+
+    ece: float  # expected calibration error
+    auroc: float | None  # of telling unknown classes from known ones
+    false_accepts: float | None  # queries of unknown classes that pass
+    accepted: float | None  # queries of known classes that pass, where 95 % of validation's did
+
+
 Shape = Annotated[str, Field(pattern=r"^\d+w\d+s$")]
 """The size of an episode: `5w1s` is 5-way 1-shot."""
 
@@ -56,6 +65,7 @@ class Run(_Part):
     episodes: int = Field(ge=2)
     inductive: dict[Shape, Figure]
     transductive: dict[Shape, Figure] = Field({}, description="empty where queries share nothing: both are one figure")
+    trust: dict[Shape, Trust] = Field({}, description="of calibration and unknown classes, where it was measured")
 
     @property
     def shapes(self) -> list[str]:
