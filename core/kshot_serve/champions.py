@@ -76,7 +76,8 @@ class Champions:
         """Why what serves may not be what the registry names."""
         if self._trouble is None:
             return None
-        return f"{self._trouble}; {f'version {self._current.version}' if self._current else 'no model yet'} serves"
+        instead = f"version {self._current.version} serves" if self._current else "no model serves yet"
+        return f"{self._trouble}; {instead}"
 
     async def start(self) -> None:
         """Have a champion. A bundle that cannot serve, and no other to fall back on, is a KshotError.
@@ -88,14 +89,14 @@ class Champions:
             await self._take(bundle, bundle.manifest.source.recipe or Path(self._source).stem, "0")
             return
         await _aside(self._shelf.tidy)
-        await self._follow(self._registry)
+        await self.follow()
         if self._current is None and (last := await _aside(self._shelf.last, self._registry.name)):
             found, folder = last
             await self._take(await _aside(self._open, folder), found.name, found.version)
             self._serving = found
         if self._current is None and self._refused:
             raise self._refused[1]
-        self._polling = asyncio.create_task(self._poll(self._registry))
+        self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
         """Not ready from now on, and no new champions; the current one goes on answering."""
@@ -106,13 +107,10 @@ class Champions:
             with suppress(asyncio.CancelledError):
                 await self._polling
 
-    async def _poll(self, registry: Registry) -> None:
-        while True:
-            await asyncio.sleep(self._poll_s)
-            await self._follow(registry)
-
-    async def _follow(self, registry: Registry) -> None:
-        """Ask the registry once, and serve what it names, if that can serve."""
+    async def follow(self) -> None:
+        """Ask the registry once, and serve what it names, if that can serve. Done every `poll_s` by itself."""
+        if (registry := self._registry) is None:
+            return
         try:
             found = await _aside(registry.find)
         except RegistryError as error:
@@ -133,14 +131,14 @@ class Champions:
             self._metrics.swaps.labels("refused").inc()
             self._report(f"version {found.version} was refused", error)
 
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            await self.follow()
+
     async def _change(self, registry: Registry, found: Found) -> None:
         folder = await _aside(self._shelf.fetch, registry, found)
-        try:
-            bundle = await _aside(self._open, folder)
-        except KshotError:
-            await _aside(self._shelf.drop, folder)
-            raise
-        await self._take(bundle, found.name, found.version)
+        await self._take(await _aside(self._open, folder), found.name, found.version)
         self._serving = found
         try:
             await _aside(self._shelf.keep, found, folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kshot_runtime.errors import KshotError
-from kshot_runtime.manifest import MANIFEST, BundleError
+from kshot_runtime.manifest import MANIFEST, BundleError, read
 
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
@@ -91,7 +91,7 @@ class Shelf:
 
     def fetch(self, registry: Registry, found: Found) -> Path:
         """The bundle of a version: from here, or else from the registry. Its folder appears only when complete."""
-        if found.sha256 and _hash(here := self._folder / found.sha256[:16]) == found.sha256:
+        if found.sha256 and _hash(here := self._folder / found.sha256[:16]) == found.sha256 and _sound(here):
             return here
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=_INCOMING) as scratch:
@@ -102,6 +102,7 @@ class Shelf:
                     f"version {found.version} of {found.name} is not what was registered: its {MANIFEST} is missing or "
                     "changed. Restore it, or register the bundle anew."
                 )
+            read(came)  # checks every file
             folder = self._folder / sha256[:16]
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(came, folder)
@@ -129,10 +130,6 @@ class Shelf:
         for left in self._folder.glob(f"{_INCOMING}*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def drop(self, folder: Path) -> None:
-        """Remove a bundle that cannot serve."""
-        shutil.rmtree(folder, ignore_errors=True)
-
     def _clear(self, keep: set[Path]) -> None:
         for folder in self._folder.iterdir():
             if folder.is_dir() and folder not in keep:
@@ -145,3 +142,11 @@ def _hash(folder: Path) -> str | None:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def _sound(folder: Path) -> bool:
+    try:
+        read(folder)
+    except BundleError:
+        return False
+    return True

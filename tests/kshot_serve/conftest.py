@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -87,3 +90,26 @@ def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def images_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MAML that has learnt for two seconds to tell colours apart, in two inner steps. It takes images."""
     return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, training_steps=100, steps=2, norm="running")
+
+
+@pytest.fixture(scope="session")
+def remake() -> Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]:
+    """remake(bundle, folder, change): a bundle around another embed.onnx, with right hashes.
+
+    `change` gets the graph, which gives `plain` where it gave `features`, and is to make features of it.
+    """
+
+    def made(bundle: Path, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
+        shutil.copytree(bundle, folder)
+        model = onnx.load(folder / "embed.onnx")
+        for node in model.graph.node:
+            node.output[:] = ["plain" if name == "features" else name for name in node.output]
+            node.input[:] = ["plain" if name == "features" else name for name in node.input]
+        change(model.graph)
+        onnx.save(model, folder / "embed.onnx")
+        content = json.loads((folder / "bundle.json").read_text())
+        content["files"]["embed.onnx"] = manifests.FileFacts.of((folder / "embed.onnx").read_bytes()).model_dump()
+        (folder / "bundle.json").write_text(json.dumps(content))
+        return folder
+
+    return made

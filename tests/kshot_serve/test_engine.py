@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -17,12 +15,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from kshot_runtime.bundle import Bundle, Graphs
-from kshot_runtime.manifest import BundleError, FileFacts
+from kshot_runtime.manifest import BundleError
 from kshot_serve.champions import Champion
 from kshot_serve.engine import Engine, _quotas, cores, warm
 from kshot_serve.problems import Problem
 from kshot_serve.settings import EngineSettings
 from kshot_serve.telemetry import Metrics, Request, current
+
+Remake = Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]
 
 SIDE = 16
 
@@ -86,22 +86,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def remake(bundle: Path, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
-    """A sound bundle around another embed.onnx; `change` gets its graph, which gives `plain` where it gave features."""
-    shutil.copytree(bundle, folder)
-    model = onnx.load(folder / "embed.onnx")
-    for node in model.graph.node:
-        node.output[:] = ["plain" if name == "features" else name for name in node.output]
-        node.input[:] = ["plain" if name == "features" else name for name in node.input]
-    change(model.graph)
-    onnx.checker.check_model(model)
-    onnx.save(model, folder / "embed.onnx")
-    manifest = json.loads((folder / "bundle.json").read_text())
-    manifest["files"]["embed.onnx"] = FileFacts.of((folder / "embed.onnx").read_bytes()).model_dump()
-    (folder / "bundle.json").write_text(json.dumps(manifest))
-    return folder
-
-
 def constant(graph: onnx.GraphProto, name: str, values: np.ndarray) -> str:
     graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     return name
@@ -138,7 +122,7 @@ def one_size_only(graph: onnx.GraphProto) -> None:
 
 
 @pytest.fixture(scope="session")
-def delicate(features_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def delicate(features_bundle: Path, remake: Remake, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return remake(features_bundle, tmp_path_factory.mktemp("delicate") / "bundle", fails_on_white)
 
 
@@ -348,7 +332,7 @@ def test_a_wrong_shape_is_refused_before_it_meets_others(model: Champion) -> Non
     run(body)
 
 
-# Too many, too late, gone -------------------------------------------------------------------------------------------
+# Too many, too late, gone -----------------------------------------------------------------------------------------
 
 
 def test_ten_times_the_load_is_refused_at_once_and_the_queue_does_not_grow(model: Champion) -> None:
@@ -448,6 +432,7 @@ def test_work_of_a_caller_that_has_gone_is_not_begun(model: Champion) -> None:
         gone = asyncio.create_task(engine.in_thread(begun.append, "gone"))
         await settle()
         gone.cancel()
+        await settle()
         free.set()
         assert await busy
         await engine.in_thread(begun.append, "here")
@@ -524,7 +509,7 @@ def test_warming_runs_each_size_of_both_kinds_of_bundle(features_bundle: Path, i
     ],
 )
 def test_a_bundle_that_cannot_serve_is_found_before_it_does(
-    features_bundle: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None], why: str
+    features_bundle: Path, remake: Remake, tmp_path: Path, change: Callable[[onnx.GraphProto], None], why: str
 ) -> None:
     """gh:pytorch/pytorch#169178: an export that was simply wrong; gh:pytorch/pytorch#148886: the batch frozen."""
     bundle = Bundle.open(remake(features_bundle, tmp_path / "bundle", change))
