@@ -1,0 +1,238 @@
+"""The label spaces' tables, their ids, and the databases that they lie in: SQLite in a folder, or Postgres."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    text,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+
+from kshot_runtime.errors import KshotError
+from kshot_serve.problems import Problem
+
+THREADS = 8  # that may ask a database at once
+
+_VERSION = 1  # of these tables
+_WAIT_S = 10.0  # for others' writes
+
+log = logging.getLogger(__name__)
+
+METADATA = MetaData()
+
+
+def _space() -> Column[str]:
+    return Column("space", String(30), ForeignKey("spaces.id", ondelete="CASCADE"), primary_key=True)
+
+
+SCHEMA = Table("kshot_schema", METADATA, Column("version", Integer, primary_key=True))
+
+SPACES = Table(
+    "spaces",
+    METADATA,
+    Column("id", String(30), primary_key=True),
+    Column("name", String(400), nullable=False, unique=True),
+    Column("revision", Integer, nullable=False),
+    Column("accept", Double),  # none: the server's default
+    Column("created", Double, nullable=False),
+    Column("changed", Double, nullable=False),
+)
+
+REVISIONS = Table(
+    "revisions",
+    METADATA,
+    _space(),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("created", Double, nullable=False),
+    Column("who", String(400), nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("class", String(30)),  # that the action was about
+    Column("photos", Integer, nullable=False),  # that it added or deleted
+    Column("back_to", Integer),
+    Column("accept", Double),  # in force from here on
+)
+
+CLASSES = Table(
+    "classes",
+    METADATA,
+    _space(),
+    Column("id", String(30), primary_key=True),
+    Column("from_revision", Integer, primary_key=True, autoincrement=False),
+    Column("to_revision", Integer),  # the first that it is not in
+    Column("name", String(400)),  # none: the class was deleted
+)
+
+MEMBERS = Table(
+    "members",
+    METADATA,
+    _space(),
+    Column("photo", String(30), primary_key=True),  # which may be deleted
+    Column("from_revision", Integer, primary_key=True, autoincrement=False),
+    Column("to_revision", Integer),
+    Column("class", String(30), nullable=False),
+)
+
+PHOTOS = Table(
+    "photos",
+    METADATA,
+    Column("id", String(30), primary_key=True),
+    Column("space", String(30), ForeignKey("spaces.id", ondelete="CASCADE"), nullable=False),
+    Column("class", String(30), nullable=False),
+    Column("sha256", String(64), nullable=False),  # of the original
+    Column("size", BigInteger, nullable=False),  # bytes of its contents, as they came
+    Column("created", Double, nullable=False),
+    Index("photos_of_a_space", "space", "class"),
+)
+
+CONTENTS = Table(
+    "contents",
+    METADATA,
+    Column("photo", String(30), ForeignKey("photos.id", ondelete="CASCADE"), primary_key=True),
+    Column("kind", String(10), primary_key=True),
+    Column("made_by", String(64), primary_key=True),
+    Column("content", LargeBinary, nullable=False),
+)
+
+
+class _Ids:
+    """Ids that sort by the time they were made, and that nobody can guess."""
+
+    _LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def __call__(self, kind: Literal["spc", "cls", "pho"]) -> str:
+        with self._lock:
+            self._last = max(time.time_ns() // 1000, self._last + 1)  # in this process, each later than the last
+            number = self._last << 75 | secrets.randbits(75)
+        letters = "".join(self._LETTERS[number >> 5 * place & 31] for place in reversed(range(26)))
+        return f"{kind}_{letters}"
+
+
+new_id = _Ids()
+"""A new id: its kind, then the time in microseconds and 75 random bits in 26 characters."""
+
+
+def is_id(text: str) -> bool:
+    """Whether a text that someone sent could be an id at all, and goes into a query."""
+    return re.fullmatch(f"[a-z]{{3}}_[{_Ids._LETTERS}]{{26}}", text) is not None
+
+
+READING: dict[str, dict[str, Any]] = {
+    "sqlite": {"reading": True},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+"""By dialect, the execution options of transactions that only read, and see one state of the database."""
+
+
+def opened(address: str) -> Engine:
+    """A database with our tables in it. Transactions on it may write, unless they have the options READING."""
+    try:
+        url = make_url(address)
+        if url.drivername in ("postgresql", "postgres"):
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() not in READING:
+            raise KshotError(f"label spaces lie in SQLite or in Postgres, not in {url.get_backend_name()}")
+        database = _postgres(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
+        with database.begin() as connection:
+            _prepare(connection)
+    except ArgumentError:
+        raise KshotError(
+            "the database's address is no SQLAlchemy URL; such are sqlite:///spaces.db and "
+            "postgresql://user:password@host/name"
+        ) from None
+    except (ImportError, NoSuchModuleError):
+        raise KshotError("Postgres needs its driver: pip install 'kshot[postgres]'") from None
+    except OSError as error:
+        raise KshotError(f"no label spaces can lie at {url.database}: {error.strerror}") from None
+    except DBAPIError as error:
+        raise KshotError(f"the label spaces' database cannot be used: {error.orig}") from None
+    return database
+
+
+def _postgres(url: URL) -> Engine:
+    return create_engine(url, pool_size=THREADS, pool_pre_ping=True)
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database in (None, "", ":memory:"):
+        raise KshotError("label spaces need a file: sqlite:///spaces.db")
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # photos are their owner's affair
+    database = create_engine(url, pool_size=THREADS, connect_args={"timeout": _WAIT_S, "check_same_thread": False})
+    event.listen(database, "connect", _sqlite_connected)
+    event.listen(database, "begin", _sqlite_begins)
+    return database
+
+
+def _sqlite_connected(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # BEGIN is said below, and not by the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begins(connection: Connection) -> None:
+    # A writer takes the lock at once: one that first reads and then writes could be refused in between.
+    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reading") else "BEGIN IMMEDIATE")
+
+
+def _prepare(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(7165)"))  # replicas that start together
+    METADATA.create_all(connection)
+    version = connection.execute(select(SCHEMA.c.version)).scalar()
+    if version is None:
+        connection.execute(insert(SCHEMA).values(version=_VERSION))
+    elif version != _VERSION:
+        raise KshotError(
+            f"the label spaces were written by another kshot (schema {version}; this one reads {_VERSION}): "
+            "use that one, export them, and import them here"
+        )
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tells of a database that is busy or away, as a Problem; what else it raises is a mistake of ours."""
+    try:
+        yield
+    except DBAPIError as error:
+        operational = isinstance(error, OperationalError)
+        if operational and "locked" in str(error.orig):
+            message = "the label spaces are being written by others; try again"
+            raise Problem("busy", message, retry_after=1, reason="database") from None
+        if operational or error.connection_invalidated:
+            log.error("the database: %s", error.orig)
+            message = "the label spaces' database does not answer; try again"
+            raise Problem("not_ready", message, retry_after=5, reason="database") from None
+        raise

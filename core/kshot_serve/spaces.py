@@ -1,0 +1,643 @@
+"""Label spaces: the classes that users make of a few photos, and what a champion answers about them.
+
+Each write is a revision, and tells what may be wrong with the photos that came; it never refuses them for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import IO, TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from kshot_runtime.images import ImageRule, decode
+from kshot_serve import archive
+from kshot_serve.adapted import Adapted, States, features_of, needed, pixels_by
+from kshot_serve.database import is_id
+from kshot_serve.decisions import LIKELY, Decision, Verdicts, judge, nearest, same, similarity
+from kshot_serve.problems import Problem
+from kshot_serve.settings import Settings
+from kshot_serve.store import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, Store, Write, digest
+from kshot_serve.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from kshot_serve.champions import Champion, Champions
+    from kshot_serve.engine import Engine
+
+__all__ = [
+    "KEEP",
+    "Answer",
+    "Class",
+    "Classified",
+    "Photo",
+    "Revision",
+    "Space",
+    "Spaces",
+    "Upload",
+    "Verified",
+    "Written",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_NAME_LENGTH = 200
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks that turn text around, halves of letters, line ends
+_JOINERS = "\u200c\u200d"  # of letters in some scripts, and of emoji
+_TOP_CLASSES, _TOP_PHOTOS = 5, 3
+_LACKING_AT_ONCE = 256
+
+
+class Keep:
+    """Leave it as it is: `None` already means the server's own."""
+
+
+KEEP: Final = Keep()
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A photo that came: its bytes, and what decoding made of them by a rule (none: for whichever champion)."""
+
+    content: bytes
+    pixels: np.ndarray  # uint8 (C, H, W)
+    rule: ImageRule | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write did."""
+
+    revision: int
+    class_: Class | None = None  # that it was about, as it is now
+    photos: tuple[str, ...] = ()  # ids of those that are new
+    notes: tuple[str, ...] = ()  # what may be wrong with what came, for people
+    gone: tuple[str, ...] = ()  # ids that a rollback could not bring back
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a photo shows. No class where it is unknown."""
+
+    class_id: str | None
+    class_name: str | None
+    probability: float  # of the likeliest class, also where that is not named
+    decision: Decision
+    classes: tuple[tuple[str, str, float], ...]  # id, name, probability; the likeliest first
+    evidence: tuple[tuple[str, str, float], ...]  # photo, its class, cosine of the features; the nearest first
+    logits: np.ndarray  # (W,)
+
+
+@dataclass(frozen=True, eq=False)
+class Classified:
+    """Answers, and what gave them."""
+
+    answers: tuple[Answer, ...]
+    classes: tuple[tuple[str, str], ...]  # (W,) id and name, in the order of the logits
+    revision: int
+    champion: Champion
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """Whether two photos show one class."""
+
+    same: bool
+    probability: float
+    champion: Champion
+
+
+class Spaces:
+    """All label spaces of a server. No answer about one depends on another."""
+
+    def __init__(
+        self, store: Store, engine: Engine, champions: Champions, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._champions = champions
+        self._settings = settings
+        self._metrics = metrics
+        self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, settings.image)
+
+    async def start(self) -> None:
+        """Follow the champions."""
+        self._champions.on_change = self.prepare_for
+        self._champions.on_settled = self.settled
+        await self._count()
+
+    async def stop(self) -> None:
+        """The store is closed by whoever opened it."""
+
+    # Label spaces ------------------------------------------------------------------------------------------------
+
+    async def create(self, name: str, accept: float | None = None, *, who: str = "") -> Space:
+        name = _named(name, "a label space")
+
+        def write() -> Space:
+            with self._store.creating(name, accept, who, self._settings.spaces) as new:
+                pass
+            return self._store.space(new.space)
+
+        space = await self._write(write)
+        await self._count()
+        return self._shown(space)
+
+    async def list(self, limit: int = 100, after: str = "") -> tuple[list[Space], str | None]:
+        """Label spaces from the oldest to the newest, and the `after` of the next page, if there is one."""
+        if after and not is_id(after):
+            raise Problem("bad_request", "`after` is an id that a page before this one ended with")
+        found = await self._read(self._store.spaces, limit + 1, after)
+        return [self._shown(space) for space in found[:limit]], found[limit - 1].id if len(found) > limit else None
+
+    async def get(self, space: str) -> Space:
+        return self._shown(await self._read(self._store.space, space))
+
+    async def change(
+        self, space: str, *, name: str | Keep = KEEP, accept: float | Keep | None = KEEP, who: str = ""
+    ) -> Space:
+        """Give it another name, another share of known photos to accept (none: the server's own), or both."""
+        name = name if isinstance(name, Keep) else _named(name, "a label space")
+
+        def write() -> Space:
+            with self._store.write(space, "change", who) as change:
+                there = change.snapshot()
+                if not isinstance(name, Keep) and name != there.name:
+                    change.rename(name)
+                if not isinstance(accept, Keep) and accept != there.accept:
+                    change.accept(accept)
+            return self._store.space(space)
+
+        return self._shown(await self._write(write))
+
+    async def delete(self, space: str) -> None:
+        """The label space with all its revisions and photos, for good."""
+        await self._write(partial(self._store.delete, space), dropping=space)
+        await self._count()
+
+    async def revisions(self, space: str, limit: int = 100, before: int | None = None) -> Sequence[Revision]:
+        """The newest first."""
+        return await self._read(self._store.revisions, space, limit, before)
+
+    async def rollback(self, space: str, number: int, *, who: str = "") -> Written:
+        """Make a new revision that equals an old one, but for what was deleted since."""
+
+        def write() -> Written:
+            with self._store.write(space, "rollback", who) as back:
+                gone = back.roll_back(number)
+                self._check(back.snapshot())
+            return Written(back.number, gone=gone)
+
+        return await self._write(write, dropping=space)
+
+    async def export(self, space: str) -> IO[bytes]:
+        """The label space as a zip, in a temporary file that is gone once closed."""
+        champion = self._champions.current
+        snapshot = await self._read(self._store.snapshot, space)
+        rule = champion.bundle.manifest.image
+
+        def photo(id_: str) -> bytes | None:
+            try:
+                return _picture(self._store.photo(space, id_, [ORIGINAL, pixels_by(rule)]), rule)
+            except Problem as problem:
+                if problem.code == "photo_unknown":
+                    return None
+                raise
+
+        model = archive.Model(name=champion.name, version=champion.version, bundle=champion.id, image=rule)
+        return await asyncio.to_thread(archive.pack, snapshot, photo, model)
+
+    async def import_(self, content: bytes, *, who: str = "") -> Space:
+        """A label space from a zip, under new ids; where its name is taken, with a number behind it."""
+        champion = self._champions.current
+        limits = archive.Most(
+            self._settings.image.max_bytes, self._settings.space_mb * 1_000_000, champion.bundle.manifest.limits.support
+        )
+        packed, photos = await self._engine.in_thread(archive.unpack, content, limits)
+        wanted = _named(packed.name, "a label space")
+        names = [_named(each.name, "a class") for each in packed.classes]
+        if len(set(names)) < len(names):
+            raise Problem("conflict", "two classes in the archive have one name", reason="name")
+        rule = champion.bundle.manifest.image
+        jobs = [
+            self._engine.in_thread(archive.decoded, file, photo, rule, self._settings.image)
+            for file, photo in photos.items()
+        ]
+        uploads = dict(zip(photos, map(Upload, photos.values(), await asyncio.gather(*jobs)), strict=True))
+        features = await self._features(champion, [upload.pixels for upload in uploads.values()])
+        rows = dict(zip(uploads, features, strict=True)) if features is not None else {}
+
+        def write() -> Space:
+            name = next(name for name in _numbered(wanted) if not self._store.taken(name))
+            with self._store.creating(name, packed.accept, who, self._settings.spaces, "import") as new:
+                for name, each in zip(names, packed.classes, strict=True):
+                    class_ = new.add_class(name)
+                    for photo in each.photos:
+                        kept = self._contents(champion, uploads[photo.file], rows.get(photo.file))
+                        new.add_photo(class_, photo.sha256, kept)
+                self._check(new.snapshot(), new)
+            return self._store.space(new.space)
+
+        space = await self._write(write)
+        await self._count()
+        return self._shown(space)
+
+    # Classes and photos ------------------------------------------------------------------------------------------
+
+    async def classes(self, space: str) -> tuple[int, tuple[Class, ...]]:
+        """The revision, and its classes from the oldest to the newest."""
+        snapshot = await self._read(self._store.snapshot, space)
+        return snapshot.revision, snapshot.classes
+
+    async def add_class(
+        self, space: str, name: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        """A class from one photo or more. The next answer knows it."""
+        name = _named(name, "a class")
+
+        def place(write: Write, there: Snapshot) -> str:
+            if any(each.name == name for each in there.classes):
+                raise Problem(
+                    "conflict", f"there is a class named {name!r} already: add the photos to it", reason="name"
+                )
+            return write.add_class(name)
+
+        return await self._add(space, "add_class", None, place, uploads, who, deadline)
+
+    async def add_photos(
+        self, space: str, class_id: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        def place(write: Write, there: Snapshot) -> str:
+            return _class_of(there, class_id).id
+
+        return await self._add(space, "add_photos", class_id, place, uploads, who, deadline)
+
+    async def rename_class(self, space: str, class_id: str, name: str, *, who: str = "") -> Written:
+        name = _named(name, "a class")
+
+        def write() -> Written:
+            with self._store.write(space, "rename_class", who) as change:
+                there = change.snapshot()
+                class_ = _class_of(there, class_id)
+                if any(each.name == name and each.id != class_id for each in there.classes):
+                    raise Problem("conflict", f"another class is named {name!r}", reason="name")
+                if class_.name != name:
+                    change.rename_class(class_id, name)
+            return Written(change.revision, replace(class_, name=name))
+
+        return await self._write(write)
+
+    async def delete_class(self, space: str, class_id: str, *, who: str = "") -> Written:
+        """The class and its photos, in all revisions, for good."""
+
+        def write() -> Written:
+            with self._store.write(space, "delete_class", who) as change:
+                change.delete_class(class_id)
+            return Written(change.revision)
+
+        return await self._write(write, dropping=space)
+
+    async def delete_photo(self, space: str, photo_id: str, *, who: str = "") -> Written:
+        """The photo, in all revisions, for good. Its class stays, also without photos; it is then no answer."""
+
+        def write() -> Written:
+            with self._store.write(space, "delete_photo", who) as change:
+                change.delete_photo(photo_id)
+            return Written(change.revision)
+
+        return await self._write(write, dropping=space)
+
+    async def photo(self, space: str, photo_id: str) -> tuple[bytes, str, str]:
+        """A photo as it came, or as it is seen if that was not kept: the file, its media type and its sha256."""
+        rule = self._champions.current.bundle.manifest.image
+        kept = await self._read(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
+        content = await self._engine.in_thread(_picture, kept, rule)
+        return content, archive.media_type(content), digest(content)
+
+    async def _add(
+        self,
+        space: str,
+        action: Literal["add_class", "add_photos"],
+        class_id: str | None,
+        place: Callable[[Write, Snapshot], str],
+        uploads: Sequence[Upload],
+        who: str,
+        deadline: float | None,
+    ) -> Written:
+        if not uploads:
+            raise Problem("no_photos", "give at least one photo")
+        until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
+        champion = self._champions.current
+        await self._read(self._store.revision, space)  # before any work is done for one that is not there
+        images = await self._images(champion, uploads)
+        features = await self._features(champion, images, until)
+        strange = await self._closer(champion, space, class_id, images, features, until)
+
+        def write() -> Written:
+            with self._store.write(space, action, who) as change:
+                there = change.snapshot()
+                class_ = place(change, there)
+                names = {each.id: each.name for each in there.classes}
+                holders: dict[str, list[str]] = {}  # which classes have a file, by its sha256
+                for photo in there.photos:
+                    holders.setdefault(photo.sha256, []).append(photo.class_id)
+                notes: list[str] = []
+                added: list[str] = []
+                for number, (upload, image, closer) in enumerate(zip(uploads, images, strange, strict=True), 1):
+                    sha256 = digest(upload.content)
+                    others = holders.setdefault(sha256, [])
+                    if class_ in others:
+                        notes.append(f"photo {number} is in this class already, and was left out")
+                        continue
+                    if others:
+                        notes.append(f"photo {number} is also in class {names[others[0]]!r}")
+                    elif closer:
+                        notes.append(f"photo {number} is closer to class {closer!r}")
+                    row = None if features is None else features[number - 1]
+                    contents = self._contents(champion, replace(upload, pixels=image), row)
+                    added.append(change.add_photo(class_, sha256, contents))
+                    others.append(class_)
+                there = change.snapshot()
+                self._check(there, change)
+            return Written(change.revision, _class_of(there, class_), tuple(added), tuple(notes))
+
+        return await self._write(write)
+
+    def _contents(self, champion: Champion, upload: Upload, features: np.ndarray | None) -> dict[Key, bytes]:
+        """What is kept of a photo."""
+        contents = {pixels_by(champion.bundle.manifest.image): upload.pixels.tobytes()}
+        if self._settings.keep_photos:
+            contents[ORIGINAL] = upload.content
+        if features is not None:
+            contents[features_of(champion)] = features.astype(np.float32).tobytes()
+        return contents
+
+    def _check(self, there: Snapshot, write: Write | None = None) -> None:
+        """A label space must fit what the bundle adapts to and what the server keeps."""
+        limits = self._champions.current.bundle.manifest.limits
+        if len(there.classes) > limits.ways:
+            raise Problem("too_many_classes", f"this model tells at most {limits.ways} classes apart", reason="ways")
+        shots = max((len(each.photos) for each in there.classes), default=0)
+        if shots > limits.shots:
+            message = f"{shots} photos would be in one class; this model learns from at most {limits.shots}"
+            raise Problem("too_many_photos", message, reason="shots")
+        if len(there.photos) > limits.support:
+            message = f"{len(there.photos)} photos would be in this label space; the model learns from at most "
+            raise Problem("too_many_photos", f"{message}{limits.support}", reason="support")
+        if write is not None and write.stored_bytes() > self._settings.space_mb * 1_000_000:
+            raise Problem(
+                "too_many_photos",
+                f"the photos of one label space, of all its revisions, may take {self._settings.space_mb} MB here: "
+                "delete some, or send smaller ones",
+                reason="bytes",
+            )
+
+    async def _closer(
+        self,
+        champion: Champion,
+        space: str,
+        class_id: str | None,
+        images: np.ndarray,
+        features: np.ndarray | None,
+        until: float,
+    ) -> Sequence[str | None]:
+        """For each photo, which other class it matches, as the label space was before.
+
+        Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
+        a note could take longer than the write.
+        """
+        nothing = [None] * len(images)
+        try:
+            if features is not None:
+                adapted = await self._states.get(champion, space)
+            elif (there := self._states.at_hand(champion, space, 0)) is not None:
+                adapted = there
+            else:
+                return nothing
+        except Problem as problem:
+            if problem.code == "too_few_classes":
+                return nothing
+            raise
+        _, verdicts, _ = await self._judge(champion, adapted, images, features, until)
+        tops = [adapted.classes[row.argmax()] for row in verdicts.probabilities]
+        return [
+            top.name if decision == "match" and top.id != class_id else None
+            for top, decision in zip(tops, verdicts.decisions, strict=True)
+        ]
+
+    # Answers -----------------------------------------------------------------------------------------------------
+
+    async def classify(self, space: str, uploads: Sequence[Upload], deadline: float) -> Classified:
+        """What each photo shows, judged by itself.
+
+        Its evidence are the support photos that are nearest by the features that the adapted learner sees, if it
+        makes any.
+        """
+        if not uploads:
+            raise Problem("no_photos", "give at least one photo")
+        champion = self._champions.current
+        adapted = await self._states.get(champion, space)
+        images = await self._images(champion, uploads)
+        features = await self._features(champion, images, deadline)
+        logits, verdicts, seen = await self._judge(champion, adapted, images, features, deadline)
+        with self._metrics.stage("decide"):
+            answers = _answers(adapted, logits, verdicts, seen)
+        for answer in answers:
+            self._metrics.decisions.labels(answer.decision).inc()
+        classes = tuple((each.id, each.name) for each in adapted.classes)
+        return Classified(answers, classes, adapted.revision, champion)
+
+    async def embed(self, uploads: Sequence[Upload], deadline: float) -> tuple[np.ndarray, Champion]:
+        """The photos' features (N, D), each by itself."""
+        champion = self._champions.current
+        if not champion.bundle.graphs.embeds:
+            raise Problem("not_supported", "this model's features of a photo depend on the classes: it has no others")
+        if not uploads:
+            raise Problem("no_photos", "give at least one photo")
+        return await self._engine.embed(champion, await self._images(champion, uploads), deadline), champion
+
+    async def verify(self, a: Upload, b: Upload, deadline: float) -> Verified:
+        """Whether two photos show one class; in either order the answer is the same."""
+        champion = self._champions.current
+        verification = champion.bundle.manifest.verification
+        if verification is None:
+            raise Problem(
+                "not_supported", "this model was not calibrated for telling whether two photos show one class"
+            )
+        images = await self._images(champion, [a, b])
+        if verification.by == "logit":
+            taken = await self._features(champion, images, deadline)
+            rows = images if taken is None else taken
+            alike = np.mean([await self._logit(champion, rows[i : i + 1], rows[1 - i], deadline) for i in (0, 1)])
+        else:
+            first, second = await self._engine.embed(champion, images, deadline)
+            alike = similarity(verification, first[None], second[None])[0, 0]
+        probability = float(same(verification, np.asarray(alike)))
+        return Verified(probability >= LIKELY, probability, champion)
+
+    async def _logit(self, champion: Champion, only: np.ndarray, other: np.ndarray, deadline: float) -> float:
+        """The logit of a row after adapting to another as the only class."""
+        zero = np.zeros(1, np.int64)
+        state = await self._engine.adapt(champion, only, zero, zero)
+        logits, _ = await self._engine.classify(champion, state, object(), other[None], deadline)
+        return float(logits[0, 0])
+
+    async def _judge(
+        self, champion: Champion, adapted: Adapted, images: np.ndarray, features: np.ndarray | None, deadline: float
+    ) -> tuple[np.ndarray, Verdicts, np.ndarray | None]:
+        """Logits, what they mean, and the features that the adapted learner sees, of images and their own features."""
+        manifest = champion.bundle.manifest
+        query = images if features is None else features
+        logits, seen = await self._engine.classify(champion, adapted.tensors, adapted.key, query, deadline)
+        alike = None
+        if adapted.alone is not None and manifest.verification is not None:
+            own = await self._engine.embed(champion, images, deadline) if features is None else features
+            alike = similarity(manifest.verification, own, adapted.alone).max(1)  # to the nearest of the class's photos
+        calibration = manifest.calibration_for(len(adapted.classes), adapted.shots)
+        accept = self._settings.accept if adapted.accept is None else adapted.accept
+        with self._metrics.stage("decide"):
+            return logits, judge(logits, calibration, manifest.verification, accept, alike), seen
+
+    async def _images(self, champion: Champion, uploads: Sequence[Upload]) -> np.ndarray:
+        """The photos as this champion takes them; decoded again if another served when they came."""
+        rule = champion.bundle.manifest.image
+        images = [
+            upload.pixels
+            if upload.rule in (None, rule)
+            else await self._engine.in_thread(decode, upload.content, rule, self._settings.image)
+            for upload in uploads
+        ]
+        return np.stack(images)
+
+    async def _features(
+        self, champion: Champion, images: Sequence[np.ndarray] | np.ndarray, deadline: float = math.inf
+    ) -> np.ndarray | None:
+        """Features of images, if that is what adapting takes."""
+        if champion.bundle.manifest.takes == "images" or not len(images):
+            return None
+        return await self._engine.embed(champion, np.asarray(images), deadline)
+
+    # Champions ---------------------------------------------------------------------------------------------------
+
+    async def prepare_for(self, champion: Champion) -> None:
+        """Make what a champion to be needs of every photo, beside what serves; a Problem refuses it.
+
+        Ids sort by time, so photos that come meanwhile are met at the end; one that comes later still is prepared
+        when its label space is next asked.
+        """
+        manifest = champion.bundle.manifest
+        limits = manifest.limits
+        for came, most, what in zip(
+            await self._read(self._store.largest),
+            (limits.ways, limits.shots, limits.support),
+            ("classes", "photos of one class", "photos"),
+            strict=True,
+        ):
+            if came > most:
+                message = f"a label space has {came} {what}, and this bundle adapts to at most {most}"
+                raise Problem("not_supported", message, reason="limits")
+        if await self._read(self._store.lacking, [pixels_by(manifest.image), ORIGINAL], 1):
+            raise Problem(
+                "not_supported",
+                "this bundle takes photos in another size or way than they were kept in, and their originals were not "
+                "kept: serve a bundle with the same image rule, or start afresh and keep photos",
+                reason="image",
+            )
+        after = ""
+        while photos := await self._store.run(self._store.lacking, [needed(champion)], _LACKING_AT_ONCE, after):
+            await self._states.fill(champion, photos)
+            after = photos[-1]
+        await self._states.warm(champion)
+
+    async def settled(self, champion: Champion) -> None:
+        """Forget what only older champions needed."""
+        self._states.keep_only(champion.id)
+        features = features_of(champion) if champion.bundle.manifest.takes == "features" else None
+        await self._store.run(self._store.settle, pixels_by(champion.bundle.manifest.image), features)
+
+    # The store ---------------------------------------------------------------------------------------------------
+
+    async def _read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._metrics.stage("store"):
+            return await self._store.run(function, *args, **kwargs)
+
+    async def _write(self, write: Callable[[], T], dropping: str | None = None) -> T:
+        """A write, which ends even if the caller has gone; then what memory holds of a label space is dropped too."""
+        with self._metrics.stage("store"):
+            task = asyncio.create_task(self._store.run(write))
+            if dropping is not None:
+                task.add_done_callback(lambda _: self._states.drop(dropping))
+            return await asyncio.shield(task)
+
+    async def _count(self) -> None:
+        self._metrics.spaces.set(await self._store.run(self._store.count))
+
+    def _shown(self, space: Space) -> Space:
+        return replace(space, accept=self._settings.accept if space.accept is None else space.accept)
+
+
+def _named(name: str, what: str) -> str:
+    """The name in its normal form, if it can name something."""
+    name = unicodedata.normalize("NFC", name).strip()
+    if not 1 <= len(name) <= _NAME_LENGTH:
+        raise Problem("bad_request", f"{what} needs a name of 1 to {_NAME_LENGTH} characters", reason="name")
+    if any(unicodedata.category(letter) in _INVISIBLE and letter not in _JOINERS for letter in name):
+        raise Problem("bad_request", f"{what} needs a name without control characters", reason="name")
+    return name
+
+
+def _class_of(there: Snapshot, class_id: str) -> Class:
+    for each in there.classes:
+        if each.id == class_id:
+            return each
+    raise Problem("class_unknown", "this label space has no such class")
+
+
+def _answers(
+    adapted: Adapted, logits: np.ndarray, verdicts: Verdicts, features: np.ndarray | None
+) -> tuple[Answer, ...]:
+    close: list[list[tuple[int, float]]] = [[]] * len(logits)
+    if features is not None and adapted.directions is not None:
+        close = nearest(features, adapted.directions, _TOP_PHOTOS)
+    answers = []
+    for row, decision, probabilities, photos in zip(
+        logits, verdicts.decisions, verdicts.probabilities, close, strict=True
+    ):
+        order = np.argsort(-probabilities, kind="stable")[:_TOP_CLASSES]
+        tops = tuple((adapted.classes[i].id, adapted.classes[i].name, float(probabilities[i])) for i in order)
+        id_, name, probability = tops[0]
+        evidence = tuple((adapted.photos[i].id, adapted.photos[i].class_id, cosine) for i, cosine in photos)
+        known = decision != "unknown"
+        answers.append(
+            Answer(id_ if known else None, name if known else None, probability, decision, tops, evidence, row)
+        )
+    return tuple(answers)
+
+
+def _picture(kept: dict[Key, bytes], rule: ImageRule) -> bytes:
+    """A photo as it came, or its pixels as a PNG from which the rule makes the same pixels."""
+    if ORIGINAL in kept:
+        return kept[ORIGINAL]
+    if (content := kept.get(pixels_by(rule))) is None:
+        raise Problem("not_ready", "the photo is being prepared for a new model; try again", retry_after=1)
+    pixels = np.frombuffer(content, np.uint8).reshape(rule.shape).transpose(1, 2, 0)  # (H, W, C)
+    pixels = 255 - pixels if rule.invert else pixels
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if rule.channels == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in count(2):
+        end = f" ({number})"
+        yield name[: _NAME_LENGTH - len(end)] + end

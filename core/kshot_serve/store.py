@@ -1,0 +1,581 @@
+"""Where label spaces lie: tables and transactions, the same for SQLite in a folder and for Postgres.
+
+A label space has revisions, numbered from 1. What classes there are, under which names, and which photos are in them
+are rows with the revision that they came with and the one that they went with; so every revision can be read, and to
+go back to one is to write a new one that equals it. A write is one transaction, which makes one revision; what is
+acknowledged is on disk.
+
+What is deleted is gone: a photo's row and its contents in all revisions, and a deleted class's names. Only ids stay,
+so that a revision can tell what it has lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, delete, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from kshot_serve.database import (
+    CLASSES,
+    CONTENTS,
+    MEMBERS,
+    PHOTOS,
+    READING,
+    REVISIONS,
+    SPACES,
+    THREADS,
+    is_id,
+    new_id,
+    opened,
+    telling,
+)
+from kshot_serve.problems import Problem
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Kind = Literal["original", "pixels", "features"]
+Key = tuple[Kind, str]
+"""A kind of content, and what made it: an image rule for pixels, a bundle for features, nothing for the original."""
+Action = Literal[
+    "create", "import", "change", "add_class", "add_photos", "rename_class", "delete_class", "delete_photo", "rollback"
+]
+
+ORIGINAL: Key = ("original", "")
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 500  # ids in one statement; SQLite takes some thousands of parameters
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo of a class."""
+
+    id: str
+    class_id: str
+    sha256: str
+    created: datetime
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class, and its photos from the oldest to the newest."""
+
+    id: str
+    name: str
+    photos: tuple[Photo, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What there is to say of a label space without its classes."""
+
+    id: str
+    name: str
+    revision: int
+    classes: int
+    photos: int
+    accept: float | None
+    created: datetime
+    changed: datetime
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A label space at a revision: its classes from the oldest to the newest."""
+
+    space: str
+    name: str
+    revision: int
+    accept: float | None
+    classes: tuple[Class, ...]
+
+    @property
+    def photos(self) -> list[Photo]:
+        return [photo for each in self.classes for photo in each.photos]
+
+
+@dataclass(frozen=True)
+class Revision:
+    """Who did what, and when."""
+
+    number: int
+    created: datetime
+    who: str
+    action: Action
+    what: str
+    to: int | None = None  # for a rollback, the revision that it went back to
+
+
+class Store:
+    """Label spaces in a database. Methods block; `run` calls one in a thread."""
+
+    def __init__(self, url: str, now: Callable[[], float] = time.time) -> None:
+        self.now = now
+        self.database = opened(url)
+        self._reading = self.database.execution_options(**READING.get(self.database.dialect.name, {}))
+        self._threads = ThreadPoolExecutor(THREADS, "kshot-store")
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self.database.dispose()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in one of the database's threads. Once begun it ends, even if the caller is cancelled."""
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that writes: all of it or nothing."""
+        with telling(), self.database.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database, and holds up nobody."""
+        with telling(), self._reading.begin() as connection:
+            yield connection
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def revision(self, space: str) -> int:
+        """The number of a label space's newest revision."""
+        with self.reading() as connection:
+            return _row(connection, space).revision
+
+    def space(self, space: str) -> Space:
+        with self.reading() as connection:
+            row = _row(connection, space)
+            return _described(connection, [row])[0]
+
+    def spaces(self, limit: int, after: str = "") -> list[Space]:
+        """Label spaces from the oldest to the newest, those behind the id `after`."""
+        with self.reading() as connection:
+            rows = connection.execute(select(SPACES).where(SPACES.c.id > after).order_by(SPACES.c.id).limit(limit))
+            return _described(connection, rows.all())
+
+    def count(self) -> int:
+        with self.reading() as connection:
+            return connection.execute(select(func.count()).select_from(SPACES)).scalar_one()
+
+    def taken(self, name: str) -> bool:
+        """Whether a label space has this name."""
+        with self.reading() as connection:
+            return connection.execute(select(SPACES.c.id).where(SPACES.c.name == name)).first() is not None
+
+    def snapshot(self, space: str) -> Snapshot:
+        with self.reading() as connection:
+            return _snapshot(connection, _row(connection, space))
+
+    def support(self, space: str, key: Key) -> tuple[Snapshot, dict[str, bytes]]:
+        """A label space as it is, and one kind of content of each photo that has it."""
+        with self.reading() as connection:
+            snapshot = _snapshot(connection, _row(connection, space))
+            return snapshot, dict(_contents_of(connection, [photo.id for photo in snapshot.photos], key))
+
+    def contents(self, photos: Sequence[str], key: Key) -> dict[str, bytes]:
+        """One kind of content, of those of the photos that have it."""
+        with self.reading() as connection:
+            return dict(_contents_of(connection, photos, key))
+
+    def photo(self, space: str, photo: str, keys: Sequence[Key]) -> dict[Key, bytes]:
+        """What there is of a photo, in any revision of its label space."""
+        with self.reading() as connection:
+            _row(connection, space)
+            _photo_row(connection, space, photo)
+            return {key: content for key in keys for _, content in _contents_of(connection, [photo], key)}
+
+    def lacking(self, keys: Sequence[Key], limit: int, after: str = "") -> list[str]:
+        """Photos of any label space and revision that have none of these contents, in the order of their ids."""
+        has = select(CONTENTS.c.photo).where(CONTENTS.c.photo == PHOTOS.c.id, or_(*map(_is, keys)))
+        query = select(PHOTOS.c.id).where(PHOTOS.c.id > after, ~has.exists()).order_by(PHOTOS.c.id).limit(limit)
+        with self.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def largest(self) -> tuple[int, int, int]:
+        """The most classes, photos of one class, and photos that a label space holds now."""
+        each = (
+            select(func.count().label("photos"))
+            .where(MEMBERS.c.to_revision.is_(None))
+            .group_by(MEMBERS.c.space, MEMBERS.c["class"])
+            .add_columns(MEMBERS.c.space)
+            .subquery()
+        )
+        whole = (
+            select(
+                func.count().label("classes"),
+                func.max(each.c.photos).label("shots"),
+                func.sum(each.c.photos).label("support"),
+            )
+            .group_by(each.c.space)
+            .subquery()
+        )
+        with self.reading() as connection:
+            row = connection.execute(
+                select(func.max(whole.c.classes), func.max(whole.c.shots), func.max(whole.c.support))
+            ).one()
+            return int(row[0] or 0), int(row[1] or 0), int(row[2] or 0)
+
+    def revisions(self, space: str, limit: int, before: int | None = None) -> list[Revision]:
+        """The newest first, those before the number `before`."""
+        query = select(REVISIONS).where(REVISIONS.c.space == space).order_by(REVISIONS.c.number.desc()).limit(limit)
+        if before is not None:
+            query = query.where(REVISIONS.c.number < before)
+        with self.reading() as connection:
+            _row(connection, space)
+            rows = connection.execute(query).all()
+            named = connection.execute(select(CLASSES).where(CLASSES.c.space == space)).all()
+        return [_revision(row, named) for row in rows]
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def creating(
+        self, name: str, accept: float | None, who: str, most: int, action: Literal["create", "import"] = "create"
+    ) -> Iterator[Write]:
+        """A new label space; what the block adds is in its first revision."""
+        try:
+            with self.writing() as connection:
+                if (there := connection.execute(select(func.count()).select_from(SPACES)).scalar_one()) >= most:
+                    raise Problem(
+                        "conflict", f"there are {there:,} label spaces, the most this server keeps", reason="spaces"
+                    )
+                space, now = new_id("spc"), self.now()
+                row = {"id": space, "name": name, "revision": 0, "accept": accept, "created": now, "changed": now}
+                connection.execute(insert(SPACES).values(row))
+                write = Write(connection, _row(connection, space), action, now)
+                yield write
+                write.finish(who)
+        except IntegrityError:
+            raise Problem("conflict", f"there is a label space named {name!r} already", reason="name") from None
+
+    @contextmanager
+    def write(self, space: str, action: Action, who: str) -> Iterator[Write]:
+        """The next revision of a label space. If the block changes nothing, or raises, there is none."""
+        try:
+            with self.writing() as connection:
+                write = Write(connection, _row(connection, space, lock=True), action, self.now())
+                yield write
+                if write.changed:
+                    write.finish(who)
+        except IntegrityError:  # names of classes are checked before; what is left is a label space's
+            raise Problem("conflict", "another label space has that name", reason="name") from None
+        if write.erased:
+            self._scrub()
+
+    def delete(self, space: str) -> None:
+        """A label space with all its revisions, photos and contents."""
+        with self.writing() as connection:
+            _row(connection, space, lock=True)
+            connection.execute(delete(SPACES).where(SPACES.c.id == space))
+        self._scrub()
+
+    def keep(self, key: Key, contents: Mapping[str, bytes]) -> None:
+        """Contents of photos, made later; of photos that are deleted meanwhile nothing is kept."""
+        with self.writing() as connection:
+            for ids in _parts(sorted(contents)):
+                alive = select(PHOTOS.c.id).where(PHOTOS.c.id.in_(ids)).with_for_update(read=True, key_share=True)
+                rows = [_content_row(photo, key, contents[photo]) for photo in connection.execute(alive).scalars()]
+                if rows:
+                    connection.execute(_insert_missing(connection, rows))
+
+    def settle(self, pixels: Key, features: Key | None) -> None:
+        """Forget pixels and features that others made, of photos that have these."""
+        with self.writing() as connection:
+            for key in filter(None, (pixels, features)):
+                there = CONTENTS.alias()
+                has = and_(there.c.photo == CONTENTS.c.photo, there.c.kind == key[0], there.c.made_by == key[1])
+                connection.execute(
+                    delete(CONTENTS).where(
+                        CONTENTS.c.kind == key[0],
+                        CONTENTS.c.made_by != key[1],
+                        select(there.c.photo).where(has).exists(),
+                    )
+                )
+            if features is None:
+                connection.execute(delete(CONTENTS).where(CONTENTS.c.kind == "features"))
+
+    def _scrub(self) -> None:
+        """Take what was deleted out of SQLite's log too; its pages are overwritten by `secure_delete`."""
+        if self.database.dialect.name != "sqlite":
+            return  # Postgres overwrites deleted rows when it vacuums
+        connection = self.database.raw_connection()  # SQLAlchemy's would begin a transaction
+        try:
+            busy, *_ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            connection.close()
+        if busy:
+            log.warning("deleted photos are still in the database's log: someone reads it; the next deletion clears it")
+
+
+class Write:
+    """One revision in the making, inside its transaction."""
+
+    def __init__(self, connection: Connection, row: Row[Any], action: Action, now: float) -> None:
+        self.connection = connection
+        self.space: str = row.id
+        self.number: int = row.revision + 1
+        self.action = action
+        self.changed = self.erased = False
+        self._row = row
+        self._now = now
+        self._accept: float | None = row.accept
+        self._about: str | None = None
+        self._photos = 0
+        self._back_to: int | None = None
+
+    @property
+    def revision(self) -> int:
+        """The label space's newest revision: this one, if it changes anything."""
+        return self.number if self.changed else self.number - 1
+
+    def snapshot(self) -> Snapshot:
+        return _snapshot(self.connection, self._row)
+
+    def stored_bytes(self) -> int:
+        """Of all photos that the label space keeps, in any revision."""
+        query = select(func.coalesce(func.sum(PHOTOS.c.size), 0)).where(PHOTOS.c.space == self.space)
+        return int(self.connection.execute(query).scalar_one())
+
+    def rename(self, name: str) -> None:
+        self.connection.execute(update(SPACES).where(SPACES.c.id == self.space).values(name=name))
+        self.changed = True
+
+    def accept(self, share: float | None) -> None:
+        self._accept = share
+        self.changed = True
+
+    def add_class(self, name: str) -> str:
+        self._about = new_id("cls")
+        self._open_class(self._about, name)
+        self.changed = True
+        return self._about
+
+    def rename_class(self, class_: str, name: str) -> None:
+        self._end(CLASSES, CLASSES.c.id == class_)
+        self._open_class(class_, name)
+        self._about = class_
+        self.changed = True
+
+    def add_photo(self, class_: str, sha256: str, contents: Mapping[Key, bytes]) -> str:
+        photo = new_id("pho")
+        row = {"id": photo, "space": self.space, "class": class_, "sha256": sha256, "created": self._now}
+        self.connection.execute(insert(PHOTOS).values(**row, size=sum(map(len, contents.values()))))
+        self.connection.execute(insert(CONTENTS), [_content_row(photo, key, each) for key, each in contents.items()])
+        self._open_member(photo, class_)
+        self._about = class_
+        self._photos += 1
+        self.changed = True
+        return photo
+
+    def delete_class(self, class_: str) -> None:
+        """A class of any revision, with its photos: nothing that it was called or showed is left."""
+        here = and_(CLASSES.c.space == self.space, CLASSES.c.id == class_)
+        known = self.connection.execute(select(CLASSES.c.id).where(here, CLASSES.c.name.is_not(None)).limit(1)).first()
+        if known is None:
+            raise Problem("class_unknown", "this label space has no such class")
+        self._end(CLASSES, CLASSES.c.id == class_)
+        self._end(MEMBERS, MEMBERS.c["class"] == class_)
+        self.connection.execute(update(CLASSES).where(here).values(name=None))
+        photos = and_(PHOTOS.c.space == self.space, PHOTOS.c["class"] == class_)
+        self._photos = self.connection.execute(delete(PHOTOS).where(photos)).rowcount
+        self._about = class_
+        self.changed = self.erased = True
+
+    def delete_photo(self, photo: str) -> None:
+        """A photo of any revision."""
+        self._about = _photo_row(self.connection, self.space, photo)._mapping["class"]
+        self._end(MEMBERS, MEMBERS.c.photo == photo)
+        self.connection.execute(delete(PHOTOS).where(PHOTOS.c.id == photo))
+        self._photos = 1
+        self.changed = self.erased = True
+
+    def roll_back(self, number: int) -> tuple[str, ...]:
+        """Make this revision equal to an earlier one, and tell which of its classes and photos are gone for good."""
+        known = REVISIONS.c.space == self.space, REVISIONS.c.number == number
+        if not 1 <= number < self.number:
+            raise Problem("revision_unknown", f"this label space has revisions 1 to {self.number - 1}")
+        self._accept = self.connection.execute(select(REVISIONS.c.accept).where(*known)).scalar_one()
+        classes, others = self._differences(CLASSES, number, CLASSES.c.id, CLASSES.c.name)
+        members, strangers = self._differences(MEMBERS, number, MEMBERS.c.photo, MEMBERS.c["class"])
+        kept = set(self.connection.execute(select(PHOTOS.c.id).where(PHOTOS.c.space == self.space)).scalars())
+        for class_, _ in others:
+            self._end(CLASSES, CLASSES.c.id == class_)
+        for photo, _ in strangers:
+            self._end(MEMBERS, MEMBERS.c.photo == photo)
+        for class_, name in classes:
+            if name is not None:
+                self._open_class(class_, name)
+        for photo, class_ in members:
+            if photo in kept:
+                self._open_member(photo, class_)
+        self._back_to = number
+        self.changed = True
+        deleted = [class_ for class_, name in classes if name is None]
+        return (*deleted, *(photo for photo, _ in members if photo not in kept))
+
+    def finish(self, who: str) -> None:
+        """Bump the label space's number, if nobody else has, and say what this revision did."""
+        bumped = self.connection.execute(
+            update(SPACES)
+            .where(SPACES.c.id == self.space, SPACES.c.revision == self.number - 1)
+            .values(revision=self.number, accept=self._accept, changed=self._now)
+        )
+        if bumped.rowcount != 1:
+            raise Problem("conflict", "the label space was changed by someone else just now: try again", retry_after=1)
+        self.connection.execute(
+            insert(REVISIONS).values(
+                {
+                    "space": self.space, "number": self.number, "created": self._now, "who": who, "action": self.action,
+                    "class": self._about, "photos": self._photos, "back_to": self._back_to, "accept": self._accept,
+                }
+            )
+        )  # fmt: skip
+
+    def _open_class(self, class_: str, name: str) -> None:
+        row = {"space": self.space, "id": class_, "from_revision": self.number, "name": name}
+        self.connection.execute(insert(CLASSES).values(row))
+
+    def _open_member(self, photo: str, class_: str) -> None:
+        row = {"space": self.space, "photo": photo, "from_revision": self.number, "class": class_}
+        self.connection.execute(insert(MEMBERS).values(row))
+
+    def _end(self, table: Table, which: ColumnElement[bool]) -> None:
+        alive = and_(table.c.space == self.space, table.c.to_revision.is_(None), which)
+        self.connection.execute(update(table).where(alive).values(to_revision=self.number))
+
+    def _differences(self, table: Table, number: int, *columns: Column[Any]) -> tuple[list[Any], list[Any]]:
+        """What a revision has and the label space has not now, and the other way round."""
+
+        def rows(number: int | None) -> set[tuple[Any, ...]]:
+            query = select(*columns).where(table.c.space == self.space, _alive(table, number))
+            return {tuple(row) for row in self.connection.execute(query)}
+
+        then, now = rows(number), rows(None)
+        return sorted(then - now), sorted(now - then)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# Queries -----------------------------------------------------------------------------------------------------------
+
+
+def _alive(table: Table, number: int | None = None) -> ColumnElement[bool]:
+    """The rows of a revision; by default of the newest."""
+    if number is None:
+        return table.c.to_revision.is_(None)
+    return and_(table.c.from_revision <= number, or_(table.c.to_revision.is_(None), table.c.to_revision > number))
+
+
+def _is(key: Key) -> ColumnElement[bool]:
+    return and_(CONTENTS.c.kind == key[0], CONTENTS.c.made_by == key[1])
+
+
+def _row(connection: Connection, space: str, lock: bool = False) -> Row[Any]:
+    query = select(SPACES).where(SPACES.c.id == space)
+    row = connection.execute(query.with_for_update() if lock else query).first() if is_id(space) else None
+    if row is None:
+        raise Problem("space_unknown", "there is no such label space")
+    return row
+
+
+def _photo_row(connection: Connection, space: str, photo: str) -> Row[Any]:
+    query = select(PHOTOS).where(PHOTOS.c.space == space, PHOTOS.c.id == photo)
+    row = connection.execute(query).first() if is_id(photo) else None
+    if row is None:
+        raise Problem("photo_unknown", "this label space has no such photo")
+    return row
+
+
+def _snapshot(connection: Connection, row: Row[Any]) -> Snapshot:
+    named = connection.execute(
+        select(CLASSES.c.id, CLASSES.c.name).where(CLASSES.c.space == row.id, _alive(CLASSES)).order_by(CLASSES.c.id)
+    )
+    held = connection.execute(
+        select(PHOTOS.c.id, PHOTOS.c["class"], PHOTOS.c.sha256, PHOTOS.c.created)
+        .join(MEMBERS, and_(MEMBERS.c.photo == PHOTOS.c.id, MEMBERS.c.space == row.id, _alive(MEMBERS)))
+        .order_by(PHOTOS.c.id)
+    )
+    photos: dict[str, list[Photo]] = {}
+    for id_, class_, sha256, created in held:
+        photos.setdefault(class_, []).append(Photo(id_, class_, sha256, _time(created)))
+    classes = tuple(Class(id_, name, tuple(photos.get(id_, ()))) for id_, name in named)
+    return Snapshot(row.id, row.name, row.revision, row.accept, classes)
+
+
+def _described(connection: Connection, rows: Sequence[Row[Any]]) -> list[Space]:
+    ids = [row.id for row in rows]
+
+    def counted(table: Table) -> dict[str, int]:
+        query = select(table.c.space, func.count()).where(table.c.space.in_(ids), _alive(table)).group_by(table.c.space)
+        return dict(connection.execute(query).tuples().all())
+
+    classes, photos = counted(CLASSES), counted(MEMBERS)
+    return [
+        Space(
+            row.id, row.name, row.revision, classes.get(row.id, 0), photos.get(row.id, 0), row.accept,
+            _time(row.created), _time(row.changed),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _contents_of(connection: Connection, photos: Sequence[str], key: Key) -> Iterator[tuple[str, bytes]]:
+    for ids in _parts(photos):
+        query = select(CONTENTS.c.photo, CONTENTS.c.content).where(CONTENTS.c.photo.in_(ids), _is(key))
+        yield from ((photo, bytes(content)) for photo, content in connection.execute(query))
+
+
+def _content_row(photo: str, key: Key, content: bytes) -> dict[str, object]:
+    return {"photo": photo, "kind": key[0], "made_by": key[1], "content": content}
+
+
+def _insert_missing(connection: Connection, rows: list[dict[str, object]]) -> Any:
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    return dialect.insert(CONTENTS).values(rows).on_conflict_do_nothing()
+
+
+def _parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE))
+
+
+def _revision(row: Row[Any], named: Iterable[Row[Any]]) -> Revision:
+    class_ = row._mapping["class"]
+    name = next((each.name for each in named if each.id == class_ and _in(each, row.number)), None) or "a deleted class"
+    what = {
+        "add_class": f"{name}, {_photos_in_words(row.photos)}",
+        "add_photos": f"{_photos_in_words(row.photos)} to {name}",
+        "rename_class": f"to {name}",
+        "delete_class": f"a class, {_photos_in_words(row.photos)}",
+        "delete_photo": f"a photo of {name}",
+        "rollback": f"to revision {row.back_to}",
+        "import": _photos_in_words(row.photos),
+    }.get(row.action, "")
+    return Revision(row.number, _time(row.created), row.who, row.action, what, row.back_to)
+
+
+def _in(interval: Row[Any], number: int) -> bool:
+    return interval.from_revision <= number and (interval.to_revision is None or number < interval.to_revision)
+
+
+def _photos_in_words(count: int) -> str:
+    return "1 photo" if count == 1 else f"{count} photos"
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
