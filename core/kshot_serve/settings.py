@@ -52,6 +52,7 @@ class Settings(_Part):
     body_mb: int = Field(64, ge=1, description="a request's body at most")
     bodies_mb: int = Field(512, ge=1, description="bodies of all requests under way at most")
     body_s: float = Field(30.0, gt=0, description="longest time for a request's body to arrive")
+    stalled_s: float = Field(120.0, gt=0, description="an image that waits or runs so long makes the server not live")
     headers_s: float = Field(10.0, gt=0, description="longest time for a request's head to arrive")
     image: ImageLimits = ImageLimits()
     engine: EngineSettings = EngineSettings()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -105,3 +105,23 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class Lines(logging.Formatter):
+    """The same for a person at a terminal: one line, and the fields behind the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
+        line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {record.getMessage()} {fields}"
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line.rstrip()
+
+
+def configure_logs(stream: TextIO) -> None:
+    """All logs of this process on one stream: lines for a person if one looks on, else JSON."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Lines() if stream.isatty() else JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for noisy in ("uvicorn", "uvicorn.error", "python_multipart", "alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

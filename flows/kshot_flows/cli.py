@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kshot_flows import cli_algorithms, cli_data, cli_models, cli_plugin
+from kshot_flows import cli_algorithms, cli_data, cli_models, cli_plugin, cli_serve
 from kshot_runtime.errors import KshotError
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
@@ -31,6 +31,8 @@ _ORDER = (
     "rollback",
     "history",
     "trace",
+    "serve",
+    "keys",
 )
 
 
@@ -71,6 +73,7 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_plugin.app, name="plugin")
 cli_algorithms.add_commands(app)
 cli_models.add_commands(app)
+cli_serve.add_commands(app)
 
 Recipe = Annotated[
     str,

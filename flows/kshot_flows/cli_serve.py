@@ -29,9 +29,13 @@ def add_commands(app: typer.Typer) -> None:
 def serve(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A bundle, folder or zip; or models:/NAME@production.", show_default=False),
+        typer.Argument(
+            metavar="SOURCE", help="A bundle, folder or zip; or models:/NAME@production.", show_default=False
+        ),
     ],
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
     folder: Folder = Path("serve"),
     database: Database = "",
@@ -110,7 +114,9 @@ def new(
     """
     key, text = _keys(folder, database).new(name, scope)
     typer.echo(text)
-    typer.echo(f"This is the only time that it is shown. Its id is {key.id}; `kshot keys revoke {key.id}` ends it.", err=True)
+    typer.echo(
+        f"This is the only time that it is shown. Its id is {key.id}; `kshot keys revoke {key.id}` ends it.", err=True
+    )
 
 
 @keys.command("list")
@@ -137,7 +143,7 @@ def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
 
 @keys.command("revoke")
 def revoke(
-    id: Annotated[str, typer.Argument(metavar="ID", help="As `kshot keys list` shows it.", show_default=False)],
+    key: Annotated[str, typer.Argument(metavar="ID", help="As `kshot keys list` shows it.", show_default=False)],
     folder: Folder = Path("serve"),
     database: Database = "",
 ) -> None:
@@ -145,8 +151,8 @@ def revoke(
 
     [cyan]kshot keys revoke 3f8k2m1q0z[/cyan]
     """
-    key = _keys(folder, database).revoke(id)
-    typer.echo(f"{key.id} ({key.name}, {key.scope}) opens nothing any more.")
+    revoked = _keys(folder, database).revoke(key)
+    typer.echo(f"{revoked.id} ({revoked.name}, {revoked.scope}) opens nothing any more.")
 
 
 def _settings(**given: Any) -> Any:
@@ -158,7 +164,9 @@ def _settings(**given: Any) -> Any:
     try:
         return Settings(**given)
     except ValidationError as error:
-        faults = (f"--{'-'.join(map(str, fault['loc']))}: {fault['msg']}, not {fault['input']!r}" for fault in error.errors())
+        faults = (
+            f"--{'-'.join(map(str, fault['loc']))}: {fault['msg']}, not {fault['input']!r}" for fault in error.errors()
+        )
         raise KshotError("; ".join(faults)) from None
 
 
@@ -170,7 +178,7 @@ def _keys(folder: Path, database: str) -> Keys:
 
 
 def _registry(source: str) -> str:
-    """MLflow's address, or the project's own store. Not asked whether it answers: the last good bundle serves if not."""
+    """The project's own store, where a registry is followed and none is named."""
     import os
 
     if not source.startswith("models:") or os.environ.get("MLFLOW_TRACKING_URI"):

@@ -1,0 +1,88 @@
+"""What a server holds while it lives: the champion, the engine, the label spaces, the keys; how it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from starlette.requests import Request
+
+from kshot_runtime.errors import KshotError
+from kshot_serve.access import Keys
+from kshot_serve.champions import Champions
+from kshot_serve.engine import Engine
+from kshot_serve.intake import Bodies
+from kshot_serve.problems import Problem
+from kshot_serve.settings import Settings
+from kshot_serve.spaces import Spaces
+from kshot_serve.store import Store
+from kshot_serve.telemetry import Metrics
+
+log = logging.getLogger("kshot.serve")
+
+DEADLINE = "x-kshot-deadline-ms"
+
+
+class Backend:
+    """The parts of a server. Of its end there are two steps: `leave` says not ready, `drain` takes nothing new."""
+
+    def __init__(self, settings: Settings) -> None:
+        if not (settings.on_loopback or settings.needs_keys or settings.exposed):
+            raise KshotError(
+                f"beyond this machine ({settings.host}) whoever reaches the port could do everything: leave keys on, "
+                "or say --exposed if that is meant"
+            )
+        self.settings = settings
+        self.metrics = Metrics()
+        self.engine = Engine(settings.engine, self.metrics)
+        self.champions = Champions(settings, self.engine, self.metrics)
+        self.store = Store(settings.database_url)
+        self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
+        self.keys = Keys(self.store)
+        self.bodies = Bodies(settings.bodies_mb * 1_000_000)
+        self.leaving = self.draining = False
+
+    async def start(self) -> None:
+        """Answer, and load the model meanwhile: `loading` ends when it has been tried."""
+        await self.engine.start()
+        await self.spaces.start()
+        self.loading = asyncio.create_task(self.champions.start())
+        self.loading.add_done_callback(_told)
+
+    async def stop(self) -> None:
+        """Finish what was accepted, and end."""
+        self.leave()
+        self.drain()
+        self.loading.cancel()
+        await self.champions.stop()
+        await self.engine.stop()
+        await self.spaces.stop()
+        await asyncio.to_thread(self.store.close)
+
+    def leave(self) -> None:
+        """Not ready from now on, so that nobody sends more; what comes all the same is still answered."""
+        self.leaving = True
+        self.metrics.ready.set(0)
+
+    def drain(self) -> None:
+        """Nothing new from now on."""
+        self.draining = True
+        self.engine.drain()
+
+    @property
+    def ready(self) -> bool:
+        return self.champions.ready and not self.leaving
+
+    def deadline(self, request: Request) -> float:
+        """When an answer comes too late, on the event loop's clock: the server's time, or a client's shorter one."""
+        seconds = self.settings.engine.deadline_s
+        if (asked := request.headers.get(DEADLINE)) is not None:
+            if not asked.isascii() or not asked.isdigit() or not int(asked[:12]) > 0:
+                raise Problem("bad_request", f"{DEADLINE} is no whole number of milliseconds above 0")
+            seconds = min(seconds, int(asked[:12]) / 1000)
+        return asyncio.get_running_loop().time() + seconds
+
+
+def _told(loading: asyncio.Task[None]) -> None:
+    if not loading.cancelled() and (error := loading.exception()) is not None:
+        log.error("no model: %s", error)

@@ -1,0 +1,140 @@
+"""What an operation of the API declares, and what its requests go through before the operation's own code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Annotated, Any
+
+from fastapi import Depends
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from kshot_serve import access
+from kshot_serve.backend import DEADLINE, Backend
+from kshot_serve.intake import Body
+from kshot_serve.problems import STATUS, Code, Problem
+from kshot_serve.schemas import Failure
+
+_JSON_BYTES = 1_000_000
+_ALWAYS: tuple[Code, ...] = (
+    "bad_request",
+    "key_missing",
+    "key_unknown",
+    "key_not_allowed",
+    "host_not_allowed",
+    "draining",
+    "internal",
+)
+JSON: tuple[Code, ...] = ("body_too_large", "body_too_slow", "busy")
+"""What can go wrong with a JSON body."""
+_WITH_BODY: tuple[Code, ...] = ("body_too_large", "body_too_slow", "media_type_unknown", "busy")
+_WITH_PHOTOS: tuple[Code, ...] = (
+    "photo_too_large", "not_an_image", "too_many_photos", "no_photos", "not_ready", "too_late",
+)  # fmt: skip
+
+
+def operation(
+    scope: access.Scope,
+    *codes: Code,
+    photos: bool = False,
+    body: dict[str, Any] | None = None,
+    whole: bool = False,
+    cancels: bool = False,
+    failure: type = Failure,
+    answers: dict[int | str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What a route's decorator is told: who may call it, what can go wrong, what its body is.
+
+    `photos`: it works on photos, so it is turned away while the engine is full. `whole`: its body may be a whole label
+    space. `cancels`: it is given up when the client hangs up; only for what changes nothing.
+    """
+    known = {*_ALWAYS, *codes, *(_WITH_BODY if body or photos else ()), *(_WITH_PHOTOS if photos else ())}
+    by_status: dict[int, list[str]] = {}
+    for code in sorted(known):
+        by_status.setdefault(STATUS[code], []).append(code)
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": failure, "description": ", ".join(found)} for status, found in sorted(by_status.items())
+    }
+    extra: dict[str, Any] = {
+        "x-kshot-scope": scope,
+        "x-kshot-photos": photos,
+        "x-kshot-cancels": cancels,
+        "x-kshot-whole": whole,
+    }
+    if body:
+        extra["requestBody"] = {"required": True, "content": body}
+    if photos:
+        extra["parameters"] = [_DEADLINE]
+    return {"responses": responses | (answers or {}), "openapi_extra": extra}
+
+
+_DEADLINE = {
+    "name": DEADLINE,
+    "in": "header",
+    "required": False,
+    "description": "the longest that the answer may take, in milliseconds; past it the request is given up (503)",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
+
+class Operation(APIRoute):
+    """A route that looks at key and load before it reads a body, and bounds the body while it reads it."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backend: Backend = scope["app"].state.backend
+        declared = self.openapi_extra or {}
+        _authorise(scope, declared.get("x-kshot-scope", "admin"))
+        if declared.get("x-kshot-photos"):
+            backend.engine.admit()
+        settings, length = backend.settings, Headers(scope=scope).get("content-length")
+        limit = settings.body_mb * 1_000_000 if declared.get("requestBody") else _JSON_BYTES
+        if declared.get("x-kshot-whole"):
+            limit = max(limit, settings.space_mb * 1_000_000 + _JSON_BYTES)
+        body = Body(receive, backend.bodies, int(length) if length else None, limit, settings.body_s)
+        try:
+            answer = super().handle(scope, body.receive, send)
+            await (_unless_gone(answer, body, receive) if declared.get("x-kshot-cancels") else answer)
+        finally:
+            body.close()
+
+
+def _authorise(scope: Scope, needed: access.Scope) -> None:
+    """The middleware has found the key, if this server needs any."""
+    key: access.Key | None = scope.get("state", {}).get("key")
+    if key is not None and not key.may(needed):
+        raise Problem("key_not_allowed", f"this key has scope {key.scope}, and this needs {needed}")
+
+
+async def _unless_gone(answer: Awaitable[None], body: Body, receive: Receive) -> None:
+    """Wait for the answer, but give it up once the client hangs up, so that its images leave the queue.
+
+    gh:ray-project/ray#41057
+    """
+    work = asyncio.ensure_future(answer)
+    watch = asyncio.create_task(_hung_up(body, receive))
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work
+        else:
+            work.cancel()
+            await asyncio.wait((work,))
+    finally:
+        watch.cancel()
+        work.cancel()
+
+
+async def _hung_up(body: Body, receive: Receive) -> None:
+    await body.complete.wait()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _backend(request: Request) -> Backend:
+    return request.app.state.backend
+
+
+Serving = Annotated[Backend, Depends(_backend)]

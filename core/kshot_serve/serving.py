@@ -1,0 +1,144 @@
+"""Runs the application on uvicorn: says when it is ready, hangs up on the slow, and ends without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from kshot_runtime.errors import KshotError
+from kshot_serve.app import create_app
+from kshot_serve.backend import Backend
+from kshot_serve.settings import Settings
+from kshot_serve.telemetry import configure_logs
+
+
+def serve(settings: Settings, announce: Callable[[str], None] = print) -> None:
+    """Serve until SIGTERM or Ctrl-C. `announce` is given one line when the server is ready."""
+    configure_logs(sys.stderr)
+    Server(settings, announce).run()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with two steps at its end.
+
+    SIGTERM makes it not ready at once; for a moment it goes on taking requests, while load balancers look elsewhere
+    (gh:triton-inference-server/server#6230). Then it takes none, answers what it has, and exits with 0.
+    """
+
+    def __init__(self, settings: Settings, announce: Callable[[str], None]) -> None:
+        app = create_app(settings)
+        self.backend: Backend = app.state.backend
+        self._settings = settings
+        self._announce = announce
+        self._hasty = False
+        super().__init__(
+            uvicorn.Config(
+                app,
+                settings.host,
+                settings.port,
+                http=_patient(settings.headers_s),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(settings.drain_s - settings.leave_s)),
+            )
+        )
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Answer from the first moment, that it is not ready; then load the model."""
+        listener = _bind(self.config.host, self.config.port)
+        await super().startup([listener])
+        try:
+            await self.backend.loading
+        except BaseException:
+            await self.shutdown([listener])
+            raise
+        champions = self.backend.champions
+        what = f"{champions.current.name} version {champions.current.version}" if champions.ready else "no model yet"
+        self._announce(f"kshot serves {what} at {_url(listener)}")
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        self.backend.leave()
+        if not self._hasty:
+            await asyncio.sleep(self._settings.leave_s)
+        self.backend.drain()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.backend.leave()
+        self._hasty = self._hasty or sig == signal.SIGINT
+        super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, but the signal is not raised again at the end: a server that was asked to stop did well."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise KshotError(f"cannot serve at {host} port {port}: {error.strerror}. --port 0 takes a free one.") from None
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _patient(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, hanging up on a client that does not get its request's head across in time (slowloris)."""
+
+    class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._expect()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self._late:
+                self._late.cancel()
+
+        def _expect(self) -> None:
+            """Run the clock while a head is awaited, from its first moment and not from its last byte."""
+            awaited = self.cycle is None or self.cycle.response_complete
+            if awaited and self._late is None:
+                self._late = self.loop.call_later(seconds, self.transport.close)
+            elif not awaited and self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+    return Patient
