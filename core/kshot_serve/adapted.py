@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,7 @@ class States:
             if pixels and manifest.takes == "features":
                 vectors = await self._engine.embed(champion, np.stack(list(pixels.values())))
                 features = dict(zip(pixels, map(np.ndarray.tobytes, vectors), strict=True))
-                await self._store.run(self._store.keep, features_of(champion), features)
+                await self._store.run_writing(self._store.keep, features_of(champion), features)
 
     async def _pixels(self, rule: ImageRule, photos: Sequence[str]) -> dict[str, np.ndarray]:
         """The photos by this rule, decoded again if that is not how they are kept."""
@@ -143,7 +143,8 @@ class States:
             originals = await self._store.run(self._store.contents, lacking, ORIGINAL)
             jobs = [self._engine.in_thread(_decoded, content, rule, self._limits) for content in originals.values()]
             again = dict(zip(originals, await asyncio.gather(*jobs), strict=True))
-            await self._store.run(self._store.keep, key, {photo: image.tobytes() for photo, image in again.items()})
+            contents = {photo: image.tobytes() for photo, image in again.items()}
+            await self._store.run_writing(self._store.keep, key, contents)
             pixels |= again
         return pixels
 
@@ -159,6 +160,11 @@ class States:
 
     async def _build(self, champion: Champion, space: str) -> Adapted:
         manifest = champion.bundle.manifest
+        if (before := self._kept.get((space, champion.id))) is not None:
+            snapshot = await self._store.run(self._store.snapshot, space)
+            if _support(snapshot.classes) == _support(before.classes):  # names and the like changed, no more
+                classes = tuple(each for each in snapshot.classes if each.photos)
+                return replace(before, revision=snapshot.revision, accept=snapshot.accept, classes=classes)
         snapshot, support = await self._support(champion, space)
         classes = tuple(each for each in snapshot.classes if each.photos)
         if not classes:
@@ -216,6 +222,10 @@ class States:
     def _forget(self, key: tuple[str, str]) -> None:
         self._used -= self._kept.pop(key).size
         self._metrics.state_bytes.set(self._used)
+
+
+def _support(classes: Sequence[Class]) -> list[tuple[str, list[str]]]:
+    return [(each.id, [photo.id for photo in each.photos]) for each in classes if each.photos]
 
 
 def pixels_by(rule: ImageRule) -> Key:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,11 @@ from typing import IO, TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar
 import numpy as np
 from PIL import Image
 
-from kshot_runtime.images import ImageRule, decode
+from kshot_runtime.images import ImageRule
 from kshot_serve import archive
-from kshot_serve.adapted import Adapted, States, features_of, needed, pixels_by
+from kshot_serve.adapted import States, features_of, needed, pixels_by
+from kshot_serve.answering import Answer, Answering, Classified, Query, Upload, Verified
 from kshot_serve.database import is_id
-from kshot_serve.decisions import LIKELY, Decision, Verdicts, judge, nearest, same, similarity
 from kshot_serve.problems import Problem
 from kshot_serve.settings import Settings
 from kshot_serve.store import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, Store, Write, digest
@@ -53,7 +52,6 @@ T = TypeVar("T")
 _NAME_LENGTH = 200
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks that turn text around, halves of letters, line ends
 _JOINERS = "\u200c\u200d"  # of letters in some scripts, and of emoji
-_TOP_CLASSES, _TOP_PHOTOS = 5, 3
 _LACKING_AT_ONCE = 256
 
 
@@ -62,15 +60,6 @@ class Keep:
 
 
 KEEP: Final = Keep()
-
-
-@dataclass(frozen=True, eq=False)
-class Upload:
-    """A photo that came: its bytes, and what decoding made of them by a rule (none: for whichever champion)."""
-
-    content: bytes
-    pixels: np.ndarray  # uint8 (C, H, W)
-    rule: ImageRule | None = None
 
 
 @dataclass(frozen=True)
@@ -84,38 +73,6 @@ class Written:
     gone: tuple[str, ...] = ()  # ids that a rollback could not bring back
 
 
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What a photo shows. No class where it is unknown."""
-
-    class_id: str | None
-    class_name: str | None
-    probability: float  # of the likeliest class, also where that is not named
-    decision: Decision
-    classes: tuple[tuple[str, str, float], ...]  # id, name, probability; the likeliest first
-    evidence: tuple[tuple[str, str, float], ...]  # photo, its class, cosine of the features; the nearest first
-    logits: np.ndarray  # (W,)
-
-
-@dataclass(frozen=True, eq=False)
-class Classified:
-    """Answers, and what gave them."""
-
-    answers: tuple[Answer, ...]
-    classes: tuple[tuple[str, str], ...]  # (W,) id and name, in the order of the logits
-    revision: int
-    champion: Champion
-
-
-@dataclass(frozen=True, eq=False)
-class Verified:
-    """Whether two photos show one class."""
-
-    same: bool
-    probability: float
-    champion: Champion
-
-
 class Spaces:
     """All label spaces of a server. No answer about one depends on another."""
 
@@ -127,6 +84,7 @@ class Spaces:
         self._champions = champions
         self._settings = settings
         self._metrics = metrics
+        self._answering = Answering(engine, settings, metrics)
         self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, settings.image)
 
     async def start(self) -> None:
@@ -141,7 +99,7 @@ class Spaces:
     # Label spaces ------------------------------------------------------------------------------------------------
 
     async def create(self, name: str, accept: float | None = None, *, who: str = "") -> Space:
-        name = _named(name, "a label space")
+        name, accept = _named(name, "a label space"), _share(accept)
 
         def write() -> Space:
             with self._store.creating(name, accept, who, self._settings.spaces) as new:
@@ -167,6 +125,7 @@ class Spaces:
     ) -> Space:
         """Give it another name, another share of known photos to accept (none: the server's own), or both."""
         name = name if isinstance(name, Keep) else _named(name, "a label space")
+        accept = accept if isinstance(accept, Keep) else _share(accept)
 
         def write() -> Space:
             with self._store.write(space, "change", who) as change:
@@ -197,7 +156,7 @@ class Spaces:
                 self._check(back.snapshot())
             return Written(back.number, gone=gone)
 
-        return await self._write(write, dropping=space)
+        return await self._write(write)
 
     async def export(self, space: str) -> IO[bytes]:
         """The label space as a zip, in a temporary file that is gone once closed."""
@@ -232,9 +191,11 @@ class Spaces:
             self._engine.in_thread(archive.decoded, file, photo, rule, self._settings.image)
             for file, photo in photos.items()
         ]
-        uploads = dict(zip(photos, map(Upload, photos.values(), await asyncio.gather(*jobs)), strict=True))
-        features = await self._features(champion, [upload.pixels for upload in uploads.values()])
-        rows = dict(zip(uploads, features, strict=True)) if features is not None else {}
+        uploads = list(map(Upload, photos.values(), await asyncio.gather(*jobs)))
+        kept: dict[str, dict[Key, bytes]] = {}
+        if uploads:
+            query = await self._answering.query(champion, uploads)
+            kept = dict(zip(photos, self._contents(champion, uploads, query), strict=True))
 
         def write() -> Space:
             name = next(name for name in _numbered(wanted) if not self._store.taken(name))
@@ -242,8 +203,7 @@ class Spaces:
                 for name, each in zip(names, packed.classes, strict=True):
                     class_ = new.add_class(name)
                     for photo in each.photos:
-                        kept = self._contents(champion, uploads[photo.file], rows.get(photo.file))
-                        new.add_photo(class_, photo.sha256, kept)
+                        new.add_photo(class_, photo.sha256, kept[photo.file])
                 self._check(new.snapshot(), new)
             return self._store.space(new.space)
 
@@ -333,14 +293,11 @@ class Spaces:
         who: str,
         deadline: float | None,
     ) -> Written:
-        if not uploads:
-            raise Problem("no_photos", "give at least one photo")
         until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
         champion = self._champions.current
         await self._read(self._store.revision, space)  # before any work is done for one that is not there
-        images = await self._images(champion, uploads)
-        features = await self._features(champion, images, until)
-        strange = await self._closer(champion, space, class_id, images, features, until)
+        query = await self._answering.query(champion, uploads, until)
+        strange = await self._closer(champion, space, class_id, query, until)
 
         def write() -> Written:
             with self._store.write(space, action, who) as change:
@@ -352,7 +309,8 @@ class Spaces:
                     holders.setdefault(photo.sha256, []).append(photo.class_id)
                 notes: list[str] = []
                 added: list[str] = []
-                for number, (upload, image, closer) in enumerate(zip(uploads, images, strange, strict=True), 1):
+                kept = self._contents(champion, uploads, query)
+                for number, (upload, contents, closer) in enumerate(zip(uploads, kept, strange, strict=True), 1):
                     sha256 = digest(upload.content)
                     others = holders.setdefault(sha256, [])
                     if class_ in others:
@@ -362,8 +320,6 @@ class Spaces:
                         notes.append(f"photo {number} is also in class {names[others[0]]!r}")
                     elif closer:
                         notes.append(f"photo {number} is closer to class {closer!r}")
-                    row = None if features is None else features[number - 1]
-                    contents = self._contents(champion, replace(upload, pixels=image), row)
                     added.append(change.add_photo(class_, sha256, contents))
                     others.append(class_)
                 there = change.snapshot()
@@ -372,14 +328,18 @@ class Spaces:
 
         return await self._write(write)
 
-    def _contents(self, champion: Champion, upload: Upload, features: np.ndarray | None) -> dict[Key, bytes]:
-        """What is kept of a photo."""
-        contents = {pixels_by(champion.bundle.manifest.image): upload.pixels.tobytes()}
-        if self._settings.keep_photos:
-            contents[ORIGINAL] = upload.content
-        if features is not None:
-            contents[features_of(champion)] = features.astype(np.float32).tobytes()
-        return contents
+    def _contents(self, champion: Champion, uploads: Sequence[Upload], query: Query) -> Sequence[dict[Key, bytes]]:
+        """What is kept of each photo."""
+        pixels, features = pixels_by(champion.bundle.manifest.image), features_of(champion)
+        kept = []
+        for i, upload in enumerate(uploads):
+            contents: dict[Key, bytes] = {pixels: query.images[i].tobytes()}
+            if self._settings.keep_photos:
+                contents[ORIGINAL] = upload.content
+            if query.features is not None:
+                contents[features] = query.features[i].tobytes()
+            kept.append(contents)
+        return kept
 
     def _check(self, there: Snapshot, write: Write | None = None) -> None:
         """A label space must fit what the bundle adapts to and what the server keeps."""
@@ -402,129 +362,51 @@ class Spaces:
             )
 
     async def _closer(
-        self,
-        champion: Champion,
-        space: str,
-        class_id: str | None,
-        images: np.ndarray,
-        features: np.ndarray | None,
-        until: float,
+        self, champion: Champion, space: str, class_id: str | None, query: Query, until: float
     ) -> Sequence[str | None]:
-        """For each photo, which other class it matches, as the label space was before.
+        """For each photo, the name of another class that it matches, as the label space was before.
 
         Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
         a note could take longer than the write.
         """
-        nothing = [None] * len(images)
+        nothing = [None] * len(query.images)
         try:
-            if features is not None:
+            if query.features is not None:
                 adapted = await self._states.get(champion, space)
-            elif (there := self._states.at_hand(champion, space, 0)) is not None:
-                adapted = there
+            elif (at_hand := self._states.at_hand(champion, space, 0)) is not None:
+                adapted = at_hand
             else:
                 return nothing
-        except Problem as problem:
-            if problem.code == "too_few_classes":
-                return nothing
-            raise
-        _, verdicts, _ = await self._judge(champion, adapted, images, features, until)
+        except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
+            return nothing
+        _, verdicts, _ = await self._answering.judge(champion, adapted, query, until)
         tops = [adapted.classes[row.argmax()] for row in verdicts.probabilities]
         return [
             top.name if decision == "match" and top.id != class_id else None
             for top, decision in zip(tops, verdicts.decisions, strict=True)
         ]
 
-    # Answers -----------------------------------------------------------------------------------------------------
+    # Questions ---------------------------------------------------------------------------------------------------
 
     async def classify(self, space: str, uploads: Sequence[Upload], deadline: float) -> Classified:
         """What each photo shows, judged by itself.
 
-        Its evidence are the support photos that are nearest by the features that the adapted learner sees, if it
-        makes any.
+        The evidence are the support photos that are nearest, by the features that the adapted learner sees; none if
+        it makes none.
         """
-        if not uploads:
-            raise Problem("no_photos", "give at least one photo")
         champion = self._champions.current
         adapted = await self._states.get(champion, space)
-        images = await self._images(champion, uploads)
-        features = await self._features(champion, images, deadline)
-        logits, verdicts, seen = await self._judge(champion, adapted, images, features, deadline)
-        with self._metrics.stage("decide"):
-            answers = _answers(adapted, logits, verdicts, seen)
-        for answer in answers:
-            self._metrics.decisions.labels(answer.decision).inc()
-        classes = tuple((each.id, each.name) for each in adapted.classes)
-        return Classified(answers, classes, adapted.revision, champion)
+        query = await self._answering.query(champion, uploads, deadline)
+        return await self._answering.classify(champion, adapted, query, deadline)
 
     async def embed(self, uploads: Sequence[Upload], deadline: float) -> tuple[np.ndarray, Champion]:
         """The photos' features (N, D), each by itself."""
         champion = self._champions.current
-        if not champion.bundle.graphs.embeds:
-            raise Problem("not_supported", "this model's features of a photo depend on the classes: it has no others")
-        if not uploads:
-            raise Problem("no_photos", "give at least one photo")
-        return await self._engine.embed(champion, await self._images(champion, uploads), deadline), champion
+        return await self._answering.embed(champion, uploads, deadline), champion
 
     async def verify(self, a: Upload, b: Upload, deadline: float) -> Verified:
         """Whether two photos show one class; in either order the answer is the same."""
-        champion = self._champions.current
-        verification = champion.bundle.manifest.verification
-        if verification is None:
-            raise Problem(
-                "not_supported", "this model was not calibrated for telling whether two photos show one class"
-            )
-        images = await self._images(champion, [a, b])
-        if verification.by == "logit":
-            taken = await self._features(champion, images, deadline)
-            rows = images if taken is None else taken
-            alike = np.mean([await self._logit(champion, rows[i : i + 1], rows[1 - i], deadline) for i in (0, 1)])
-        else:
-            first, second = await self._engine.embed(champion, images, deadline)
-            alike = similarity(verification, first[None], second[None])[0, 0]
-        probability = float(same(verification, np.asarray(alike)))
-        return Verified(probability >= LIKELY, probability, champion)
-
-    async def _logit(self, champion: Champion, only: np.ndarray, other: np.ndarray, deadline: float) -> float:
-        """The logit of a row after adapting to another as the only class."""
-        zero = np.zeros(1, np.int64)
-        state = await self._engine.adapt(champion, only, zero, zero)
-        logits, _ = await self._engine.classify(champion, state, object(), other[None], deadline)
-        return float(logits[0, 0])
-
-    async def _judge(
-        self, champion: Champion, adapted: Adapted, images: np.ndarray, features: np.ndarray | None, deadline: float
-    ) -> tuple[np.ndarray, Verdicts, np.ndarray | None]:
-        """Logits, what they mean, and the features that the adapted learner sees, of images and their own features."""
-        manifest = champion.bundle.manifest
-        query = images if features is None else features
-        logits, seen = await self._engine.classify(champion, adapted.tensors, adapted.key, query, deadline)
-        alike = None
-        if adapted.alone is not None and manifest.verification is not None:
-            own = await self._engine.embed(champion, images, deadline) if features is None else features
-            alike = similarity(manifest.verification, own, adapted.alone).max(1)  # to the nearest of the class's photos
-        calibration = manifest.calibration_for(len(adapted.classes), adapted.shots)
-        accept = self._settings.accept if adapted.accept is None else adapted.accept
-        with self._metrics.stage("decide"):
-            return logits, judge(logits, calibration, manifest.verification, accept, alike), seen
-
-    async def _images(self, champion: Champion, uploads: Sequence[Upload]) -> np.ndarray:
-        """The photos as this champion takes them; decoded again if another served when they came."""
-        rule = champion.bundle.manifest.image
-        images = [
-            upload.pixels
-            if upload.rule in (None, rule)
-            else await self._engine.in_thread(decode, upload.content, rule, self._settings.image)
-            for upload in uploads
-        ]
-        return np.stack(images)
-
-    async def _features(
-        self, champion: Champion, images: Sequence[np.ndarray] | np.ndarray, deadline: float = math.inf
-    ) -> np.ndarray | None:
-        """Features of images, if that is what adapting takes."""
-        if champion.bundle.manifest.takes == "images" or not len(images):
-            return None
-        return await self._engine.embed(champion, np.asarray(images), deadline)
+        return await self._answering.verify(self._champions.current, a, b, deadline)
 
     # Champions ---------------------------------------------------------------------------------------------------
 
@@ -562,7 +444,7 @@ class Spaces:
         """Forget what only older champions needed."""
         self._states.keep_only(champion.id)
         features = features_of(champion) if champion.bundle.manifest.takes == "features" else None
-        await self._store.run(self._store.settle, pixels_by(champion.bundle.manifest.image), features)
+        await self._store.run_writing(self._store.settle, pixels_by(champion.bundle.manifest.image), features)
 
     # The store ---------------------------------------------------------------------------------------------------
 
@@ -573,7 +455,7 @@ class Spaces:
     async def _write(self, write: Callable[[], T], dropping: str | None = None) -> T:
         """A write, which ends even if the caller has gone; then what memory holds of a label space is dropped too."""
         with self._metrics.stage("store"):
-            task = asyncio.create_task(self._store.run(write))
+            task = asyncio.create_task(self._store.run_writing(write))
             if dropping is not None:
                 task.add_done_callback(lambda _: self._states.drop(dropping))
             return await asyncio.shield(task)
@@ -595,32 +477,17 @@ def _named(name: str, what: str) -> str:
     return name
 
 
+def _share(accept: float | None) -> float | None:
+    if accept is not None and not 0.5 <= accept <= 0.999:
+        raise Problem("bad_request", "the share of known photos to accept is between 0.5 and 0.999", reason="accept")
+    return accept
+
+
 def _class_of(there: Snapshot, class_id: str) -> Class:
     for each in there.classes:
         if each.id == class_id:
             return each
     raise Problem("class_unknown", "this label space has no such class")
-
-
-def _answers(
-    adapted: Adapted, logits: np.ndarray, verdicts: Verdicts, features: np.ndarray | None
-) -> tuple[Answer, ...]:
-    close: list[list[tuple[int, float]]] = [[]] * len(logits)
-    if features is not None and adapted.directions is not None:
-        close = nearest(features, adapted.directions, _TOP_PHOTOS)
-    answers = []
-    for row, decision, probabilities, photos in zip(
-        logits, verdicts.decisions, verdicts.probabilities, close, strict=True
-    ):
-        order = np.argsort(-probabilities, kind="stable")[:_TOP_CLASSES]
-        tops = tuple((adapted.classes[i].id, adapted.classes[i].name, float(probabilities[i])) for i in order)
-        id_, name, probability = tops[0]
-        evidence = tuple((adapted.photos[i].id, adapted.photos[i].class_id, cosine) for i, cosine in photos)
-        known = decision != "unknown"
-        answers.append(
-            Answer(id_ if known else None, name if known else None, probability, decision, tops, evidence, row)
-        )
-    return tuple(answers)
 
 
 def _picture(kept: dict[Key, bytes], rule: ImageRule) -> bytes:

@@ -126,16 +126,26 @@ class Store:
         self.now = now
         self.database = opened(url)
         self._reading = self.database.execution_options(**READING.get(self.database.dialect.name, {}))
-        self._threads = ThreadPoolExecutor(THREADS, "kshot-store")
+        self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
+        # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
+        self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
 
     def close(self) -> None:
-        self._threads.shutdown()
+        self._readers.shutdown()
+        self._writers.shutdown()
         self.database.dispose()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in one of the database's threads. Once begun it ends, even if the caller is cancelled."""
-        call = partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """Call a function that reads in one of the database's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(function, *args, **kwargs))
+
+    async def run_writing(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that writes. Once begun it ends, even if the caller is cancelled."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *args, **kwargs))
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self.database.dialect.name == "sqlite"
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -310,7 +320,7 @@ class Store:
 
     def _scrub(self) -> None:
         """Take what was deleted out of SQLite's log too; its pages are overwritten by `secure_delete`."""
-        if self.database.dialect.name != "sqlite":
+        if not self._is_sqlite:
             return  # Postgres overwrites deleted rows when it vacuums
         connection = self.database.raw_connection()  # SQLAlchemy's would begin a transaction
         try:
@@ -384,8 +394,8 @@ class Write:
     def delete_class(self, class_: str) -> None:
         """A class of any revision, with its photos: nothing that it was called or showed is left."""
         here = and_(CLASSES.c.space == self.space, CLASSES.c.id == class_)
-        known = self.connection.execute(select(CLASSES.c.id).where(here, CLASSES.c.name.is_not(None)).limit(1)).first()
-        if known is None:
+        named = select(CLASSES.c.id).where(here, CLASSES.c.name.is_not(None)).limit(1)
+        if not is_id(class_) or self.connection.execute(named).first() is None:
             raise Problem("class_unknown", "this label space has no such class")
         self._end(CLASSES, CLASSES.c.id == class_)
         self._end(MEMBERS, MEMBERS.c["class"] == class_)
