@@ -125,7 +125,7 @@ class Store:
     def __init__(self, url: str, now: Callable[[], float] = time.time) -> None:
         self.now = now
         self.database = opened(url)
-        self._reading = self.database.execution_options(**READING.get(self.database.dialect.name, {}))
+        self._reading = self.database.execution_options(**READING[self.database.dialect.name])
         self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
         # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
         self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
@@ -217,27 +217,18 @@ class Store:
 
     def largest(self) -> tuple[int, int, int]:
         """The most classes, photos of one class, and photos that a label space holds now."""
-        each = (
-            select(func.count().label("photos"))
-            .where(MEMBERS.c.to_revision.is_(None))
-            .group_by(MEMBERS.c.space, MEMBERS.c["class"])
-            .add_columns(MEMBERS.c.space)
-            .subquery()
+        alive = _alive(MEMBERS)
+        classes = select(MEMBERS.c.space, func.count().label("photos")).where(alive)
+        each = classes.group_by(MEMBERS.c.space, MEMBERS.c["class"]).subquery()
+        sizes = (
+            func.count().label("ways"),
+            func.max(each.c.photos).label("shots"),
+            func.sum(each.c.photos).label("support"),
         )
-        whole = (
-            select(
-                func.count().label("classes"),
-                func.max(each.c.photos).label("shots"),
-                func.sum(each.c.photos).label("support"),
-            )
-            .group_by(each.c.space)
-            .subquery()
-        )
+        whole = select(*sizes).group_by(each.c.space).subquery()
         with self.reading() as connection:
-            row = connection.execute(
-                select(func.max(whole.c.classes), func.max(whole.c.shots), func.max(whole.c.support))
-            ).one()
-            return int(row[0] or 0), int(row[1] or 0), int(row[2] or 0)
+            ways, shots, support = connection.execute(select(*map(func.max, whole.c))).one()
+        return int(ways or 0), int(shots or 0), int(support or 0)
 
     def revisions(self, space: str, limit: int, before: int | None = None) -> list[Revision]:
         """The newest first, those before the number `before`."""

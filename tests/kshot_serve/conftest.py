@@ -1,14 +1,19 @@
-"""What takes seconds and is made once: two tiny bundles, one that takes features and one that takes images."""
+"""What takes seconds and is made once: two tiny bundles, one that takes features and one that takes images; a server."""
 
 from __future__ import annotations
 
 import io
 import json
+import queue
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -25,7 +30,15 @@ from kshot_plugins.conv4 import Conv4
 from kshot_plugins.maml import MAML
 from kshot_plugins.protonet import ProtoNet
 from kshot_runtime import manifest as manifests
-from kshot_runtime.images import ImageRule
+from kshot_runtime.images import ImageRule, decode
+from kshot_serve.backend import Backend
+from kshot_serve.champions import Champions
+from kshot_serve.engine import Engine
+from kshot_serve.serving import Server
+from kshot_serve.settings import EngineSettings, Settings
+from kshot_serve.spaces import Spaces, Upload
+from kshot_serve.store import Store
+from kshot_serve.telemetry import Metrics
 
 SIDE = 16
 COLOURS = {
@@ -113,3 +126,93 @@ def remake() -> Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]:
         return folder
 
     return made
+
+
+@dataclass
+class Running:
+    """A server in a thread of this process, on a real socket."""
+
+    url: str
+    backend: Backend
+    server: Server
+    http: httpx.Client
+
+
+@contextmanager
+def _running(settings: Settings) -> Iterator[Running]:
+    told: queue.Queue[str | BaseException] = queue.Queue()
+    server = Server(settings, told.put)
+
+    def run() -> None:
+        try:
+            server.run()
+        except BaseException as error:
+            told.put(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        line = told.get(timeout=60)
+        if isinstance(line, BaseException):
+            raise line
+        url = line.rsplit(" ", 1)[1]
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield Running(url, server.backend, server, http)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[[Settings], AbstractContextManager[Running]]:
+    """running(settings): a context with a server that is ready; `url`, `http` and `backend` lead to it."""
+    return _running
+
+
+@pytest.fixture(scope="session")
+def server(features_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all tests that only ask it things; each makes label spaces of its own."""
+    folder = tmp_path_factory.mktemp("serve")
+    with _running(Settings(source=str(features_bundle), folder=folder, port=0, leave_s=0)) as started:
+        yield started
+
+
+@dataclass
+class Parts:
+    """Label spaces on a real engine and a real champion, without HTTP."""
+
+    spaces: Spaces
+    store: Store
+    engine: Engine
+    champions: Champions
+    metrics: Metrics
+
+    def upload(self, content: bytes) -> Upload:
+        rule = self.champions.current.bundle.manifest.image
+        return Upload(content, decode(content, rule), rule)
+
+
+@asynccontextmanager
+async def _parts(bundle: Path, folder: Path, **settings: Any) -> AsyncIterator[Parts]:
+    chosen = Settings(source=str(bundle), folder=folder, engine=EngineSettings(threads=1, runners=1), **settings)
+    metrics = Metrics()
+    engine = Engine(chosen.engine, metrics)
+    champions = Champions(chosen, engine, metrics)
+    store = Store(chosen.database_url)
+    spaces = Spaces(store, engine, champions, chosen, metrics)
+    await engine.start()
+    try:
+        await spaces.start()
+        await champions.start()
+        yield Parts(spaces, store, engine, champions, metrics)
+    finally:
+        await champions.stop()
+        await engine.stop()
+        await spaces.stop()
+        store.close()
+
+
+@pytest.fixture(scope="session")
+def parts() -> Callable[..., AbstractAsyncContextManager[Parts]]:
+    """parts(bundle, folder, **settings): an asynchronous context with label spaces in that folder."""
+    return _parts
