@@ -204,6 +204,7 @@ async def _classify(
         "probability": ("FP32", np.array([answer.probability for answer in answers], np.float32)),
         "decision": ("BYTES", protocol.strings([answer.decision for answer in answers])),
         "logits": ("FP32", np.stack([answer.logits for answer in answers])),
+        "classes": ("BYTES", protocol.strings([name for _, name in classified.classes])),
     }
 
 
@@ -226,6 +227,7 @@ async def _metadata(backend: Backend, model: str, number: str | None) -> ModelMe
             Spec("probability", "FP32", (-1,)),
             Spec("decision", "BYTES", (-1,)),
             Spec("logits", "FP32", (-1, -1)),
+            Spec("classes", "BYTES", (-1,)),  # in the logits' order
         ]
     return ModelMetadata(
         name=model,

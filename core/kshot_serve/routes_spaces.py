@@ -99,7 +99,7 @@ async def delete_space(backend: Serving, space_id: SpaceId) -> None:
 
 @router.get(
     "/v1/spaces/{space_id}/export", tags=["label spaces"], response_class=StreamingResponse,
-    **operation("admin", "space_unknown", answers={200: {"content": _ZIP}}),
+    **operation("admin", "space_unknown", "not_ready", answers={200: {"content": _ZIP}}),
 )  # fmt: skip
 async def export_space(backend: Serving, space_id: SpaceId) -> StreamingResponse:
     """A label space as a zip: its classes and their photos, and what another server needs to go on from there."""
@@ -188,7 +188,7 @@ async def add_photos(request: Request, backend: Serving, space_id: SpaceId, clas
 @router.get(
     "/v1/spaces/{space_id}/photos/{photo_id}", tags=["classes"], response_class=Response,
     **operation(
-        "read", "space_unknown", "photo_unknown",
+        "read", "space_unknown", "photo_unknown", "not_ready",
         answers={200: {"content": _ONE}, 304: {"description": "unchanged"}},
     ),
 )  # fmt: skip
