@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import io
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,10 +93,18 @@ class Answers:
 class Graphs:
     """The ONNX graphs in sessions on one device: arrays in, arrays out, safe to call from many threads."""
 
-    def __init__(self, contents: Mapping[str, bytes], device: Device = "cpu", threads: int = 1) -> None:
-        self._embed = _session(contents[EMBED], device, threads) if EMBED in contents else None
-        self._adapt = _session(contents[ADAPT], device, threads)
-        self._classify = _session(contents[CLASSIFY], device, threads)
+    def __init__(
+        self,
+        contents: Mapping[str, bytes],
+        device: Device = "cpu",
+        threads: int = 1,
+        adapt_threads: int | None = None,
+        arena: bool = False,
+    ) -> None:
+        self._embed = _session(contents[EMBED], device, threads, arena) if EMBED in contents else None
+        self._adapt = _session(contents[ADAPT], device, adapt_threads or threads)
+        self._classify = _session(contents[CLASSIFY], device, threads, arena)
+        self._fixed: dict[int, _FixedBatch] = {}
         self._gives = [output.name for output in self._classify.get_outputs()]
         self.device: str = _NAMES[self._classify.get_providers()[0]]
         self.takes_features = len(self._adapt.get_inputs()[0].shape) == 2
@@ -111,7 +120,14 @@ class Graphs:
         """Features (N, D) float32 of images (N, C, H, W) uint8, each by itself."""
         if self._embed is None:
             raise BundleError("this bundle's features depend on the support set: it has none of an image by itself")
+        if len(images) in self._fixed:
+            return self._fixed[len(images)].features(images)
         return _run(self._embed, ["features"], {"images": images})[0]
+
+    def fix(self, sizes: Iterable[int]) -> None:
+        """Set memory of the device aside for embedding so many images at once, for good."""
+        if self._embed is not None:
+            self._fixed = {size: _FixedBatch(self._embed, size, self.device) for size in sizes}
 
     def adapt(self, support: np.ndarray, labels: np.ndarray, classes: np.ndarray, steps: int | None = None) -> Tensors:
         """The state after adapting to support (S, C, H, W) uint8, labels (S,), the classes' ids (W,).
@@ -159,10 +175,21 @@ class Bundle:
         self.graphs = graphs
 
     @classmethod
-    def open(cls, source: str | Path, device: Device = "cpu", threads: int = 1) -> Bundle:
-        """Check a bundle and load it. `auto` takes a GPU if there is one; to ask for a missing one is an error."""
+    def open(
+        cls,
+        source: str | Path,
+        device: Device = "cpu",
+        threads: int = 1,
+        *,
+        adapt_threads: int | None = None,
+        arena: bool = False,
+    ) -> Bundle:
+        """Check a bundle and load it. `auto` takes a GPU if there is one; to ask for a missing one is an error.
+
+        With `arena` the memory of a run is kept for the next: faster, and meant for batches of few sizes.
+        """
         manifest, contents = read(source)
-        bundle = cls(manifest, Graphs(contents, device, threads))
+        bundle = cls(manifest, Graphs(contents, device, threads, adapt_threads, arena))
         bundle._check_graphs()
         return bundle
 
@@ -297,12 +324,37 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def _session(model: bytes, device: Device, threads: int) -> onnxruntime.InferenceSession:
+class _FixedBatch:
+    """embed.onnx for just so many images, between two buffers on the device that stay where they are."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, size: int, device: str) -> None:
+        where = "cpu" if device == "cpu" else "cuda"  # TensorRT's memory is CUDA's
+        self._session = session
+        self._lock = threading.Lock()  # who writes the one buffer reads the other
+        self._images, self._features = (
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type((size, *end.shape[1:]), kind, where, 0)
+            for end, kind in ((session.get_inputs()[0], np.uint8), (session.get_outputs()[0], np.float32))
+        )
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input("images", self._images)
+        self._binding.bind_ortvalue_output("features", self._features)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        with self._lock:
+            self._images.update_inplace(np.ascontiguousarray(images))
+            try:
+                self._session.run_with_iobinding(self._binding)
+            except Exception as error:  # onnxruntime's own exceptions have no common ancestor
+                raise BundleError(f"the graph failed for images {images.shape}: {error}") from None
+            return np.array(self._features.numpy())  # on a CPU it would be the buffer itself
+
+
+def _session(model: bytes, device: Device, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would burn a core each
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch for good
+    options.enable_cpu_mem_arena = arena  # it keeps the memory of the largest batch for good
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     if device not in ("cpu", "cuda", "tensorrt", "auto"):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
-from kshot_serve.engine import Engine, warm
+from kshot_serve.engine import Engine
 from kshot_serve.problems import Problem
 from kshot_serve.registry import Found, Registry, RegistryError, Shelf
 from kshot_serve.settings import Settings
@@ -85,14 +85,14 @@ class Champions:
         A registry that is away, or names no version yet, is waited for: not ready until then.
         """
         if self._registry is None:
-            bundle = await _aside(self._open, Path(self._source))
+            bundle = await _aside(self._engine.open, self._source)
             await self._take(bundle, bundle.manifest.source.recipe or Path(self._source).stem, "0")
             return
         await _aside(self._shelf.tidy)
         await self.follow()
         if self._current is None and (last := await _aside(self._shelf.last, self._registry.name)):
             found, folder = last
-            await self._take(await _aside(self._open, folder), found.name, found.version)
+            await self._take(await _aside(self._engine.open, folder), found.name, found.version)
             self._serving = found
         if self._current is None and self._refused:
             raise self._refused[1]
@@ -138,17 +138,12 @@ class Champions:
 
     async def _change(self, registry: Registry, found: Found) -> None:
         folder = await _aside(self._shelf.fetch, registry, found)
-        await self._take(await _aside(self._open, folder), found.name, found.version)
+        await self._take(await _aside(self._engine.open, folder), found.name, found.version)
         self._serving = found
         try:
             await _aside(self._shelf.keep, found, folder)
         except OSError as error:
             log.error("version %s serves, but cannot be kept for when the registry is away: %s", found.version, error)
-
-    def _open(self, path: Path) -> Bundle:
-        bundle = Bundle.open(path, self._engine.device, self._engine.threads)
-        warm(bundle, self._engine.buckets)
-        return bundle
 
     async def _take(self, bundle: Bundle, name: str, version: str) -> None:
         """Let everyone get ready for a champion, and then move the pointer: requests under way keep the old one."""

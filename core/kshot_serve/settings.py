@@ -18,11 +18,10 @@ class EngineSettings(_Part):
     """How images of many requests share runs of onnxruntime."""
 
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0 takes the cores that this process may use")
+    threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0: the runners' share of the cores")
     runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
-    wait_ms: float = Field(2.0, ge=0, description="longest wait for companions, once a batch has its first image")
-    queue: int = Field(256, ge=1, description="images that may wait; past that a request is refused at once")
+    queue: int = Field(256, ge=1, description="images in work at most, from decoding on; past that, 429 at once")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
     states_mb: int = Field(512, ge=1, description="memory for adapted states; the least used go first")

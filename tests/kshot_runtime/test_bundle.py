@@ -165,6 +165,17 @@ def test_many_queries_go_in_parts_with_the_same_answers(protonet: Path) -> None:
     assert bundle.logits(tensors, query[:0]).shape == (0, 2)
 
 
+def test_fixed_buffers_and_a_kept_arena_change_no_feature(protonet: Path) -> None:
+    random = np.random.default_rng(0)
+    plain, kept = Bundle.open(protonet), Bundle.open(protonet, threads=2, adapt_threads=1, arena=True)
+    kept.graphs.fix([2, 4])
+    for size in (1, 2, 4, 2, 3, 4):
+        images = random.integers(0, 256, (size, 3, SIDE, SIDE), np.uint8)
+        found, before = kept.graphs.embed(images), kept.graphs.embed(images[::-1])
+        np.testing.assert_allclose(found, plain.graphs.embed(images), atol=1e-4)
+        np.testing.assert_allclose(before, found[::-1], atol=1e-4)
+
+
 def test_the_calibration_of_the_nearest_shots_is_used(protonet: Path) -> None:
     bundle = Bundle.open(protonet)
     one = bundle.adapt([photo("red"), photo("blue")], ["a", "b"])

@@ -229,31 +229,21 @@ def test_little_is_padded_on_a_cpu(model: Champion, monkeypatch: pytest.MonkeyPa
     assert gate.sizes == [4, 1, 8]
 
 
-def test_an_image_alone_waits_for_nobody_and_with_companions_on_their_way_for_them(
+def test_an_image_alone_waits_for_nobody_and_the_next_batch_is_what_came_meanwhile(
     model: Champion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(model.bundle.graphs, monkeypatch)
-    gate.open.set()
 
     async def body(engine: Engine) -> None:
-        with engine.admit(1):
-            await engine.embed(model, images(1), soon())
-        assert gate.sizes == [1]
-        with engine.admit(1), engine.admit(1):
-            first = asyncio.create_task(engine.embed(model, images(1), soon()))
-            await settle()
-            await asyncio.gather(first, engine.embed(model, images(1), soon()))
-        assert gate.sizes == [1, 2]
+        calls = [asyncio.create_task(engine.embed(model, images(1), soon()))]
+        await gate.somebody()
+        calls += [asyncio.create_task(engine.embed(model, images(1, seed), soon())) for seed in range(1, 17)]
+        await settle()
+        gate.open.set()
+        await asyncio.gather(*calls)
 
-    run(body, wait_ms=60_000)
-
-
-def test_a_companion_that_does_not_come_is_not_waited_for_longer_than_set(model: Champion) -> None:
-    async def body(engine: Engine) -> None:
-        with engine.admit(2):
-            await engine.embed(model, images(1), soon())
-
-    run(body, wait_ms=5)
+    run(body)
+    assert gate.sizes == [1, 16]
 
 
 def test_nobody_waits_behind_the_many_images_of_another_space(
@@ -377,6 +367,31 @@ def test_places_are_counted_in_images_not_requests(model: Champion) -> None:
                 engine.admit(3)
         with engine.admit(20):  # more than the queue, alone: it could never be served otherwise
             pass
+
+    run(body, queue=8)
+
+
+def test_what_could_not_be_done_before_its_deadline_is_not_admitted(model: Champion) -> None:
+    async def body(engine: Engine) -> None:
+        with engine.admit(3):
+            await asyncio.sleep(0.3)  # three images in 0.3 s
+        with engine.admit(30), pytest.raises(Problem, match=r"exceed what can be done in 0\.05 s") as told:
+            engine.admit(1)
+        assert (told.value.status, told.value.reason) == (429, "deadline")
+
+    run(body, deadline_s=0.05)
+
+
+def test_background_work_takes_no_places(model: Champion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gh:triton-inference-server/server#5042: requests failed while a new model was made ready."""
+    gate = Gate(model.bundle.graphs, monkeypatch)
+
+    async def body(engine: Engine) -> None:
+        supports = asyncio.create_task(engine.embed(model, images(40)))
+        await gate.somebody()
+        with engine.admit(8):
+            gate.open.set()
+            await supports
 
     run(body, queue=8)
 
