@@ -63,7 +63,7 @@ class Engine:
         self._background: dict[Hashable, _Group] = {}
         self._passed = 0  # runs that background work has let pass
         self._running: set[_Batch] = set()
-        self._rows = 0  # submitted and not yet answered
+        self._waiting = 0  # images that no run has taken yet
         self._places = 0  # held by admitted requests
         self._calls = 0  # of embed, classify and adapt, in progress
         self._rate = _Rate()
@@ -188,6 +188,7 @@ class Engine:
         while self._free and (batch := self._next()):
             self._free -= 1
             self._running.add(batch)
+            self._count(-batch.rows)
             self._metrics.batch.observe(batch.rows)
             self._loop.run_in_executor(self._runners, batch.run).add_done_callback(partial(self._finished, batch))
 
@@ -226,15 +227,14 @@ class Engine:
         """Forget the calls that nobody waits for any more, or for too long."""
         alive: deque[_Call] = deque()
         for call in group.calls:
-            waiting = len(call.rows) - call.taken
-            if not call.answer.done() and now <= call.deadline:
+            late = now > call.deadline
+            if not late and not call.answer.done():
                 alive.append(call)
                 continue
+            waiting = len(call.rows) - call.taken
             self._count(-waiting)
-            if call.answer.cancelled():
-                self._metrics.dropped.labels("gone").inc(waiting)
-            elif not call.answer.done():
-                self._metrics.dropped.labels("late").inc(waiting)
+            self._metrics.dropped.labels("late" if late else "gone").inc(waiting)
+            if not call.answer.done():
                 message = "the image waited longer than its deadline and was not looked at; try again"
                 call.answer.set_exception(Problem("too_late", message, retry_after=1.0, reason="deadline"))
         group.calls = alive
@@ -242,14 +242,13 @@ class Engine:
     def _finished(self, batch: _Batch, ran: asyncio.Future[list[Outputs | Problem]]) -> None:
         self._free += 1
         self._running.discard(batch)
-        self._count(-batch.rows)
         for piece, outcome in zip(batch.pieces, ran.result(), strict=True):
             piece.call.take(piece, outcome)
         self._dispatch()
 
-    def _count(self, rows: int) -> None:
-        self._rows += rows
-        self._metrics.queued.set(self._rows)
+    def _count(self, images: int) -> None:
+        self._waiting += images
+        self._metrics.queued.set(self._waiting)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
