@@ -203,15 +203,19 @@ export class Ask {
  * @param {Answer} answer @param {number} count classes in all
  */
 function words(answer, count) {
-  const [first, second] = answer.classes
-  const sure = count > 1 ? `${percent(answer.probability)} sure` : 'the only class so far, so there is nothing to compare it with'
+  const first = answer.classes[0]
   if (answer.decision === 'unknown') {
     const nearest = first ? `Nearest is ${first.name}, but not near enough.` : ''
     return { kind: 'Not one of your classes', name: 'None of these', more: nearest }
   }
-  if (answer.decision === 'ambiguous' && second)
-    return { kind: 'Not sure', name: `${first.name} or ${second.name}`, more: 'It could be either. A few more photos of both help to tell them apart.' }
-  return { kind: 'This looks like', name: answer.class?.name ?? first.name, more: sure[0].toUpperCase() + sure.slice(1) + '.' }
+  if (answer.decision === 'ambiguous') {
+    const rivals = answer.classes.filter(({ probability }) => 2 * probability > first.probability).slice(0, 3)
+    if (rivals.length === 1) return { kind: 'Not sure', name: `Perhaps ${first.name}`, more: 'No class is likely enough. More photos of each help.' }
+    const either = rivals.map(({ name }) => name).join(', ').replace(/, ([^,]*)$/, ' or $1')
+    return { kind: 'Not sure', name: either, more: 'It could be any of these. More photos of each help to tell them apart.' }
+  }
+  const alone = count === 1 ? ' It is the only class so far.' : ''
+  return { kind: 'This looks like', name: answer.class?.name ?? first.name, more: `${percent(answer.probability)} sure.${alone}` }
 }
 
 /** The answer as one sentence. @param {Answer} answer @param {boolean} [exact] */

@@ -53,8 +53,8 @@ async function open() {
       space = null
       document.title = 'kshot'
       view('start')
-      await listSpaces()
       begin('new-space-name')
+      await listSpaces()
     }
     showModel()
   } catch (error) {
@@ -83,7 +83,7 @@ function changed(because) {
 async function listSpaces() {
   const known = await Space.all()
   $('known-spaces').hidden = !known.length
-  $('all-spaces').replaceChildren(...known.map(({ id, name, classes, photos }) =>
+  $('all-spaces').replaceChildren(...known.slice(0, 60).map(({ id, name, classes, photos }) =>
     el('li', {}, el('a', { href: `#${id}` }, el('b', {}, name), el('span', { class: 'hint' },
       `${counted(classes, 'class', 'classes')}, ${counted(photos, 'photo')}`)))))
 }
@@ -166,7 +166,7 @@ $('history').addEventListener('click', async () => {
     const revisions = await /** @type {Space} */ (space).revisions()
     $('past-list').replaceChildren(...revisions.map((revision, i) => el('li', {},
       el('span', { class: 'number' }, `${revision.number}`),
-      el('span', { class: 'what' }, revision.what, el('small', { class: 'hint' }, when(revision.created))),
+      el('span', { class: 'what' }, revision.what || ACTIONS[revision.action] || revision.action, el('small', { class: 'hint' }, when(revision.created))),
       i === 0 ? el('span', { class: 'hint' }, 'now') : el('button', { class: 'small', value: `${revision.number}`,
         'aria-label': `Go back to revision ${revision.number}` }, 'Go back'))))
     const to = Number(await ask($('past')))
@@ -177,6 +177,9 @@ $('history').addEventListener('click', async () => {
     toast(/** @type {Error} */ (error).message)
   }
 })
+
+/** What was done, where the server has no more to say of it. @type {Record<string, string>} */
+const ACTIONS = { create: 'made', change: 'name or strictness', import: 'imported' }
 
 /** @param {string} time */
 const when = (time) => new Date(time).toLocaleString(undefined, { dateStyle: 'short', timeStyle: 'short' })
@@ -206,7 +209,12 @@ strict.addEventListener('input', () => {
   drawStrictness(accept)
 })
 
-$('strict-default').addEventListener('click', () => space?.setAccept(null).catch((error) => toast(error.message)))
+$('strict-default').addEventListener('click', async () => {
+  clearTimeout(turning)
+  turning = 0
+  await space?.setAccept(null).catch((error) => toast(error.message))
+  if (space) drawStrictness(space.accept)
+})
 
 // --- The model
 
@@ -234,13 +242,14 @@ function drawModel() {
 // --- Use in code
 
 $('code').addEventListener('click', () => {
-  const { id } = /** @type {Space} */ (space)
+  const { id, name } = /** @type {Space} */ (space)
   const key = sessionStorage.getItem('kshot-key')
   $('usage-curl').textContent = `curl ${location.origin}/v1/spaces/${id}/classify \\\n  ${
     key ? '-H "Authorization: Bearer $KSHOT_KEY" \\\n  ' : ''}-F photos=@photo.jpg`
-  $('usage-python').textContent = `from kshot_serve.client import Client
+  $('usage-python').textContent = `${key ? 'import os\n\n' : ''}from kshot_serve.client import Client
 
-space = Client("${location.origin}"${key ? ', key=os.environ["KSHOT_KEY"]' : ''}).space("${id}")
+client = Client("${location.origin}"${key ? ', key=os.environ["KSHOT_KEY"]' : ''})
+space = client.space(${JSON.stringify(name)})
 answer = space.classify("photo.jpg")
 print(answer.decision, answer.name, answer.probability)`
   $('usage').showModal()

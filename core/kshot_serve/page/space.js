@@ -37,9 +37,9 @@ export class Space extends EventTarget {
     return call('POST', '/v1/spaces', { json: { name } })
   }
 
-  /** The newest label spaces. @returns {Promise<{id: string, name: string, classes: number, photos: number}[]>} */
+  /** The newest first. @returns {Promise<{id: string, name: string, classes: number, photos: number}[]>} */
   static async all() {
-    return (await call('GET', '/v1/spaces?limit=50')).spaces
+    return (await call('GET', '/v1/spaces?limit=1000')).spaces.reverse()
   }
 
   /** @param {Blob} zip @returns {Promise<{id: string, name: string}>} */
@@ -132,8 +132,8 @@ export class Space extends EventTarget {
         for (const [file, photo] of batch) form.append('photos', photo, 'name' in file ? file.name : 'photo.jpg')
         const path = to.id ? `${this.path}/classes/${to.id}/photos` : `${this.path}/classes`
         const made = await call('POST', path, { body: form })
-        to.id ??= made.class.id ?? made.class
-        added += batch.length
+        to.id ??= made.class.id
+        added += made.photos.length // not those that are there already
         notes.push(...(made.notes ?? []))
         batch.forEach(([file]) => told(file))
       }
