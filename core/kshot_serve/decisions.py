@@ -77,7 +77,8 @@ def similarity(verification: Verification, a: np.ndarray, b: np.ndarray) -> np.n
 
 def same(verification: Verification, alike: np.ndarray) -> np.ndarray:
     """The probability that two images of this similarity show one class."""
-    return 1 / (1 + np.exp(-np.clip(verification.slope * alike + verification.offset, -700, 700)))
+    evidence = verification.slope * np.asarray(alike, np.float64) + verification.offset
+    return 1 / (1 + np.exp(-np.clip(evidence, -700, 700)))
 
 
 def nearest(queries: np.ndarray, support: np.ndarray, count: int = 3) -> list[list[tuple[int, float]]]:
