@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ class Adapted:
     directions: np.ndarray | None  # (S, D) unit rows, the photos' features as the adapted learner sees them
     alone: np.ndarray | None  # (S, D) features of images by themselves, if one class is told from all else by them
 
+    @cached_property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Id and name of each class."""
+        return tuple((each.id, each.name) for each in self.classes)
+
     @property
     def key(self) -> tuple[str, str, int]:
         return self.space, self.bundle, self.revision
@@ -61,11 +67,43 @@ class Adapted:
         return sum(array.nbytes for array in arrays if array is not None) + _PHOTO_BYTES * len(self.photos)
 
 
+class _Newest:
+    """The newest revisions of label spaces: who asks while others are being answered is answered with the next."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._asked: dict[str, asyncio.Future[int]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def revision(self, space: str) -> int:
+        answer = self._asked.setdefault(space, asyncio.get_running_loop().create_future())
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+        return await asyncio.shield(answer)
+
+    async def _read(self) -> None:
+        while self._asked:
+            asked, self._asked = self._asked, {}
+            try:
+                found = await self._store.run(self._store.newest, list(asked))
+            except Exception as error:
+                for answer in asked.values():
+                    answer.set_exception(error)
+                continue
+            for space, answer in asked.items():
+                if space in found:
+                    answer.set_result(found[space])
+                else:
+                    answer.set_exception(Problem("space_unknown", "there is no such label space"))
+        self._reading = None
+
+
 class States:
     """Adapted states in memory, the least used of which go when there is no more room."""
 
     def __init__(self, store: Store, engine: Engine, metrics: Metrics, room: int, limits: ImageLimits) -> None:
         self._store = store
+        self._newest = _Newest(store)
         self._engine = engine
         self._metrics = metrics
         self._room = room
@@ -78,7 +116,7 @@ class States:
         """The state of a label space as it is now. Many may ask: it is built once."""
         try:
             with self._metrics.stage("store"):
-                revision = await self._store.run(self._store.revision, space)
+                revision = await self._newest.revision(space)
         except Problem as problem:
             if problem.code == "space_unknown":
                 self.drop(space)  # another replica deleted it

@@ -11,7 +11,7 @@ import numpy as np
 
 from kshot_runtime.images import ImageRule, decode
 from kshot_serve.adapted import Adapted
-from kshot_serve.decisions import LIKELY, Decision, Verdicts, judge, nearest, same, similarity
+from kshot_serve.decisions import LIKELY, Decision, Verdicts, judge, largest, nearest, same, similarity
 from kshot_serve.problems import Problem
 from kshot_serve.settings import Settings
 from kshot_serve.telemetry import Metrics
@@ -126,8 +126,7 @@ class Answering:
             answers = _answers(adapted, logits, verdicts, features)
         for answer in answers:
             self._metrics.decisions.labels(answer.decision).inc()
-        classes = tuple((each.id, each.name) for each in adapted.classes)
-        return Classified(answers, classes, adapted.revision, champion)
+        return Classified(answers, adapted.names, adapted.revision, champion)
 
     async def embed(self, champion: Champion, uploads: Sequence[Upload], deadline: float) -> np.ndarray:
         if not champion.bundle.graphs.embeds:
@@ -166,10 +165,9 @@ def _answers(
         close = nearest(features, adapted.directions, _TOP_PHOTOS)
     answers = []
     for row, probabilities, decision, photos in zip(
-        logits, verdicts.probabilities, verdicts.decisions, close, strict=True
+        logits, verdicts.probabilities.tolist(), verdicts.decisions, close, strict=True
     ):
-        order = np.argsort(-probabilities, kind="stable")[:_TOP_CLASSES]
-        tops = tuple((adapted.classes[i].id, adapted.classes[i].name, float(probabilities[i])) for i in order)
+        tops = tuple((*adapted.names[i], probabilities[i]) for i in largest(probabilities, _TOP_CLASSES))
         id_, name, probability = tops[0]
         evidence = tuple((adapted.photos[i].id, adapted.photos[i].class_id, cosine) for i, cosine in photos)
         known = decision != "unknown"

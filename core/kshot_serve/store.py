@@ -166,6 +166,16 @@ class Store:
         with self.reading() as connection:
             return _row(connection, space).revision
 
+    def newest(self, spaces: Sequence[str]) -> dict[str, int]:
+        """The numbers of the newest revisions of those label spaces that there are."""
+        query = select(SPACES.c.id, SPACES.c.revision)
+        with self.reading() as connection:
+            return {
+                space: revision
+                for ids in _parts(list(filter(is_id, spaces)))
+                for space, revision in connection.execute(query.where(SPACES.c.id.in_(ids))).tuples()
+            }
+
     def space(self, space: str) -> Space:
         with self.reading() as connection:
             row = _row(connection, space)

@@ -29,7 +29,7 @@ def show(done: Sequence[Done], command: str) -> None:
     bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
     if bundle and version and promotion:
         out.print(_verdict(promotion))
-        out.print(_next(bundle, version, command), soft_wrap=True)  # to copy: paths and commands stay whole
+        out.print(_next(bundle, version, promotion, command), soft_wrap=True)  # to copy: paths and commands stay whole
 
 
 def show_comparison(found: Comparison, command: str) -> None:
@@ -101,10 +101,13 @@ def _verdict(promotion: Promotion) -> str:
     return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {promotion.why}"
 
 
-def _next(bundle: Exported, version: Registered, command: str) -> str:
+def _next(bundle: Exported, version: Registered, promotion: Promotion, command: str) -> str:
+    in_production = promotion.stage == "Production"
+    source = f"models:/{version.name}@production" if in_production else relative(bundle.folder)
     return f"""
+[bold]Serve it[/bold]     kshot serve {source}
 [bold]The bundle[/bold]   {relative(bundle.folder)}
-[bold]Use it[/bold]       from kshot_runtime.bundle import Bundle
+[bold]In Python[/bold]    from kshot_runtime.bundle import Bundle
              bundle = Bundle.open("{relative(bundle.folder)}")
              state = bundle.adapt(["a.png", "b.png"], ["class a", "class b"])
              print(bundle.classify(state, ["new.png"]).names)

@@ -95,7 +95,9 @@ def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:
     curve = door.get_metric_history(version.run, "train.loss")
     assert [point.step for point in curve] == list(range(1, 41))
     assert [point.step for point in door.get_metric_history(version.run, "validation.accuracy")] == [20, 40]
-    assert {"test.3w1s.accuracy", "test.3w1s.ece", "test.3w1s.false_accepts", "calibration.3w1s.temperature"} <= set(run.data.metrics)
+    assert {"test.3w1s.accuracy", "test.3w1s.ece", "test.3w1s.false_accepts", "calibration.3w1s.temperature"} <= set(
+        run.data.metrics
+    )
     assert "| 3-way 1-shot | **" in run.data.tags["mlflow.note.content"]  # what its page says first
     assert door.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
     pictures = {artifact.path for artifact in door.list_artifacts(version.run, "pictures")}

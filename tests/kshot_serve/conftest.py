@@ -1,4 +1,4 @@
-"""What takes seconds and is made once: two tiny bundles, one that takes features and one that takes images; a server."""
+"""What takes seconds and is made once: two tiny bundles, one that takes features and one that takes images; servers."""
 
 from __future__ import annotations
 

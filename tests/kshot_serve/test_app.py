@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -23,10 +24,22 @@ from kshot_runtime.bundle import Graphs
 from kshot_serve import problems
 from kshot_serve.app import create_app
 from kshot_serve.settings import EngineSettings, Settings
+from kshot_serve.spaces import Spaces
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py
 Start = Callable[[Settings], AbstractContextManager[Running]]
+
+JSON, TEXT, PNG = ({"Content-Type": kind} for kind in ("application/json", "text/plain", "image/png"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.005)
+
+
+def metric(server: Running, line: str) -> bool:
+    return line in server.http.get("/metrics").text
 
 
 def files(*photos: bytes, field: str = "photos") -> list[tuple[str, tuple[str, bytes]]]:
@@ -75,7 +88,7 @@ def test_an_answer_says_what_gave_it(server: Running, space: str, photo: Photo) 
     assert body["model"] == {name: model[name] for name in ("name", "version", "bundle")}
     assert body["request_id"] == response.headers["x-request-id"]
     [result] = body["results"]
-    assert [each["name"] for each in result["classes"]][0] == "red"
+    assert result["classes"][0]["name"] == "red"
     assert 0 <= result["probability"] <= 1
     assert len(result["evidence"]) == 3
 
@@ -222,9 +235,8 @@ def test_a_request_is_one_log_line_with_its_stages(
     with caplog.at_level(logging.INFO, "kshot.serve"):
         answer = server.http.post(f"{space}/classify", files=files(photo("red", 9)))
         server.http.get("/v2")  # the line above is written after its answer is sent
-    [fields] = [
-        record.fields for record in caplog.records if getattr(record, "fields", {}).get("route", "").endswith("classify")
-    ]  # fmt: skip
+    told = [getattr(record, "fields", {}) for record in caplog.records]
+    [fields] = [each for each in told if each.get("route", "").endswith("classify")]
     assert fields["route"] == "POST /v1/spaces/{space_id}/classify"
     assert fields["status"] == answer.status_code == 200
     assert {"ms", "decode_ms", "queue_ms", "infer_ms", "decide_ms", "store_ms"} <= set(fields)
@@ -245,40 +257,34 @@ def test_metrics_count_routes_and_never_paths_or_methods_that_a_client_made_up(s
     assert "kshot_ready 1.0" in exposed
 
 
-def test_ready_says_no_until_the_model_is_warm(features_bundle: Path, tmp_path: Path, running: Start) -> None:
+def test_ready_says_no_until_the_model_is_warm(
+    features_bundle: Path, tmp_path: Path, running: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """gh:triton-inference-server/server#6939, #7588: readiness was 200 while the model could not be used."""
-    let = threading.Event()
-    asked: list[Any] = []
-
-    def look(url: str) -> None:
-        with httpx.Client(base_url=url) as http:
-            for path in ("/healthz/live", "/healthz/ready", "/v2/health/ready", "/v1/model", "/v1/limits"):
-                asked.append(http.get(path))
-        let.set()
-
-    import kshot_serve.champions as champions
-
-    real = champions.warm
-
-    def slow(bundle: Any, buckets: Any) -> None:
-        port = next(iter(ports))
-        look(f"http://127.0.0.1:{port}")
-        assert let.wait(30)
-        real(bundle, buckets)
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(champions, "warm", slow)
-        settings = Settings(source=str(features_bundle), folder=tmp_path, port=ports[0], leave_s=0)
-        with running(settings) as server:
-            assert [each.status_code for each in asked] == [200, 503, 503, 503, 200]
-            assert asked[1].json() == {"status": "starting"}
-            assert error(asked[3]) == (503, "not_ready")
-            assert "retry-after" in asked[3].headers
-            assert asked[4].json()["adaptation"] is None
-            assert server.http.get("/healthz/ready").status_code == 200
+        port = probe.getsockname()[1]
+    asked: dict[str, httpx.Response] = {}
+    prepare_for = Spaces.prepare_for
+
+    def ask() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            for path in ("/healthz/live", "/healthz/ready", "/v2/health/ready", "/v1/model", "/v1/limits"):
+                asked[path] = http.get(path)
+
+    async def before(self: Spaces, champion: Any) -> None:
+        await asyncio.to_thread(ask)
+        await prepare_for(self, champion)
+
+    monkeypatch.setattr(Spaces, "prepare_for", before)
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=port, leave_s=0)
+    with running(settings) as server:
+        assert [each.status_code for each in asked.values()] == [200, 503, 503, 503, 200]
+        assert asked["/healthz/ready"].json() == {"status": "starting"}
+        assert error(asked["/v1/model"]) == (503, "not_ready")
+        assert "retry-after" in asked["/v1/model"].headers
+        assert asked["/v1/limits"].json()["adaptation"] is None
+        assert server.http.get("/healthz/ready").status_code == 200
 
 
 # What it refuses ---------------------------------------------------------------------------------------------------
@@ -303,20 +309,20 @@ def test_ready_says_no_until_the_model_is_warm(features_bundle: Path, tmp_path: 
         ("POST", "/v1/spaces", {"json": {"name": "x", "accept": 2}}, (400, "bad_request")),
         ("POST", "/v1/spaces", {"json": {"name": "x", "other": 2}}, (400, "bad_request")),
         ("POST", "/v1/spaces", {"json": [1]}, (400, "bad_request")),
-        ("POST", "/v1/spaces", {"content": b"{", "headers": {"Content-Type": "application/json"}}, (400, "bad_request")),
+        ("POST", "/v1/spaces", {"content": b"{", "headers": JSON}, (400, "bad_request")),
         (
-            "POST", "/v1/spaces", {"content": b'{"name": "\\ud800"}', "headers": {"Content-Type": "application/json"}},
+            "POST", "/v1/spaces", {"content": b'{"name": "\\ud800"}', "headers": JSON},
             (400, "bad_request"),
         ),
         (
-            "POST", "/v1/spaces", {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}},
+            "POST", "/v1/spaces", {"content": b"[" * 100_000, "headers": JSON},
             (400, "bad_request"),
         ),
-        ("POST", "/v1/embed", {"content": b"x", "headers": {"Content-Type": "text/plain"}}, (415, "media_type_unknown")),
+        ("POST", "/v1/embed", {"content": b"x", "headers": TEXT}, (415, "media_type_unknown")),
         ("POST", "/v1/embed", {"json": {"url": "http://127.0.0.1/x.png"}}, (415, "media_type_unknown")),
-        ("POST", "/v1/embed", {"content": b"", "headers": {"Content-Type": "image/png"}}, (422, "no_photos")),
+        ("POST", "/v1/embed", {"content": b"", "headers": PNG}, (422, "no_photos")),
         (
-            "POST", "/v1/embed", {"content": b"x", "headers": {"Content-Type": "image/png", "x-kshot-deadline-ms": "soon"}},
+            "POST", "/v1/embed", {"content": b"x", "headers": PNG | {"x-kshot-deadline-ms": "soon"}},
             (400, "bad_request"),
         ),
     ],
@@ -357,10 +363,10 @@ def test_a_body_is_bounded_by_what_it_says_and_by_what_comes(
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, body_mb=1)
     with running(settings) as server:
         too_much = b"x" * 1_000_001
-        said = server.http.post("/v1/embed", content=too_much, headers={"Content-Type": "image/png"})
+        said = server.http.post("/v1/embed", content=too_much, headers=PNG)
         assert error(said) == (413, "body_too_large")
         chunks = (too_much[i : i + 65536] for i in range(0, len(too_much), 65536))
-        chunked = server.http.post("/v1/embed", content=chunks, headers={"Content-Type": "image/png"})
+        chunked = server.http.post("/v1/embed", content=chunks, headers=PNG)
         assert error(chunked) == (413, "body_too_large")
         json_body = {"name": "x" * 1_000_001}
         assert error(server.http.post("/v1/spaces", json=json_body)) == (413, "body_too_large")
@@ -395,22 +401,21 @@ def test_bodies_of_all_requests_share_a_bound(features_bundle: Path, tmp_path: P
             holder.sendall(f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Length: 900000\r\n".encode())
             holder.sendall(b"Content-Type: image/png\r\nExpect: 100-continue\r\n\r\n")
             assert b"100" in holder.recv(1000)  # its body is awaited now
-            refused = server.http.post("/v1/embed", content=b"x" * 200_000, headers={"Content-Type": "image/png"})
+            refused = server.http.post("/v1/embed", content=b"x" * 200_000, headers=PNG)
             assert error(refused) == (429, "busy")
             assert refused.json()["error"]["reason"] == "bodies"
             assert int(refused.headers["retry-after"]) >= 1
-        for _ in range(100):  # until the server has noticed that the holder hung up
-            free = server.http.post("/v1/embed", content=b"x" * 200_000, headers={"Content-Type": "image/png"})
-            if free.status_code != 429:
-                break
-            time.sleep(0.02)
-        assert error(free) == (422, "not_an_image")
+
+        def asked() -> int:
+            return server.http.post("/v1/embed", content=b"x" * 200_000, headers=PNG).status_code
+
+        until(lambda: asked() == 422)  # no image; once the server has noticed that the holder hung up
 
 
 def test_a_full_queue_refuses_before_it_reads_a_body(
     features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
 ) -> None:
-    """gh:triton-inference-server/server#6796: queue limits that did not hold; gh:bentoml/BentoML#2603: without a reason."""
+    """gh:triton-inference-server/server#6796: limits that did not hold; gh:bentoml/BentoML#2603: without a reason."""
     settings = Settings(
         source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, engine=EngineSettings(queue=2, runners=1)
     )
@@ -418,8 +423,7 @@ def test_a_full_queue_refuses_before_it_reads_a_body(
         first = asks(server, photo("red"))
         assert entered.wait(30)
         second = asks(server, photo("red", 1))
-        while server.backend.engine._places < 2:
-            time.sleep(0.005)
+        until(lambda: metric(server, "kshot_queued_images 2.0"))
         host = server.url.removeprefix("http://")
         with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as third:
             started = time.perf_counter()
@@ -451,10 +455,8 @@ def test_a_client_that_hangs_up_leaves_the_queue(
         with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as fickle:
             head = f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
             fickle.sendall(head.encode() + b"\r\n\r\n" + body)
-            while server.backend.engine._rows < 2:
-                time.sleep(0.005)
-        while server.backend.engine._places > 1:
-            time.sleep(0.005)
+            until(lambda: metric(server, "kshot_queued_images 2.0"))
+        until(lambda: metric(server, 'route="POST /v1/embed",status="499"} 1.0'))
         let.set()
         assert first.result().status_code == 200
         while (
@@ -469,9 +471,7 @@ def test_an_answer_that_would_come_too_late_is_given_up(
 ) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0)
     with running(settings) as server, held(server) as (_, let):
-        late = server.http.post(
-            "/v1/embed", content=photo("red"), headers={"Content-Type": "image/png", "x-kshot-deadline-ms": "50"}
-        )
+        late = server.http.post("/v1/embed", content=photo("red"), headers=PNG | {"x-kshot-deadline-ms": "50"})
         assert error(late) == (503, "too_late")
         assert "retry-after" in late.headers
         let.set()
@@ -505,9 +505,7 @@ class asks:  # noqa: N801  (reads as a sentence)
 
     def __init__(self, server: Running, photo: bytes) -> None:
         def ask() -> None:
-            self.response = httpx.post(
-                f"{server.url}/v1/embed", content=photo, headers={"Content-Type": "image/png"}, timeout=60
-            )
+            self.response = httpx.post(f"{server.url}/v1/embed", content=photo, headers=PNG, timeout=60)
 
         self.thread = threading.Thread(target=ask)
         self.thread.start()

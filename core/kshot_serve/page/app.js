@@ -166,7 +166,7 @@ $('history').addEventListener('click', async () => {
     const revisions = await /** @type {Space} */ (space).revisions()
     $('past-list').replaceChildren(...revisions.map((revision, i) => el('li', {},
       el('span', { class: 'number' }, `${revision.number}`),
-      el('span', { class: 'what' }, revision.what || ACTIONS[revision.action] || revision.action, el('small', { class: 'hint' }, when(revision.created))),
+      el('span', { class: 'what' }, `${ACTIONS[revision.action] ?? revision.action} ${revision.what}`, el('small', { class: 'hint' }, [when(revision.created), revision.who].filter(Boolean).join(', '))),
       i === 0 ? el('span', { class: 'hint' }, 'now') : el('button', { class: 'small', value: `${revision.number}`,
         'aria-label': `Go back to revision ${revision.number}` }, 'Go back'))))
     const to = Number(await ask($('past')))
@@ -178,8 +178,11 @@ $('history').addEventListener('click', async () => {
   }
 })
 
-/** What was done, where the server has no more to say of it. @type {Record<string, string>} */
-const ACTIONS = { create: 'made', change: 'name or strictness', import: 'imported' }
+/** What was done; the server's words say to what. @type {Record<string, string>} */
+const ACTIONS = {
+  create: 'Made', import: 'Imported', change: 'Name or strictness changed', add_class: 'New class:', add_photos: 'Added',
+  rename_class: 'Renamed a class', delete_class: 'Deleted', delete_photo: 'Deleted', rollback: 'Back',
+}
 
 /** @param {string} time */
 const when = (time) => new Date(time).toLocaleString(undefined, { dateStyle: 'short', timeStyle: 'short' })

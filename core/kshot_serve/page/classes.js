@@ -8,7 +8,6 @@ import { chooser, droppable, thumb, whole } from './photos.js'
 const SHOWN = 24 // photos of a card until more are asked for
 
 export class Classes {
-  /** @param {(to: {id?: string, name: string}) => void} undoable called after photos went in */
   constructor() {
     /** @type {Space} */
     this.space = /** @type {any} */ (null)

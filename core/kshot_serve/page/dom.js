@@ -69,11 +69,8 @@ export function keep(parent, items, key, make, update = () => {}) {
 /** @param {number} count @param {string} one @param {string} [more] */
 export const counted = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`
 
-/** @param {number} share */
-export const percent = (share) => {
-  const points = 100 * share
-  return `${points > 99 && points < 100 ? (Math.floor(points * 10) / 10).toFixed(1) : Math.round(points)} %`
-}
+/** Never a plain 100 or 0: no answer is as sure as that. @param {number} share */
+export const percent = (share) => (share > 0.99 ? '> 99 %' : share < 0.01 ? '< 1 %' : `${Math.round(100 * share)} %`)
 
 /** @param {number} ms */
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms))

@@ -134,7 +134,7 @@ export class Space extends EventTarget {
         const made = await call('POST', path, { body: form })
         to.id ??= made.class.id
         added += made.photos.length // not those that are there already
-        notes.push(...(made.notes ?? []))
+        notes.push(...made.notes.map((/** @type {string} */ note) => named(note, batch)))
         batch.forEach(([file]) => told(file))
       }
       for await (const batch of batches(files, limit)) {
@@ -204,6 +204,12 @@ export function undoTarget(revisions, actions) {
   const first = Math.min(...revisions.map(({ number }) => number))
   return now <= first ? null : same(actions.get(now) ?? now - 1)
 }
+
+/**
+ * The server counts the photos of a request; a person knows them by the names of their files.
+ * @param {string} note @param {[File | Blob, Blob][]} batch
+ */
+const named = (note, batch) => note.replace(/^photo (\d+)/, (counted, number) => batch[number - 1]?.[0].name ?? counted)
 
 /** @param {any} error */
 const isAboutAPhoto = (error) => error instanceof Refusal && [400, 413, 415, 422].includes(error.status)

@@ -1,0 +1,119 @@
+"""The client: a few lines, the server's own words, and patience with a busy one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kshot_serve.client import Client, RefusedError
+from kshot_serve.problems import Problem
+
+Photo = Callable[..., bytes]
+Running = Any  # of conftest.py
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[Client]:
+    with Client(server.url) as client:
+        yield client
+
+
+def test_five_lines_make_classes_and_ask(client: Client, photo: Photo, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(photo("red"))
+    colours = client.space("five lines")
+    assert colours.add("red", [tmp_path / "red.png", str(tmp_path / "red.png")]) == [
+        "photo 2 is in this class already, and was left out"
+    ]
+    colours.add("blue", photo("blue"))
+    answer = colours.classify(photo("blue", 3))
+    assert (answer.name, answer.decision) == ("blue", "match")
+    assert answer.whole["evidence"][0]["similarity"] > 0.5
+
+
+def test_a_label_space_is_found_again_by_its_name(client: Client) -> None:
+    made = client.space("found again")
+    assert client.space("found again").id == made.id
+    assert made.id in {space.id for space in client.spaces()}
+
+
+def test_photos_are_added_to_the_class_that_is_there(client: Client, photo: Photo) -> None:
+    space = client.space("grows")
+    space.add("red", photo("red"))
+    space.add("red", [photo("red", 1), photo("red", 2)])
+    [known] = space.classes()
+    assert len(known["photos"]) == 3
+    assert space.rollback(space.revisions()[1]["number"]) == 4
+    assert len(space.classes()[0]["photos"]) == 1
+
+
+def test_what_is_refused_says_why_with_the_servers_code(client: Client, photo: Photo) -> None:
+    space = client.space("refuses")
+    with pytest.raises(RefusedError) as refused:
+        space.classify(photo("red"))
+    assert (refused.value.code, refused.value.status) == ("too_few_classes", 409)
+    assert refused.value.request_id.startswith("req_")
+    space.add("red", photo("red"))
+    space.add("blue", photo("blue"))
+    with pytest.raises(RefusedError, match="not an image"):
+        space.classify(b"no photo")
+    good, bad = space.classify_all([photo("red", 1), b"no photo"])
+    assert not isinstance(good, RefusedError)
+    assert isinstance(bad, RefusedError)
+    assert bad.code == "not_an_image"
+
+
+def test_a_label_space_travels(client: Client, photo: Photo) -> None:
+    space = client.space("travels")
+    space.add("red", photo("red"))
+    copy = client.import_space(space.export())
+    assert copy.name == "travels (2)"
+    assert [each["name"] for each in copy.classes()] == ["red"]
+    copy.delete()
+    assert "travels (2)" not in {each.name for each in client.spaces()}
+
+
+def test_vectors_and_pairs(client: Client, photo: Photo) -> None:
+    [vector] = client.embed(photo("red"))
+    assert len(vector) == len(client.embed([photo("red"), photo("blue")])[1])
+    assert client.same(photo("red"), photo("red", 1)) > client.same(photo("red"), photo("blue"))
+
+
+def test_a_busy_server_is_asked_again_after_the_time_it_names(
+    server: Running, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [Problem("busy", "full", retry_after=1), Problem("not_ready", "soon", retry_after=2)]
+    waited: list[float] = []
+    real = server.backend.spaces.list
+
+    async def list_(*given: Any) -> Any:
+        if refusals:
+            raise refusals.pop(0)
+        return await real(*given)
+
+    monkeypatch.setattr(server.backend.spaces, "list", list_)
+    monkeypatch.setattr("kshot_serve.client.time.sleep", waited.append)
+    assert isinstance(list(client.spaces()), list)
+    assert waited == [1.0, 2.0]
+
+
+def test_a_key_is_sent_along(server: Running) -> None:
+    with Client(server.url, key="kshot_x") as client:
+        assert client._http.headers["Authorization"] == "Bearer kshot_x"
+
+
+def test_a_missing_httpx_is_told_with_what_to_do() -> None:
+    code = "import sys; sys.modules['httpx'] = None\nfrom kshot_serve.client import Client\nClient()"
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KshotError: the client needs httpx: pip install 'kshot[client]'" in failed.stderr
+
+
+def test_importing_the_client_takes_no_server_along() -> None:
+    code = (
+        "import sys; from kshot_serve.client import Client; print(sorted({'fastapi', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
