@@ -131,10 +131,11 @@ def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
     how, steps = recipe.training, last["step"]
     if steps == 0:
         return "not meta-trained: as it was built"
-    if any(name.startswith("base.") for name in last["learner"]):  # a head over all base classes: class training
+    if any(name.split(".")[0] == "base" for name in last["learner"]):  # a head over all base classes: class training
         return f"{steps:,} batches of {how.ways * (how.shots + how.queries) * how.episodes_per_step} images"
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
-    return f"{how.ways}-way {how.shots}-shot, {how.queries} queries, {steps:,} {batches}"
+    queries = f"{how.queries} quer{'y' if how.queries == 1 else 'ies'}"
+    return f"{how.ways}-way {how.shots}-shot, {queries}, {steps:,} {batches}"
 
 
 if __name__ == "__main__":
