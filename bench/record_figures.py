@@ -134,7 +134,7 @@ def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
     if any(name.split(".")[0] == "base" for name in last["learner"]):  # a head over all base classes: class training
         return f"{steps:,} batches of {how.ways * (how.shots + how.queries) * how.episodes_per_step} images"
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
-    queries = f"{how.queries} quer{'y' if how.queries == 1 else 'ies'}"
+    queries = "1 query" if how.queries == 1 else f"{how.queries} queries"
     return f"{how.ways}-way {how.shots}-shot, {queries}, {steps:,} {batches}"
 
 
