@@ -45,7 +45,7 @@ class Plugin(_Part):
 class Limits(_Part):
     """The most that one adaptation takes; they bound its time and memory."""
 
-    ways: int = Field(100, ge=1, description="classes")
+    ways: int = Field(1000, ge=1, description="classes")
     shots: int = Field(100, ge=1, description="support images of one class")
     support: int = Field(1000, ge=1, description="support images in all")
     steps: int = Field(1000, ge=0, description="inner steps, for a learner that takes steps")
