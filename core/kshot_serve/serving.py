@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,10 +23,10 @@ from kshot_serve.settings import Settings
 from kshot_serve.telemetry import configure_logs
 
 
-def serve(settings: Settings, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM or Ctrl-C. `announce` is given one line when the server is ready."""
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C. One line on standard output tells when it is ready, and where."""
     configure_logs(sys.stderr)
-    Server(settings, announce).run()
+    Server(settings, partial(print, flush=True)).run()  # who waits for it at the end of a pipe is to have it now
 
 
 class Server(uvicorn.Server):
