@@ -84,13 +84,23 @@ def _summary(product: Product) -> str:
 
 
 def _scores(scores: Scores) -> Table:
-    table = _table("test episodes", "accuracy (95 % interval)", "calibration error", "of unknown classes let in")
+    table = _table(
+        "test episodes",
+        "queries",
+        "accuracy\n(95 % interval)",
+        "calibration\nerror",
+        "unknown\nlet in",
+        "known\nlet in",
+    )
     for line in scores.lines:
-        accuracy = f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]"
-        told, unknown = line.open_set, "not measured"
-        if told is not None:
-            unknown = f"{100 * told.false_accepts:.1f} % (with {100 * told.accepted:.1f} % of the known)"
-        table.add_row(f"{line.label}, {line.shape.queries} queries", accuracy, f"{100 * line.ece:.1f} %", unknown)
+        told = line.open_set
+        table.add_row(
+            line.label,
+            str(line.shape.queries),
+            f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]",
+            f"{100 * line.ece:.1f} %",
+            *(["", ""] if told is None else [f"{100 * told.false_accepts:.1f} %", f"{100 * told.accepted:.1f} %"]),
+        )
     return table
 
 
