@@ -123,5 +123,6 @@ def configure_logs(stream: TextIO) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(Lines() if stream.isatty() else JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # Pillow has some for damaged photos, and every line is to be JSON
     for noisy in ("uvicorn", "uvicorn.error", "python_multipart", "alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
