@@ -1,6 +1,7 @@
 """The conformance kit: promises that every learner keeps, ours or yours, each a check that runs on a toy problem.
 
-A check's docstring says the promise, and what to do where it is broken; `kshot plugin check NAME` shows both.
+A check's docstring says the promise, and what to do where it is broken; `kshot plugin check NAME` shows both. It
+returns why the learner is exempt, where it is.
 With pytest, for every installed learner:
 
     from kshot.testing import CHECKS, Subject
@@ -37,7 +38,8 @@ from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
 
 SIDE = 16
-CHECKS: list[Callable[[Subject], None]] = []
+Check = Callable[["Subject"], str | None]
+CHECKS: list[Check] = []
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def toy_images(classes: int = 30, images: int = 10, seed: int = 0) -> ClassImage
     return ClassImages.from_arrays(arrays)
 
 
-def _check(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+def _check(function: Check) -> Check:
     CHECKS.append(function)
     return function
 
@@ -252,7 +254,7 @@ def config_round_trips(subject: Subject) -> None:
 
 
 @_check
-def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
+def meta_gradient_agrees_with_finite_differences(subject: Subject) -> str | None:
     """The gradient of `meta_loss` is what small steps measure, in float64, second order included.
 
     Where they differ, something on the way cuts the gradient: .item(), .detach(), no_grad(), argmax, or an inner
@@ -261,7 +263,7 @@ def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
     """
     learner = subject.build()
     if learner.surrogate:
-        return  # an approximation or a game, and said to be one
+        return "not measured: `surrogate` says that its gradient is an approximation or a game"
     batch = sample_episodes(toy_images(), Shape(3, 2, 2), 2, seed=5, step=0)
     batch = replace(batch, unlabelled=sample_images(toy_images(seed=3), 12, seed=5, step=0))
     learner.prepare(toy_images().groups)
@@ -292,6 +294,7 @@ def meta_gradient_agrees_with_finite_differences(subject: Subject) -> None:
     measured = (moved[0] - moved[1]) / (2 * eps)
     error = abs(slope - measured) / max(abs(measured), 1e-3)
     assert error < 1e-3, f"the gradient says {slope:.8f}, finite differences say {measured:.8f}"
+    return None
 
 
 @_check

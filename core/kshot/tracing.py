@@ -5,6 +5,7 @@ The only module that touches what torch and onnxscript do not promise to keep; b
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -246,10 +247,11 @@ def _explaining(whose: str) -> Iterator[None]:
             "Keep values in tensors: no .item(), .tolist() or .numpy(), and no `if` on them (torch.where does it)."
         ) from error
     except torch.onnx.errors.OnnxExporterError as error:
-        lines = [line for line in str(error).splitlines() if "No ONNX function found" in line] or str(
-            error
-        ).splitlines()
-        raise ExportError(f"{whose} uses an operation that does not export: {lines[0].strip()}") from error
+        operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
+        what = (
+            f"{operation[1]}, which has no ONNX form; write it with others" if operation else str(error).splitlines()[0]
+        )
+        raise ExportError(f"{whose} uses an operation that does not export: {what}") from error
     except Exception as error:  # the tracer, the exporter and the learner's own code may raise anything
         raise ExportError(f"{whose} cannot be traced: {type(error).__name__}: {str(error)[:500]}") from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kshot_flows.plugin_check import Failure
+    from kshot_flows.plugin_check import Failure, Outcome
 
 # Torch takes seconds to import, and `kshot --help` must not wait for it: every command imports what it needs.
 
@@ -77,6 +77,7 @@ def check(
     logging.getLogger("torch").setLevel(logging.ERROR)  # what a failed export logs is in its error, in words
     out = Console(highlight=False)
     failures: list[Failure] = []
+    exempt = 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -88,30 +89,44 @@ def check(
         row = bar.add_task("", total=len(CHECKS))
         for number, each in enumerate(CHECKS, 1):
             bar.update(row, description=plugin_check.promise(each), completed=number - 1)
-            failure, seconds = plugin_check.run(each, subject)
-            out.print(_line(plugin_check.promise(each), seconds, failure, again=failure in failures))
-            if failure:
-                failures.append(failure)
+            outcome = plugin_check.run(each, subject)
+            out.print(_line(plugin_check.promise(each), outcome, again=outcome.failure in failures))
+            if outcome.exempt:
+                exempt += 1
+            if outcome.failure:
+                failures.append(outcome.failure)
                 if number == 1:
                     out.print(f"\n[red]Mend this one first: the other {len(CHECKS) - 1} promises build on it.[/red]")
                     raise typer.Exit(1)
     if failures:
         out.print(f"\n[red]{name} breaks {len(failures)} of {len(CHECKS)} promises.[/red]")
         raise typer.Exit(1)
-    out.print(f"\n[green]{name} keeps all {len(CHECKS)} promises.[/green]")
+    kept = (
+        f"all {len(CHECKS)} promises" if not exempt else f"{len(CHECKS) - exempt} promises, and is exempt from {exempt}"
+    )
+    out.print(f"\n[green]{name} keeps {kept}.[/green]")
 
 
-def _line(promise: str, seconds: float, failure: Failure | None, again: bool) -> Any:
+def _line(promise: str, outcome: Outcome, again: bool) -> Any:
     """One check: how it went, how long it took, the promise, and under it what went wrong."""
     from rich.table import Table
     from rich.text import Text
 
+    failure = outcome.failure
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=6)
     grid.add_column(width=7, justify="right")
     grid.add_column(overflow="fold")
-    passed = Text("passed", "green") if failure is None else Text("FAILED", "bold red")
-    grid.add_row(passed, f"{seconds:.1f} s", Text(promise))
+    how = (
+        Text("FAILED", "bold red")
+        if failure
+        else Text("exempt", "yellow")
+        if outcome.exempt
+        else Text("passed", "green")
+    )
+    grid.add_row(how, f"{outcome.seconds:.1f} s", Text(promise))
+    if outcome.exempt:
+        grid.add_row("", "", Text(outcome.exempt, "yellow"))
     if failure and again:
         grid.add_row("", "", Text("As above.", "red"))
     elif failure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,11 +13,9 @@ from typing import Any, NoReturn
 from kshot import plugins, testing
 from kshot.learner import Learner, LearnerConfig
 from kshot.recipe import set_value
-from kshot.testing import Subject
+from kshot.testing import Check, Subject
 from kshot_flows import shipped
 from kshot_runtime.errors import KshotError
-
-Check = Callable[[Subject], None]
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,15 @@ class Failure:
     what: str
     where: str = ""  # the line of the author's code, if it was one
     advice: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found wrong, or why the learner is exempt, if either; and how long it took."""
+
+    failure: Failure | None
+    exempt: str | None
+    seconds: float
 
 
 def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
@@ -54,14 +61,14 @@ def promise(check: Check) -> str:
     return _paragraphs(check)[0]
 
 
-def run(check: Check, subject: Subject) -> tuple[Failure | None, float]:
-    """Let a check judge the learner: what it found wrong, if anything, and the seconds it took."""
-    started, failure = time.perf_counter(), None
+def run(check: Check, subject: Subject) -> Outcome:
+    """Let a check judge the learner."""
+    started, failure, exempt = time.perf_counter(), None, None
     try:
-        check(subject)
+        exempt = check(subject)
     except (Exception, SystemExit) as error:  # the learner's code may raise anything
         failure = _explained(error, check, plugins.find().learner(subject.name).value)
-    return failure, time.perf_counter() - started
+    return Outcome(failure, exempt, time.perf_counter() - started)
 
 
 def _explained(error: BaseException, check: Check, learner: type[Learner]) -> Failure:

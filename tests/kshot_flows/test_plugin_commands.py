@@ -71,7 +71,7 @@ def kshot(*arguments: str) -> Result:
 def failure(tmp_path: Path, check: str) -> plugin_check.Failure:
     """What this check finds wrong with `mine`."""
     [chosen] = [each for each in testing.CHECKS if each.__name__ == check]
-    found, _ = plugin_check.run(chosen, plugin_check.subject("mine", [], tmp_path))
+    found = plugin_check.run(chosen, plugin_check.subject("mine", [], tmp_path)).failure
     assert found
     return found
 
@@ -322,6 +322,15 @@ def test_a_report_of_failures_ends_with_status_1_and_tells_nothing_twice(
     assert f"mine breaks 2 of {len(QUICK)} promises." in shown.output
 
 
+def test_a_learner_that_a_promise_is_not_about_is_exempt_and_told_why(tmp_path: Path) -> None:
+    [gradient] = [each for each in testing.CHECKS if each.__name__.startswith("meta_gradient")]
+    outcome = plugin_check.run(gradient, plugin_check.subject("reptile", [], tmp_path))
+    assert outcome.failure is None
+    assert "surrogate" in (outcome.exempt or "")
+    outcome = plugin_check.run(gradient, plugin_check.subject("protonet", [], tmp_path))
+    assert (outcome.failure, outcome.exempt) == (None, None)
+
+
 def test_nothing_is_checked_on_a_learner_that_does_not_run_at_all(installed: Callable[..., Path]) -> None:
     installed(("def classify", "def clasify"))
     shown = kshot("check", "mine")
@@ -337,7 +346,7 @@ def test_settings_are_given_to_the_learner_and_judged_by_its_config(
     installed((LOGITS, f"assert self.config.power == 2, 'odd'; {LOGITS}"))
     subject = plugin_check.subject("mine", ["power=3", "norm=group"], tmp_path)
     assert subject.options == {"power": 3, "norm": "group"}
-    found, _ = plugin_check.run(testing.CHECKS[0], subject)
+    found = plugin_check.run(testing.CHECKS[0], subject).failure
     assert found
     assert found.what == "AssertionError: odd"
     for setting, words in {
