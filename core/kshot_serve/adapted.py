@@ -88,14 +88,19 @@ class _Newest:
                 found = await self._store.run(self._store.newest, list(asked))
             except Exception as error:
                 for answer in asked.values():
-                    answer.set_exception(error)
+                    _fail(answer, error)
                 continue
             for space, answer in asked.items():
                 if space in found:
                     answer.set_result(found[space])
                 else:
-                    answer.set_exception(Problem("space_unknown", "there is no such label space"))
+                    _fail(answer, Problem("space_unknown", "there is no such label space"))
         self._reading = None
+
+
+def _fail(answer: asyncio.Future[int], error: Exception) -> None:
+    answer.set_exception(error)
+    answer.exception()  # seen: whoever asked may have gone, and asyncio would log an error that nobody made
 
 
 class States:
@@ -112,15 +117,19 @@ class States:
         self._used = 0
         self._building: dict[tuple[str, str, int], asyncio.Task[Adapted]] = {}
 
-    async def get(self, champion: Champion, space: str) -> Adapted:
-        """The state of a label space as it is now. Many may ask: it is built once."""
+    async def revision(self, space: str) -> int:
+        """The newest revision of a label space."""
         try:
             with self._metrics.stage("store"):
-                revision = await self._newest.revision(space)
+                return await self._newest.revision(space)
         except Problem as problem:
             if problem.code == "space_unknown":
                 self.drop(space)  # another replica deleted it
             raise
+
+    async def get(self, champion: Champion, space: str) -> Adapted:
+        """The state of a label space as it is now. Many may ask: it is built once."""
+        revision = await self.revision(space)
         if adapted := self.at_hand(champion, space, revision):
             return adapted
         key = space, champion.id, revision

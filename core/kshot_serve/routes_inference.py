@@ -63,9 +63,49 @@ class Ready(BaseModel):
     ready: bool
 
 
+def _tensor(name: str, datatype: str, dimensions: int, item: dict[str, Any]) -> dict[str, Any]:
+    shape = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 1},
+        "minItems": dimensions,
+        "maxItems": dimensions,
+    }
+    return {
+        "type": "object",
+        "required": ["name", "datatype", "shape", "data"],
+        "properties": {
+            "name": {"const": name},
+            "datatype": {"const": datatype},
+            "shape": shape,
+            "data": {"type": "array", "items": item, "minItems": 1, "description": "row by row; may be nested"},
+        },
+    }
+
+
 _INFER = {
     "application/json": {
-        "schema": {"type": "object"},
+        "schema": {
+            "type": "object",
+            "required": ["inputs"],
+            "properties": {
+                "id": {"type": "string"},
+                "inputs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": 1,
+                    "items": {
+                        "oneOf": [
+                            _tensor("photos", "BYTES", 1, {"type": "string", "format": "byte"}),
+                            _tensor("images", "UINT8", 4, {}),
+                        ]
+                    },
+                },
+                "outputs": {
+                    "type": "array",
+                    "items": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+                },
+            },
+        },
         "example": {
             "id": "42",
             "inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["iVBORw0KGgoAAAANSUhEUgAA..."]}],
@@ -252,7 +292,7 @@ async def _version(backend: Backend, champion: Champion, model: str, number: str
         current = champion.version
     else:
         try:
-            current = str((await backend.spaces.get(model)).revision)
+            current = str(await backend.spaces.revision(model))
         except Problem as problem:
             raise Problem("model_unknown", problem.message) if problem.code == "space_unknown" else problem from None
     if number not in (None, current):

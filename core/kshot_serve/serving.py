@@ -15,13 +15,15 @@ from typing import Any
 
 import threadpoolctl
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.app import create_app
 from kshot_serve.backend import Backend
 from kshot_serve.settings import Settings
 from kshot_serve.telemetry import configure_logs
+
+_HEAD_BYTES = 64_000
 
 
 def serve(settings: Settings) -> None:
@@ -122,18 +124,31 @@ def _url(listener: socket.socket) -> str:
 
 
 def _patient(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, hanging up on a client that does not get its request's head across in time (slowloris)."""
+    """uvicorn's protocol, hanging up on a client whose request's head is late (slowloris) or does not end."""
 
-    class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class Patient(HttpToolsProtocol):
         _late: asyncio.TimerHandle | None = None
+        _head: int | None = None  # bytes so far, while a head is coming
 
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._expect()
+            if self._head is not None:
+                self._head += len(data)
+                if self._head > _HEAD_BYTES:
+                    self.transport.close()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._head = 0
+
+        def on_headers_complete(self) -> None:
+            self._head = None
+            super().on_headers_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)

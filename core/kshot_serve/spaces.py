@@ -120,6 +120,10 @@ class Spaces:
     async def get(self, space: str) -> Space:
         return self._shown(await self._read(self._store.space, space))
 
+    async def revision(self, space: str) -> int:
+        """The number of its newest revision."""
+        return await self._states.revision(space)
+
     async def change(
         self, space: str, *, name: str | Keep = KEEP, accept: float | Keep | None = KEEP, who: str = ""
     ) -> Space:
@@ -295,7 +299,7 @@ class Spaces:
     ) -> Written:
         until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
         champion = self._champions.current
-        await self._read(self._store.revision, space)  # before any work is done for one that is not there
+        await self.revision(space)  # before any work is done for one that is not there
         query = await self._answering.query(champion, uploads, until)
         strange = await self._closer(champion, space, class_id, query, until)
 

@@ -257,12 +257,13 @@ def test_a_request_is_one_log_line_with_its_stages(
 def test_metrics_count_routes_and_never_paths_or_methods_that_a_client_made_up(server: Running, space: str) -> None:
     server.http.get(space)
     server.http.get("/no/such/path")
-    server.http.request("INVENTED", space)
+    assert server.http.request("INVENTED", space).status_code == 400
+    server.http.request("PURGE", space)
     exposed = server.http.get("/metrics").text
     assert 'route="GET /v1/spaces/{space_id}",status="200"' in exposed
     assert 'route="unmatched",status="404"' in exposed
     assert 'route="unmatched",status="405"' in exposed
-    for made_up in ("such", "INVENTED", "spc_"):
+    for made_up in ("such", "INVENTED", "PURGE", "spc_"):
         assert made_up not in exposed
     for stage in ("decode", "queue", "infer", "adapt", "decide", "store"):
         assert f'kshot_stage_seconds_count{{stage="{stage}"}}' in exposed
@@ -345,6 +346,12 @@ def test_what_cannot_be_done_is_refused_with_a_fixed_code(
     assert error(server.http.request(method, path, **sent)) == expected
 
 
+def test_a_method_that_is_not_taken_is_told_which_are(server: Running, space: str) -> None:
+    """RFC 9110, 15.5.6; Schemathesis found that each path told the methods of its first route only."""
+    refused = server.http.put(space)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET, PATCH")
+
+
 def test_a_refusal_never_repeats_what_came(server: Running) -> None:
     refused = server.http.post("/v1/spaces", json={"name": {"secret-password": 1}, "<script>": 2})
     assert error(refused) == (400, "bad_request")
@@ -403,6 +410,15 @@ def test_a_slow_body_and_a_slow_head_are_given_up(features_bundle: Path, tmp_pat
             assert slow.recv(65536) == b""  # hung up
         with socket.create_connection(address, timeout=10) as idle:
             assert idle.recv(65536) == b""
+
+
+def test_a_head_that_does_not_end_is_hung_up_on(server: Running) -> None:
+    host = server.url.removeprefix("http://")
+    with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as endless:
+        endless.sendall(f"GET /v2 HTTP/1.1\r\nHost: {host}\r\n".encode())
+        with pytest.raises(ConnectionError):
+            endless.sendall(10_000 * (b"X-More: " + 990 * b"a" + b"\r\n"))
+    assert server.http.get("/v2", headers={"X-Long": 8000 * "a"}).status_code == 200
 
 
 def test_bodies_of_all_requests_share_a_bound(features_bundle: Path, tmp_path: Path, running: Start) -> None:
