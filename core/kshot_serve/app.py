@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -58,11 +59,11 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.backend = backend
     page = _page()
-    app.include_router(page)
-    for routes in (routes_spaces, routes_inference, routes_health):
-        app.include_router(routes.router)
-    _describe(app)
-    _word_errors(app, backend)
+    routers = [page, routes_spaces.router, routes_inference.router, routes_health.router, _description(app)]
+    for router in routers:
+        app.include_router(router)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    _word_errors(app, backend, routes)
     # The last one added is the outermost.
     app.add_middleware(Guard, backend=backend, open_paths=[route.path for route in page.routes])  # type: ignore[attr-defined]
     if settings.origins:
@@ -104,7 +105,7 @@ def _file(content: bytes, kind: str) -> Any:
     return file
 
 
-def _describe(app: FastAPI) -> None:
+def _description(app: FastAPI) -> APIRouter:
     """/openapi.json and /docs."""
 
     def openapi() -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _describe(app: FastAPI) -> None:
         policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'"}
         return HTMLResponse(reference.page(app.openapi()), headers=policy)
 
-    app.include_router(described)
+    return described
 
 
 def _trim(schema: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _trim(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _word_errors(app: FastAPI, backend: Backend) -> None:
+def _word_errors(app: FastAPI, backend: Backend, routes: Sequence[APIRoute]) -> None:
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> Response:
         return refuse(error, request.scope, backend)
@@ -164,5 +165,13 @@ def _word_errors(app: FastAPI, backend: Backend) -> None:
         else:
             answer = Problem("bad_request", "the request cannot be read")
         response = refuse(answer, request.scope, backend)
-        response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(_methods(routes, request.scope["path"]))
         return response
+
+
+def _methods(routes: Sequence[APIRoute], path: str) -> list[str]:
+    """What a path takes, over all of its routes: Starlette tells of the first one only."""
+    matching = [route for route in routes if route.path_regex.match(path)]
+    exact = [route for route in matching if route.path == path]
+    return sorted({method for route in exact or matching for method in route.methods or ()})
