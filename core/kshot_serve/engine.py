@@ -44,6 +44,9 @@ _FULL = 0.75  # of a size that a batch must fill to be padded up to it, where a 
 _BACKGROUND = 8  # images in one run of a call without a deadline: others wait for no more than that
 _PATIENCE = 9  # runs of others that background work lets pass: it gets on under any load
 _LARGEST = 256 << 20  # bytes in one batch
+_FEW, _MANY = 12, 48  # requests at work that are never too many: for long; and in a burst
+_BURST_S = 0.5  # that more than a few requests may be at work
+_SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
 
 
@@ -65,6 +68,9 @@ class Engine:
         self._running: set[_Batch] = set()
         self._waiting = 0  # images that no run has taken yet
         self._places = 0  # held by admitted requests
+        self._requests = 0  # that hold them
+        self._calm = monotonic()  # when there were last but a few
+        self._coming = 0  # requests whose bodies are on their way
         self._calls = 0  # of embed, classify and adapt, in progress
         self._rate = _Rate()
         self._draining = self._stopped = False
@@ -106,16 +112,37 @@ class Engine:
         """
         if self._draining:
             raise Problem("draining", "this server is stopping; ask another, or again later", retry_after=1.0)
-        wait = self._places / self._rate.per_second
+        requests, places = self._requests + self._coming, self._places + self._coming
+        wait = places / self._rate.per_second
+        settings, most = self._settings, _MANY
+        if requests < _FEW:
+            self._calm = monotonic()
+        elif monotonic() > self._calm + _BURST_S:  # a queue that stands only makes everyone wait
+            most = _FEW
         for full, reason, limit in (
-            (self._places + images > self._settings.queue, "queue", f"the queue of {self._settings.queue}"),
-            (wait > self._settings.deadline_s, "deadline", f"what can be done in {self._settings.deadline_s:g} s"),
+            (places + images > settings.queue, "queue", f"the queue of {settings.queue}"),
+            (requests >= most and wait > settings.wait_s, "wait", f"what can be begun in {settings.wait_s:g} s"),
+            (wait > settings.deadline_s, "deadline", f"what can be done in {settings.deadline_s:g} s"),
         ):
-            if full and self._places:
+            if full and places:
                 seconds = max(1, math.ceil(wait))
-                message = f"{self._places} images are being worked on, and {images} more would exceed {limit}"
+                message = f"{places} images are being worked on, and {images} more would exceed {limit}"
                 raise Problem("busy", f"{message}; try again in {seconds} s", retry_after=float(seconds), reason=reason)
         return Admission(self, images)
+
+    def expect(self) -> Callable[[], None]:
+        """Reckon with a request whose body is on its way, until what this gives is called, or for a second at most."""
+        self._coming += 1
+        came = False
+
+        def arrived() -> None:
+            nonlocal came
+            self._coming -= not came
+            came = True
+            late.cancel()
+
+        late = self._loop.call_later(_SLOW_S, arrived)
+        return arrived
 
     @property
     def oldest(self) -> float:
@@ -277,9 +304,13 @@ class Admission:
         if not self._engine._places:
             self._engine._rate.resume()
         self._engine._places += self._images
+        self._engine._requests += 1
 
     def __exit__(self, *error: object) -> None:
         self._engine._places -= self._images
+        self._engine._requests -= 1
+        if self._engine._requests < _FEW:
+            self._engine._calm = monotonic()
         self._engine._rate.add(self._images)
         self._engine._leave()
 
@@ -394,7 +425,7 @@ class _Rate:
     """Images a second that leave while there are any, as the last ones have shown."""
 
     def __init__(self) -> None:
-        self._images, self._seconds, self._last = 1.0, 0.01, monotonic()
+        self._images, self._seconds, self._last = 1.0, 0.001, monotonic()
 
     @property
     def per_second(self) -> float:

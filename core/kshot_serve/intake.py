@@ -6,7 +6,7 @@ Bytes only: there is no way to name a URL or a file. What a client says a part i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -47,10 +47,12 @@ class Bodies:
 class Body:
     """A request's body on its way in: at most `limit` bytes, within `seconds`, and within what all bodies may take.
 
-    Bytes are counted as they come, so a body without Content-Length, or with a false one, gains nothing.
+    Bytes are counted as they come, so a body without Content-Length, or with a false one, gains nothing. `arrived` is
+    called when it is complete or given up.
     """
 
     def __init__(self, receive: Receive, bodies: Bodies, length: int | None, limit: int, seconds: float) -> None:
+        self.arrived: Callable[[], None] = lambda: None
         self._receive = receive
         self._bodies = bodies
         self._limit = limit
@@ -74,6 +76,7 @@ class Body:
             self._take(self._came - self._taken)
             if not message.get("more_body", False):
                 self.complete.set()
+                self.arrived()
         return message
 
     def _take(self, more: int) -> None:
@@ -85,6 +88,7 @@ class Body:
         self._taken += more
 
     def close(self) -> None:
+        self.arrived()
         self._bodies.give(self._taken)
         self._taken = 0
 

@@ -87,13 +87,16 @@ class Operation(APIRoute):
         backend: Backend = scope["app"].state.backend
         declared = self.openapi_extra or {}
         _authorise(scope, declared.get("x-kshot-scope", "admin"))
-        if declared.get("x-kshot-photos"):
+        takes_photos = declared.get("x-kshot-photos")
+        if takes_photos:
             backend.engine.admit()
         settings, length = backend.settings, Headers(scope=scope).get("content-length")
         limit = settings.body_mb * 1_000_000 if declared.get("requestBody") else _JSON_BYTES
         if declared.get("x-kshot-whole"):
             limit = max(limit, settings.space_mb * 1_000_000 + _JSON_BYTES)
         body = Body(receive, backend.bodies, int(length) if length else None, limit, settings.body_s)
+        if takes_photos:
+            body.arrived = backend.engine.expect()
         try:
             answer = super().handle(scope, body.receive, send)
             await (_unless_gone(answer, body, receive) if declared.get("x-kshot-cancels") else answer)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,40 @@ def test_what_could_not_be_done_before_its_deadline_is_not_admitted(model: Champ
         assert (told.value.status, told.value.reason) == (429, "deadline")
 
     run(body, deadline_s=0.05)
+
+
+def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow() -> None:
+    async def body(engine: Engine) -> None:
+        with ExitStack() as held:
+            for _ in range(32):
+                held.enter_context(engine.admit())
+            await asyncio.sleep(0.6)
+            with pytest.raises(Problem, match=r"exceed what can be begun in 0\.001 s") as told:
+                engine.admit()
+            assert (told.value.status, told.value.reason) == (429, "wait")
+        for _ in range(32):
+            engine.admit()
+
+    run(body, wait_s=0.001)
+
+
+def test_requests_whose_bodies_are_on_their_way_are_reckoned_with_but_slow_ones_not_for_long() -> None:
+    """Else all that come at once are read, and most of them for nothing."""
+
+    async def body(engine: Engine) -> None:
+        came = [engine.expect() for _ in range(8)]
+        with pytest.raises(Problem, match="8 images are being worked on") as told:
+            engine.admit()
+        assert told.value.reason == "queue"
+        came[0]()
+        came[0]()
+        engine.admit()
+        with pytest.raises(Problem):
+            engine.admit(2)
+        await asyncio.sleep(1.1)
+        engine.admit(8)
+
+    run(body, queue=8)
 
 
 def test_background_work_takes_no_places(model: Champion, monkeypatch: pytest.MonkeyPatch) -> None:
