@@ -156,7 +156,7 @@ def add(client: Client, space: str, name: str, photos: Sequence[bytes]) -> dict[
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; status 0 is a connection that ended without one."""
+    """An answer; status 0 is a connection that ended without one, -1 one that did not come about."""
 
     status: int
     body: bytes = b""
@@ -230,7 +230,7 @@ class Connections:
             try:
                 connection = await Connection.to(self._port)
             except OSError:
-                return Reply(0)
+                return Reply(-1)
         reply = await connection.ask(request)
         if connection.open:
             self._idle.append(connection)

@@ -1,0 +1,343 @@
+"""Classifying at saturation: the server over HTTP beside a bare loop over InferenceSession.run, MLflow and LitServe.
+
+    python bench/serve_throughput.py [--rounds 5] [--seconds 4] [--size 84] [--channels 3] [--photos 1 8 32]
+
+All serve one bundle (ProtoNet on an untrained conv4-64, 5-way 5-shot) and take turns within each round; ratios are of
+one round, of which the median counts. Clients ask again as soon as they are answered; they run on the same processor,
+and what they use of it is told. The servers get the same JPEG photos, as many in each request: ours as a multipart
+body, the others as base64 in JSON, which is what they take. So that decoding is apart, ours is also asked for decoded
+images (/v2, binary), and it is these that are held against the bare loop; a bare loop that also decodes stands beside
+the photos. mlflow is as it comes; LitServe batches by itself (32 images, 5 ms), has one worker with all threads or one
+for each thread, whichever is faster, and is installed for the occasion into a virtual environment that goes again.
+Writes bench/results/serve_throughput.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from serving_load import arguments, bar, build, fill, form, milliseconds, photo, request, saturate, serving, write
+
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.images import decode
+from kshot_serve.engine import cores
+
+LITSERVE = "0.2.19"
+PEERS = Path(__file__).parent / "peers"
+WAYS, SHOTS, BATCH, FILES = 5, 5, 32, 64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that classifies images for so many seconds: gives images a second, and processor seconds an image."""
+
+    name: str
+    run: Callable[[float], dict[str, Any]]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each contender in a round")
+    parser.add_argument("--size", type=int, default=84)
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--photos", type=int, nargs="+", default=[1, 8, 32], help="in each request")
+    parser.add_argument("--clients", type=int, default=32, help="at most; at least so many that two batches are full")
+    parser.add_argument("--only", nargs="+", help="contenders whose names begin so")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = build("protonet", Path(scratch) / "bundle", size=options.size, channels=options.channels)
+        found = {
+            "what": f"classify at saturation: conv4-64, {options.size}x{options.size}x{options.channels}, "
+            f"{WAYS}-way {SHOTS}-shot, {cores()} threads that the clients share",
+            "litserve": LITSERVE,
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "decoding_ms": decoding(bundle, options),
+            "requests": [compare(photos, bundle, Path(scratch), options) for photos in options.photos],
+        }
+    found["bars"] = [each for row in found["requests"] for each in row.pop("bars")]
+    write("serve_throughput", found, "mlflow")
+
+
+def decoding(bundle: Path, options: argparse.Namespace) -> float:
+    """Milliseconds of one thread to decode one of the photos."""
+    rule, files = Bundle.open(bundle).manifest.image, jpegs(options)
+    began = time.perf_counter()
+    for _ in range(10):
+        for file in files:
+            decode(file, rule)
+    return round(100 * (time.perf_counter() - began) / len(files), 3)
+
+
+def jpegs(options: argparse.Namespace) -> list[bytes]:
+    return [photo(i % WAYS, i, size=options.size, channels=options.channels, kind="JPEG") for i in range(FILES)]
+
+
+def compare(photos: int, path: Path, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All contenders with so many photos in each request."""
+    folder = scratch / f"{photos} photos"
+    folder.mkdir()
+    files, bundle = jpegs(options), Bundle.open(path)
+    rule = bundle.manifest.image
+    support = [file(0, way, 100 + shot, options) for way in range(WAYS) for shot in range(SHOTS)]
+    state = folder / "state.npz"
+    bundle.adapt(support, np.arange(WAYS).repeat(SHOTS).tolist()).save(state)
+    groups = [[files[(i + j) % FILES] for j in range(photos)] for i in range(0, FILES, min(photos, 4))]
+    in_json = [[base64.b64encode(each).decode() for each in group] for group in groups]
+    clients = max(options.clients // photos, 2 * BATCH // photos, 2)
+    with ExitStack() as stack:
+        contenders = [Contender("bare loop", bare(path, [])), Contender("bare loop, decoding", bare(path, files))]
+        server = stack.enter_context(serving(path, folder / "ours"))
+        with server.client() as client:
+            space = fill(client, WAYS, lambda way, shot: file(0, way, 100 + shot, options), SHOTS)
+        tensors = [tensor_request(space, np.stack([decode(each, rule) for each in group])) for group in groups]
+        forms = [form_request(space, group) for group in groups]
+        contenders += [
+            Contender("ours, decoded images", loaded(server.port, server.process.pid, tensors, clients, photos)),
+            Contender("ours", loaded(server.port, server.process.pid, forms, clients, photos)),
+        ]
+        if wanted("mlflow", options):
+            port, pid = stack.enter_context(with_mlflow(path, state, folder))
+            bodies = [
+                request("/invocations", json.dumps({"inputs": each}).encode(), "application/json") for each in in_json
+            ]
+            contenders.append(Contender("mlflow models serve", loaded(port, pid, bodies, clients, photos)))
+        if wanted("litserve", options):
+            python = litserve_at(scratch / "litserve")
+            bodies = [
+                request("/predict", json.dumps({"photos": each}).encode(), "application/json") for each in in_json
+            ]
+            for workers in sorted({1, cores()}):
+                port, pid = stack.enter_context(with_litserve(python, path, state, folder, workers, photos))
+                name = f"LitServe, {workers} worker{'s' * (workers > 1)}"
+                contenders.append(Contender(name, loaded(port, pid, bodies, clients, photos)))
+        return judged(photos, clients, contenders, options)
+
+
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    return not options.only or any(name.startswith(each) for each in options.only)
+
+
+def file(_: int, way: int, shade: int, options: argparse.Namespace) -> bytes:
+    return photo(way, shade, size=options.size, channels=options.channels, kind="JPEG")
+
+
+def judged(photos: int, clients: int, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Any]:
+    """Everyone in turns, and what the bars are about."""
+    for contender in contenders:
+        contender.run(1.0)
+    rounds = [[contender.run(options.seconds) for contender in contenders] for _ in range(options.rounds)]
+    names = [contender.name for contender in contenders]
+    rates = np.array([[each["rate"] for each in turn] for turn in rounds])  # (rounds, contenders)
+    rows = []
+    for i, name in enumerate(names):
+        row = {"name": name, "images_per_second": round(float(np.median(rates[:, i])), 1)}
+        for what in rounds[0][i].keys() - {"rate"}:
+            row[what] = round(float(np.median([turn[i][what] for turn in rounds])), 3)
+        rows.append(row)
+        print(f"{photos:3} photos  {name:22}", *(f"{what} {value}" for what, value in row.items() if what != "name"))
+
+    def ratio(ours: str, theirs: str) -> float:
+        others = [i for i, name in enumerate(names) if name.startswith(theirs)]
+        return (
+            round(float(np.median(rates[:, names.index(ours)] / rates[:, others].max(1))), 2)
+            if others
+            else float("nan")
+        )
+
+    bars = [("ours, decoded images", "bare loop", 0.8), ("ours", "mlflow", 5.0), ("ours", "LitServe", 1.0)]
+    return {
+        "photos_per_request": photos,
+        "clients": clients,
+        "rows": rows,
+        "photos_to_bare_loop_that_decodes": ratio("ours", "bare loop, decoding"),
+        "bars": [
+            bar(f"{photos} photos in a request: {ours} / {theirs}", figure, bound, figure >= bound)
+            for ours, theirs, bound in bars
+            if (figure := ratio(ours, theirs)) == figure
+        ],
+    }  # fmt: skip
+
+
+# Contenders --------------------------------------------------------------------------------------------------------
+
+
+def bare(path: Path, files: Sequence[bytes]) -> Callable[[float], dict[str, Any]]:
+    """Full batches, one after the other, with all threads; where files are given, decoded in as many threads before."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    session = onnxruntime.InferenceSession(path / "embed.onnx", options, providers=["CPUExecutionProvider"])
+    rule = Bundle.open(path).manifest.image
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, *rule.shape), np.uint8)
+    pool = ThreadPoolExecutor(cores())
+
+    def run(seconds: float) -> dict[str, Any]:
+        ran, began, processor = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() < began + seconds:
+            batch = np.stack(list(pool.map(lambda each: decode(each, rule), files[:BATCH]))) if files else images
+            session.run(None, {"images": batch})
+            ran += BATCH
+        took = time.perf_counter() - began
+        return {"rate": ran / took, "processor_ms_per_image": 1000 * (time.process_time() - processor) / ran}
+
+    return run
+
+
+def loaded(
+    port: int, pid: int, requests: Sequence[bytes], clients: int, photos: int
+) -> Callable[[float], dict[str, Any]]:
+    """A server whose clients never pause."""
+
+    def run(seconds: float) -> dict[str, Any]:
+        began, own, theirs = time.perf_counter(), time.process_time(), processor_of(pid)
+        sent = asyncio.run(saturate(port, requests, clients, seconds))
+        took = time.perf_counter() - began
+        bad = [each.reply for each in sent if each.reply.status != 200]
+        if bad:
+            raise SystemExit(f"{len(bad)} of {len(sent)} requests were not answered, such as {bad[0]}")
+        images = photos * len(sent)
+        return {
+            "rate": images / took,
+            "processor_ms_per_image": 1000 * (processor_of(pid) - theirs) / images,
+            "clients_share_of_the_processor": (time.process_time() - own) / (took * cores()),
+            "p50_ms": milliseconds([each.took for each in sent])["p50"],
+        }
+
+    return run
+
+
+def processor_of(pid: int) -> float:
+    """Seconds of processor that a process and its living descendants have used."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family, grown = {pid}, True
+    while grown:
+        more = {each for each, (parent, _) in parents.items() if parent in family} - family
+        family, grown = family | more, bool(more)
+    return sum(parents[each][1] for each in family if each in parents) / os.sysconf("SC_CLK_TCK")
+
+
+def tensor_request(space: str, images: np.ndarray) -> bytes:
+    """Decoded images in the Open Inference Protocol's binary form."""
+    data = images.tobytes()
+    tensor = {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": images.shape,
+        "parameters": {"binary_data_size": len(data)},
+    }
+    asked = {"inputs": [tensor], "outputs": [{"name": name} for name in ("class", "probability", "decision")]}
+    head = json.dumps(asked).encode()
+    length = {"Inference_Header_Content_Length": str(len(head))}
+    return request(f"/v2/models/{space}/infer", head + data, "application/octet-stream", **length)
+
+
+def form_request(space: str, photos: Sequence[bytes]) -> bytes:
+    return request(f"/v1/spaces/{space}/classify", *form(photos))
+
+
+@contextmanager
+def with_mlflow(bundle: Path, state: Path, folder: Path) -> Iterator[tuple[int, int]]:
+    """Its port and process, serving the bundle."""
+    import mlflow
+
+    model, port = folder / "mlflow", free_port()
+    mlflow.pyfunc.save_model(
+        model, python_model=str(PEERS / "with_mlflow.py"), artifacts={"bundle": str(bundle), "state": str(state)},
+        model_config={"threads": cores()}, pip_requirements=[],
+    )  # fmt: skip
+    command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "-m", str(model), "-p", str(port)]
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with peer([*command, "--env-manager", "local"], port, "/ping", folder / "mlflow.log", path) as pid:
+        yield port, pid
+
+
+def litserve_at(folder: Path) -> Path:
+    """The interpreter of an environment with LitServe, and with what this one has, at the same versions."""
+    python = folder / "bin" / "python"
+    if not folder.exists():
+        venv.create(folder, with_pip=True)
+        site = next(folder.glob("lib/python*/site-packages"))
+        (site / "kshot.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        subprocess.run([python, "-m", "pip", "install", "-q", f"litserve=={LITSERVE}"], check=True)
+    return python
+
+
+@contextmanager
+def with_litserve(
+    python: Path, bundle: Path, state: Path, folder: Path, workers: int, photos: int
+) -> Iterator[tuple[int, int]]:
+    port = free_port()
+    given = (bundle, state, port, workers, max(1, cores() // workers), photos)
+    command = [str(python), str(PEERS / "with_litserve.py"), *map(str, given)]
+    with peer(command, port, "/health", folder / f"litserve-{workers}.log") as pid:
+        yield port, pid
+
+
+@contextmanager
+def peer(
+    command: list[str], port: int, health: str, log: Path, environment: dict[str, str] | None = None
+) -> Iterator[int]:
+    """A server that is up; it and its processes end together."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, stdout=errors, stderr=errors, start_new_session=True, env=os.environ | (environment or {})
+        )
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{health}", timeout=1).close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    break
+                time.sleep(0.5)
+        else:
+            process.kill()
+        if process.poll() is not None:
+            raise SystemExit(f"{command[0]} did not start:\n{log.read_text()[-2000:]}")
+        yield process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
