@@ -67,6 +67,7 @@ def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             if "inputs" in body.get("example", {}):
                 body["example"]["inputs"][0]["data"] = [base64.b64encode(PHOTOS["PNG"]).decode()]
+                del body["example"]["outputs"]  # they are a label space's, and not of `embed`
     for (path, method, status), gives in PRODUCERS.items():
         links = raw_schema["paths"][path][method]["responses"][status].setdefault("links", {})
         for methods in raw_schema["paths"].values():

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Option(help="Where label spaces, keys and the last good bundle lie.")]
 Database = Annotated[
-    str, typer.Option(metavar="URL", help="SQLAlchemy URL of the label spaces; else SQLite in the folder.")
-]
+    str,
+    typer.Option(
+        metavar="URL", envvar="KSHOT_DATABASE", show_envvar=True,
+        help="SQLAlchemy URL of the label spaces; else SQLite in the folder.",
+    ),
+]  # fmt: skip
 
 keys = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make, list and revoke the server's API keys.")
 
