@@ -463,7 +463,7 @@ def test_a_full_queue_refuses_before_it_reads_a_body(
         assert b"429" in head.split(b"\r\n")[0]
         assert re.search(rb"retry-after: \d+", head)
         assert b'"reason":"queue"' in head
-        assert took < 0.5
+        assert took < 10  # and not the 30 s that a body may take
         let.set()
         assert [each.result().status_code for each in (first, second)] == [200, 200]
 
