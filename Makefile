@@ -32,7 +32,7 @@ reproduce: $(READY)  ## train the recipes at full length (days without a GPU; be
 	@bash bench/reproduce.sh
 
 bench: $(READY)  ## side-by-side measurements, written to bench/results/
-	@for script in $(filter-out bench/record_figures.py bench/results_table.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out bench/record_figures.py bench/results_table.py bench/schema_hooks.py bench/serve_parity.py bench/serving_load.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove what `make` installed
 	rm -rf $(VENV)

@@ -26,6 +26,7 @@ _TYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
 _MOST_DIMENSIONS = 8
+_OTHER_VALUES = 1000  # of a request in JSON, beside its tensors' data
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Infer:
         return self.binary.get(output, self.binary_default)
 
 
-def read(body: bytes, header_length: str | None, specs: Sequence[Spec]) -> Infer:
-    """A request's body as tensors that fit the model's inputs, or a refusal."""
+def read(body: bytes, header_length: str | None, specs: Sequence[Spec], most: int) -> Infer:
+    """A request's body as tensors of at most so many rows that fit the model's inputs, or a refusal."""
     split = len(body)
     if header_length is not None:
         if not header_length.isascii() or not header_length.isdigit() or int(header_length) > len(body):
             raise _bad("Inference-Header-Content-Length is not a length within the body")
         split = int(header_length)
+    _bound(body, split, specs, most)
     try:
         request = json.loads(body[:split])
     except (ValueError, RecursionError):
@@ -81,6 +83,8 @@ def read(body: bytes, header_length: str | None, specs: Sequence[Spec]) -> Infer
         if spec.name in inputs:
             raise _bad(f"input {spec.name} comes twice")
         shape = _shape(given, spec)
+        if shape[0] > most:
+            raise Problem("too_many_photos", f"more than {most} came in one request; send fewer at once")
         size = _parameters(given).get("binary_data_size")
         if size is None:
             inputs[spec.name] = _from_json(given, spec, shape)
@@ -137,6 +141,16 @@ def strings(values: Sequence[str]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = [value.encode() for value in values]
     return array
+
+
+def _bound(body: bytes, end: int, specs: Sequence[Spec], most: int) -> None:
+    """Refuse JSON of more values than any sound request has, before they are made.
+
+    A value of two bytes would take seventy as an object, and a parser stops all else in this process meanwhile.
+    """
+    values = most * max(math.prod(spec.shape[1:]) for spec in specs) + _OTHER_VALUES
+    if body.count(b",", 0, end) > values or body.count(b"[", 0, end) + body.count(b"{", 0, end) > values:
+        raise _bad(f"the JSON has more values than {most} rows of this model's inputs")
 
 
 def _shape(given: Mapping[str, Any], spec: Spec) -> tuple[int, ...]:

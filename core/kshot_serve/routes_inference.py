@@ -211,14 +211,13 @@ async def _infer(request: Request, backend: Serving, model: str, number: str | N
     body = await request.body()
     header_length = request.headers.get("inference-header-content-length")
     deadline = backend.deadline(request)
-    asked = await backend.engine.in_thread(protocol.read, body, header_length, _inputs(champion))
+    most = backend.settings.photos
+    asked = await backend.engine.in_thread(protocol.read, body, header_length, _inputs(champion), most)
     if len(asked.inputs) != 1:
         raise Problem("bad_request", "give one input: photos or images")
     [(name, given)] = asked.inputs.items()
     if not len(given):
         raise Problem("no_photos", f"{name} is empty")
-    if len(given) > backend.settings.photos:
-        raise Problem("too_many_photos", f"more than {backend.settings.photos} came in one request; send fewer at once")
     with backend.engine.admit(len(given)):
         async with timely(deadline):
             uploads = (
