@@ -1,4 +1,4 @@
-"""Around every request, before any route: its id and trace, its log line, Host, key, and headers for browsers."""
+"""Around every request, before any route: its id and trace, its log line, Host, origin, key, headers for browsers."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Envelope:
 
 
 class Guard:
-    """No request with a foreign Host, none without a key where keys are needed, none once the server winds up."""
+    """No request for another host or from another's page, none without a key where one is needed, none at the end."""
 
     def __init__(self, app: ASGIApp, backend: Backend, open_paths: Iterable[str] = ()) -> None:
         self.app = app
@@ -130,6 +130,8 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         if not self._is_ours(headers.get("host", "")):
             raise Problem("host_not_allowed", "this server does not go by the name in Host; see --allow-host")
+        if not self._may_come_from(headers.get("origin"), headers.get("host", "")):
+            raise Problem("origin_not_allowed", "a page of another origin may not call this server; see --origin")
         if self.backend.draining and path not in OPEN:
             raise Problem("draining", "this server is shutting down: ask another, or again", retry_after=1)
         if self.backend.settings.needs_keys and path not in self._open:
@@ -137,6 +139,17 @@ class Guard:
             scope.setdefault("state", {})["key"] = key
             if (request := telemetry.current.get()) is not None:
                 request.more["key"] = key.id
+
+    def _may_come_from(self, origin: str | None, host: str) -> bool:
+        """Whether the page that calls, if it is one, is ours or one that was named.
+
+        A page from elsewhere can send forms and photos here without asking, though it does not see the answer. Where
+        keys are needed it has none; elsewhere what it does would be done.
+        """
+        settings = self.backend.settings
+        if origin is None or settings.needs_keys or origin in settings.origins or "*" in settings.origins:
+            return True
+        return origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
 
     def _is_ours(self, host: str) -> bool:
         """Whether a browser that calls us by this name does so on purpose.

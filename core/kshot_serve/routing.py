@@ -25,6 +25,7 @@ _ALWAYS: tuple[Code, ...] = (
     "key_unknown",
     "key_not_allowed",
     "host_not_allowed",
+    "origin_not_allowed",
     "draining",
     "internal",
 )
@@ -136,7 +137,7 @@ async def _hung_up(body: Body, receive: Receive) -> None:
         pass
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:  # FastAPI would call a plain function in a thread
     return request.app.state.backend
 
 

@@ -558,7 +558,9 @@ def test_other_origins_are_let_in_only_where_they_are_named(
     server: Running, features_bundle: Path, tmp_path: Path, running: Start
 ) -> None:
     asked = {"Origin": "https://shop.example"}
-    assert "access-control-allow-origin" not in server.http.get("/v1/spaces", headers=asked).headers
+    refused = server.http.get("/v1/spaces", headers=asked)
+    assert error(refused) == (403, "origin_not_allowed")
+    assert "access-control-allow-origin" not in refused.headers
     settings = Settings(
         source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, origins=("https://shop.example",)
     )
@@ -569,6 +571,19 @@ def test_other_origins_are_let_in_only_where_they_are_named(
         assert "access-control-allow-origin" not in other.headers
         before = named.http.options("/v1/spaces", headers=asked | {"Access-Control-Request-Method": "POST"})
         assert before.status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "file://", "http://[", ""])
+def test_a_page_from_elsewhere_cannot_write_blindly(server: Running, space: str, photo: Photo, origin: str) -> None:
+    """Prefect GHSA-4hh5-2678-83fx: a form or a photo may be sent to any server on loopback without asking it first."""
+    exported = server.http.get(f"{space}/export").content
+    before = server.http.get("/v1/spaces").json()
+    for path, body in (("/v1/spaces/import", exported), ("/v1/embed", photo("red"))):
+        sent = server.http.post(path, content=body, headers={"Origin": origin, "Content-Type": "text/plain"})
+        assert error(sent) == (403, "origin_not_allowed")
+    assert server.http.get("/v1/spaces").json() == before
+    own = server.http.post("/v1/embed", content=photo("red"), headers=PNG | {"Origin": server.url})
+    assert own.status_code == 200
 
 
 def test_the_page_and_its_files_come_with_a_strict_policy(server: Running) -> None:
