@@ -112,16 +112,18 @@ class Engine:
         """
         if self._draining:
             raise Problem("draining", "this server is stopping; ask another, or again later", retry_after=1.0)
-        requests, places = self._requests + self._coming, self._places + self._coming
+        places = self._places + self._coming
         wait = places / self._rate.per_second
         settings, most = self._settings, _MANY
-        if requests < _FEW:
-            self._calm = monotonic()
-        elif monotonic() > self._calm + _BURST_S:  # a queue that stands only makes everyone wait
+        if self._crowded() and monotonic() > self._calm + _BURST_S:  # a queue that stands only makes all wait
             most = _FEW
         for full, reason, limit in (
             (places + images > settings.queue, "queue", f"the queue of {settings.queue}"),
-            (requests >= most and wait > settings.wait_s, "wait", f"what can be begun in {settings.wait_s:g} s"),
+            (
+                self._requests + self._coming >= most and wait > settings.wait_s,
+                "wait",
+                f"what can be begun in {settings.wait_s:g} s",
+            ),
             (wait > settings.deadline_s, "deadline", f"what can be done in {settings.deadline_s:g} s"),
         ):
             if full and places:
@@ -288,6 +290,13 @@ class Engine:
             self._calls -= 1
             self._leave()
 
+    def _crowded(self) -> bool:
+        """Whether more than a few requests are at work or on their way."""
+        if self._requests + self._coming < _FEW:
+            self._calm = monotonic()
+            return False
+        return True
+
     def _leave(self) -> None:
         if self._draining and not self._calls and not self._places:
             self._empty.set()
@@ -309,8 +318,7 @@ class Admission:
     def __exit__(self, *error: object) -> None:
         self._engine._places -= self._images
         self._engine._requests -= 1
-        if self._engine._requests < _FEW:
-            self._engine._calm = monotonic()
+        self._engine._crowded()
         self._engine._rate.add(self._images)
         self._engine._leave()
 
