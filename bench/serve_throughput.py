@@ -1,6 +1,8 @@
 """Classifying at saturation: the server over HTTP beside a bare loop over InferenceSession.run, MLflow and LitServe.
 
-    python bench/serve_throughput.py [--rounds 5] [--seconds 4] [--size 84] [--channels 3] [--photos 1 8 32]
+    python bench/serve_throughput.py [--rounds 5] [--seconds 4] [--cases 28x1x1 84x3x1 84x3x8]
+
+A case is the images' size, their channels, and the photos in each request.
 
 All serve one bundle (ProtoNet on an untrained conv4-64, 5-way 5-shot) and take turns within each round; ratios are of
 one round, of which the median counts. Clients ask again as soon as they are answered; they run on the same processor,
@@ -40,7 +42,7 @@ import onnxruntime
 from serving_load import arguments, bar, build, fill, form, milliseconds, photo, request, saturate, serving, write
 
 from kshot_runtime.bundle import Bundle
-from kshot_runtime.images import decode
+from kshot_runtime.images import ImageRule, decode
 from kshot_serve.engine import cores
 
 LITSERVE = "0.2.19"
@@ -60,58 +62,46 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each contender in a round")
-    parser.add_argument("--size", type=int, default=84)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--photos", type=int, nargs="+", default=[1, 8, 32], help="in each request")
-    parser.add_argument("--clients", type=int, default=32, help="at most; at least so many that two batches are full")
+    parser.add_argument("--cases", nargs="+", default=["28x1x1", "84x3x1", "84x3x8"])
+    parser.add_argument("--clients", type=int, default=32, help="that send single photos; fewer send several, but 8")
     parser.add_argument("--only", nargs="+", help="contenders whose names begin so")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = build("protonet", Path(scratch) / "bundle", size=options.size, channels=options.channels)
         found = {
-            "what": f"classify at saturation: conv4-64, {options.size}x{options.size}x{options.channels}, "
-            f"{WAYS}-way {SHOTS}-shot, {cores()} threads that the clients share",
+            "what": f"classify at saturation: ProtoNet on conv4-64, {WAYS}-way {SHOTS}-shot; {cores()} threads, the "
+            "clients' too",
             "litserve": LITSERVE,
             "rounds": options.rounds,
             "seconds": options.seconds,
-            "decoding_ms": decoding(bundle, options),
-            "requests": [compare(photos, bundle, Path(scratch), options) for photos in options.photos],
+            "cases": [compare(case, Path(scratch), options) for case in options.cases],
         }
-    found["bars"] = [each for row in found["requests"] for each in row.pop("bars")]
+    found["bars"] = [each for row in found["cases"] for each in row.pop("bars")]
     write("serve_throughput", found, "mlflow")
 
 
-def decoding(bundle: Path, options: argparse.Namespace) -> float:
-    """Milliseconds of one thread to decode one of the photos."""
-    rule, files = Bundle.open(bundle).manifest.image, jpegs(options)
-    began = time.perf_counter()
-    for _ in range(10):
-        for file in files:
-            decode(file, rule)
-    return round(100 * (time.perf_counter() - began) / len(files), 3)
-
-
-def jpegs(options: argparse.Namespace) -> list[bytes]:
-    return [photo(i % WAYS, i, size=options.size, channels=options.channels, kind="JPEG") for i in range(FILES)]
-
-
-def compare(photos: int, path: Path, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All contenders with so many photos in each request."""
-    folder = scratch / f"{photos} photos"
-    folder.mkdir()
-    files, bundle = jpegs(options), Bundle.open(path)
+def compare(case: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All contenders on images of one size, with so many photos in each request."""
+    size, channels, photos = map(int, case.split("x"))
+    folder = scratch / case
+    path = build("protonet", folder / "bundle", size=size, channels=channels)
+    bundle = Bundle.open(path)
     rule = bundle.manifest.image
-    support = [file(0, way, 100 + shot, options) for way in range(WAYS) for shot in range(SHOTS)]
+
+    def jpeg(way: int, shade: int) -> bytes:
+        return photo(way, shade, size=size, channels=channels, kind="JPEG")
+
+    files = [jpeg(i % WAYS, 100 + i) for i in range(FILES)]
+    support = [jpeg(way, shot) for way in range(WAYS) for shot in range(SHOTS)]
     state = folder / "state.npz"
     bundle.adapt(support, np.arange(WAYS).repeat(SHOTS).tolist()).save(state)
-    groups = [[files[(i + j) % FILES] for j in range(photos)] for i in range(0, FILES, min(photos, 4))]
+    groups = [[files[(i + j) % FILES] for j in range(photos)] for i in range(FILES)]
     in_json = [[base64.b64encode(each).decode() for each in group] for group in groups]
-    clients = max(options.clients // photos, 2 * BATCH // photos, 2)
+    clients = max(options.clients // photos, 8)
     with ExitStack() as stack:
         contenders = [Contender("bare loop", bare(path, [])), Contender("bare loop, decoding", bare(path, files))]
         server = stack.enter_context(serving(path, folder / "ours"))
         with server.client() as client:
-            space = fill(client, WAYS, lambda way, shot: file(0, way, 100 + shot, options), SHOTS)
+            space = fill(client, WAYS, jpeg, SHOTS)
         tensors = [tensor_request(space, np.stack([decode(each, rule) for each in group])) for group in groups]
         forms = [form_request(space, group) for group in groups]
         contenders += [
@@ -120,31 +110,33 @@ def compare(photos: int, path: Path, scratch: Path, options: argparse.Namespace)
         ]
         if wanted("mlflow", options):
             port, pid = stack.enter_context(with_mlflow(path, state, folder))
-            bodies = [
-                request("/invocations", json.dumps({"inputs": each}).encode(), "application/json") for each in in_json
-            ]
+            bodies = [json_request("/invocations", {"inputs": each}) for each in in_json]
             contenders.append(Contender("mlflow models serve", loaded(port, pid, bodies, clients, photos)))
         if wanted("litserve", options):
             python = litserve_at(scratch / "litserve")
-            bodies = [
-                request("/predict", json.dumps({"photos": each}).encode(), "application/json") for each in in_json
-            ]
+            bodies = [json_request("/predict", {"photos": each}) for each in in_json]
             for workers in sorted({1, cores()}):
                 port, pid = stack.enter_context(with_litserve(python, path, state, folder, workers, photos))
                 name = f"LitServe, {workers} worker{'s' * (workers > 1)}"
                 contenders.append(Contender(name, loaded(port, pid, bodies, clients, photos)))
-        return judged(photos, clients, contenders, options)
+        what = {"case": case, "clients": clients, "decoding_ms": decoding(files, rule)}
+        return what | judged(case, contenders, options)
+
+
+def decoding(files: Sequence[bytes], rule: ImageRule) -> float:
+    """Milliseconds of one thread to decode one of the photos."""
+    began = time.perf_counter()
+    for _ in range(10):
+        for file in files:
+            decode(file, rule)
+    return round(100 * (time.perf_counter() - began) / len(files), 3)
 
 
 def wanted(name: str, options: argparse.Namespace) -> bool:
     return not options.only or any(name.startswith(each) for each in options.only)
 
 
-def file(_: int, way: int, shade: int, options: argparse.Namespace) -> bytes:
-    return photo(way, shade, size=options.size, channels=options.channels, kind="JPEG")
-
-
-def judged(photos: int, clients: int, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Any]:
+def judged(case: str, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Any]:
     """Everyone in turns, and what the bars are about."""
     for contender in contenders:
         contender.run(1.0)
@@ -157,7 +149,7 @@ def judged(photos: int, clients: int, contenders: Sequence[Contender], options: 
         for what in rounds[0][i].keys() - {"rate"}:
             row[what] = round(float(np.median([turn[i][what] for turn in rounds])), 3)
         rows.append(row)
-        print(f"{photos:3} photos  {name:22}", *(f"{what} {value}" for what, value in row.items() if what != "name"))
+        print(f"{case:7} {name:22}", *(f"{what} {value}" for what, value in row.items() if what != "name"), flush=True)
 
     def ratio(ours: str, theirs: str) -> float:
         others = [i for i, name in enumerate(names) if name.startswith(theirs)]
@@ -169,12 +161,10 @@ def judged(photos: int, clients: int, contenders: Sequence[Contender], options: 
 
     bars = [("ours, decoded images", "bare loop", 0.8), ("ours", "mlflow", 5.0), ("ours", "LitServe", 1.0)]
     return {
-        "photos_per_request": photos,
-        "clients": clients,
         "rows": rows,
         "photos_to_bare_loop_that_decodes": ratio("ours", "bare loop, decoding"),
         "bars": [
-            bar(f"{photos} photos in a request: {ours} / {theirs}", figure, bound, figure >= bound)
+            bar(f"{case}: {ours} / {theirs}", figure, bound, figure >= bound)
             for ours, theirs, bound in bars
             if (figure := ratio(ours, theirs)) == figure
         ],
@@ -214,15 +204,17 @@ def loaded(
         began, own, theirs = time.perf_counter(), time.process_time(), processor_of(pid)
         sent = asyncio.run(saturate(port, requests, clients, seconds))
         took = time.perf_counter() - began
-        bad = [each.reply for each in sent if each.reply.status != 200]
+        bad = [each.reply for each in sent if each.reply.status not in (200, 429)]
         if bad:
             raise SystemExit(f"{len(bad)} of {len(sent)} requests were not answered, such as {bad[0]}")
-        images = photos * len(sent)
+        good = [each for each in sent if each.reply.status == 200]
+        images = photos * len(good)
         return {
             "rate": images / took,
             "processor_ms_per_image": 1000 * (processor_of(pid) - theirs) / images,
             "clients_share_of_the_processor": (time.process_time() - own) / (took * cores()),
-            "p50_ms": milliseconds([each.took for each in sent])["p50"],
+            "p50_ms": milliseconds([each.took for each in good])["p50"],
+            "refused": 1 - len(good) / len(sent),
         }
 
     return run
@@ -257,6 +249,10 @@ def tensor_request(space: str, images: np.ndarray) -> bytes:
     head = json.dumps(asked).encode()
     length = {"Inference_Header_Content_Length": str(len(head))}
     return request(f"/v2/models/{space}/infer", head + data, "application/octet-stream", **length)
+
+
+def json_request(path: str, content: dict[str, Any]) -> bytes:
+    return request(path, json.dumps(content).encode(), "application/json")
 
 
 def form_request(space: str, photos: Sequence[bytes]) -> bytes:

@@ -265,7 +265,7 @@ class Sent:
 
 
 async def saturate(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> list[Sent]:
-    """Clients that ask again as soon as they are answered. Requests that have begun are waited for."""
+    """Clients that ask again as soon as they are answered, or a moment after they are refused."""
     began = time.perf_counter()
     sent: list[Sent] = []
 
@@ -276,6 +276,8 @@ async def saturate(port: int, requests: Sequence[bytes], clients: int, seconds: 
             reply = await connection.ask(requests[turn % len(requests)])
             sent.append(Sent(due, time.perf_counter() - began - due, reply))
             turn += clients
+            if reply.status == 429:
+                await asyncio.sleep(0.05)
             if not connection.open:
                 connection = await Connection.to(port)
         connection.close()
