@@ -76,6 +76,8 @@ class _Newest:
         self._reading: asyncio.Task[None] | None = None
 
     async def revision(self, space: str) -> int:
+        if (revision := self._store.glance(space)) is not None:
+            return revision
         answer = self._asked.setdefault(space, asyncio.get_running_loop().create_future())
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())

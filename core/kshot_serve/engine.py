@@ -11,6 +11,8 @@ import asyncio
 import logging
 import math
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +48,8 @@ _PATIENCE = 9  # runs of others that background work lets pass: it gets on under
 _LARGEST = 256 << 20  # bytes in one batch
 _FEW, _MANY = 12, 48  # requests at work that are never too many: for long; and in a burst
 _BURST_S = 0.5  # that more than a few requests may be at work
+_AT_ONCE_S = 0.0001  # what takes less is not handed to a thread and back, which takes longer
+_NICER = 5  # than the event loop, computing threads are
 _SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
 
@@ -58,9 +62,9 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         runners = settings.runners if settings.device == "cpu" else 1
-        self._runners = ThreadPoolExecutor(runners, "kshot-run")
-        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work")
-        self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
+        self._runners = ThreadPoolExecutor(runners, "kshot-run", _give_way)
+        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work", _give_way)
+        self._adapters = ThreadPoolExecutor(1, "kshot-adapt", _give_way)
         self._free = runners
         self._groups: dict[Hashable, _Group] = {}  # in the order of their turn
         self._background: dict[Hashable, _Group] = {}
@@ -72,6 +76,7 @@ class Engine:
         self._calm = monotonic()  # when there were last but a few
         self._coming = 0  # requests whose bodies are on their way
         self._calls = 0  # of embed, classify and adapt, in progress
+        self._paces: dict[str, float] = {}  # of classifying features, by champion
         self._rate = _Rate()
         self._draining = self._stopped = False
         self._empty = asyncio.Event()
@@ -177,7 +182,7 @@ class Engine:
         with self._inside():
             if graphs.takes_features:  # which is little work, and of different states: each runs by itself
                 with self._metrics.stage("infer"):
-                    return await self.in_thread(graphs.classify, adapted, query)
+                    return await self._classify(champion, adapted, query)
             _check(champion, query)
 
             def run(rows: np.ndarray) -> Outputs:
@@ -186,6 +191,24 @@ class Engine:
 
             logits, *features = await self._batched((champion.id, "classify", key), run, query, deadline)
         return logits, features[0] if features else None
+
+    async def _classify(
+        self, champion: Champion, adapted: Tensors, query: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """On features: in a thread, but where it was seen to be too little work for that."""
+        size = len(query) * sum(tensor.size for tensor in adapted.values())
+        pace = self._paces.get(champion.id, math.inf)  # seconds for each of them, the best that was seen
+        if size * pace < _AT_ONCE_S:
+            return champion.bundle.graphs.classify(adapted, query)
+
+        def timed() -> tuple[float, tuple[np.ndarray, np.ndarray | None]]:
+            started = monotonic()
+            found = champion.bundle.graphs.classify(adapted, query)
+            return monotonic() - started, found
+
+        seconds, found = await self.in_thread(timed)
+        self._paces[champion.id] = min(pace, seconds / max(size, 1))
+        return found
 
     async def adapt(self, champion: Champion, support: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> Tensors:
         """The state after adapting to a support set, images or features as the bundle takes; one at a time."""
@@ -480,6 +503,13 @@ def _same(found: np.ndarray, expected: np.ndarray) -> None:
         raise BundleError("the graph gives numbers that are not finite for plain noise")
     if not np.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max(initial=1e-6))):
         raise BundleError("the graph's answer for an image depends on the other images in its batch")
+
+
+def _give_way() -> None:
+    """Let this thread have the processor after the event loop, so that refusing is quick while all cores compute."""
+    if sys.platform == "linux":  # elsewhere threads have no niceness of their own
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))
 
 
 def cores() -> int:

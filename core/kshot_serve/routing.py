@@ -10,6 +10,7 @@ from fastapi import Depends
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from kshot_serve import access
@@ -19,6 +20,7 @@ from kshot_serve.problems import STATUS, Code, Problem
 from kshot_serve.schemas import Failure
 
 _JSON_BYTES = 1_000_000
+_SOON_S = 0.02  # an answer that comes within this is not watched over: a watch costs a fifth of a small request
 _ALWAYS: tuple[Code, ...] = (
     "bad_request",
     "key_missing",
@@ -81,6 +83,11 @@ _DEADLINE = {
 }
 
 
+def is_question(route: BaseRoute) -> bool:
+    """Whether a route answers questions about photos, which is what most requests are."""
+    return isinstance(route, APIRoute) and bool((route.openapi_extra or {}).get("x-kshot-cancels"))
+
+
 class Operation(APIRoute):
     """A route that looks at key and load before it reads a body, and bounds the body while it reads it."""
 
@@ -117,24 +124,30 @@ async def _unless_gone(answer: Awaitable[None], body: Body, receive: Receive) ->
 
     gh:ray-project/ray#41057
     """
-    work = asyncio.ensure_future(answer)
-    watch = asyncio.create_task(_hung_up(body, receive))
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        await body.complete.wait()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching: list[asyncio.Task[None]] = []
+    soon = asyncio.get_running_loop().call_later(_SOON_S, lambda: watching.append(asyncio.create_task(watch())))
     try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            await work
-        else:
-            work.cancel()
-            await asyncio.wait((work,))
+        await answer
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
     finally:
-        watch.cancel()
-        work.cancel()
-
-
-async def _hung_up(body: Body, receive: Receive) -> None:
-    await body.complete.wait()
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        soon.cancel()
+        for each in watching:
+            each.cancel()
 
 
 async def _backend(request: Request) -> Backend:  # FastAPI would call a plain function in a thread

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,7 @@ ORIGINAL: Key = ("original", "")
 
 log = logging.getLogger(__name__)
 
+_REVISION = str(select(SPACES.c.revision).where(SPACES.c.id == "").compile(dialect=sqlite.dialect()))
 _AT_ONCE = 500  # ids in one statement; SQLite takes some thousands of parameters
 
 
@@ -127,12 +129,15 @@ class Store:
         self.database = opened(url)
         self._reading = self.database.execution_options(**READING[self.database.dialect.name])
         self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
+        self._glance = self.database.raw_connection() if self._is_sqlite else None
         # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
         self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
 
     def close(self) -> None:
         self._readers.shutdown()
         self._writers.shutdown()
+        if self._glance is not None:
+            self._glance.close()
         self.database.dispose()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -165,6 +170,19 @@ class Store:
         """The number of a label space's newest revision."""
         with self.reading() as connection:
             return _row(connection, space).revision
+
+    def glance(self, space: str) -> int | None:
+        """The same from SQLite in 20 µs, on the event loop's thread: to ask another would take ten times as long.
+
+        None where that is not to be had, or there is no such label space: ask `newest`.
+        """
+        if self._glance is None or self._glance.driver_connection is None:
+            return None
+        try:
+            found = self._glance.driver_connection.execute(_REVISION, (space,)).fetchall()
+        except sqlite3.Error:
+            return None
+        return int(found[0][0]) if found else None
 
     def newest(self, spaces: Sequence[str]) -> dict[str, int]:
         """The numbers of the newest revisions of those label spaces that there are."""

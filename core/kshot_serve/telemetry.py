@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-import secrets
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from random import getrandbits
 from time import perf_counter
 from typing import Any, Literal, TextIO
 
@@ -18,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 Stage = Literal["decode", "queue", "infer", "adapt", "decide", "store"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_FLUSH_S = 0.1
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -66,7 +70,7 @@ class Metrics:
 
 @dataclass
 class Request:
-    """What goes into the log line of one request."""
+    """What goes into the log line of one request. Its ids tell requests apart, and need not be hard to guess."""
 
     id: str
     trace: str
@@ -78,11 +82,11 @@ class Request:
     def begin(cls, traceparent: str | None) -> Request:
         """A new request, in the caller's trace if it names one (W3C Trace Context)."""
         found = _TRACEPARENT.fullmatch(traceparent or "")
-        return cls("req_" + secrets.token_hex(10), found[1] if found else secrets.token_hex(16))
+        return cls(f"req_{getrandbits(80):020x}", found[1] if found else f"{getrandbits(128) or 1:032x}")
 
     @property
     def traceparent(self) -> str:
-        return f"00-{self.trace}-{secrets.token_hex(8)}-01"
+        return f"00-{self.trace}-{getrandbits(64) or 1:016x}-01"
 
 
 current: ContextVar[Request | None] = ContextVar("request", default=None)
@@ -118,9 +122,30 @@ class Lines(logging.Formatter):
         return line.rstrip()
 
 
+class _Buffered(logging.StreamHandler[TextIO]):
+    """Writes lines a few times a second, and a warning at once: a write for each would hold up every request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(open(os.dup(stream.fileno()), "w", buffering=1 << 16, encoding="utf-8"))  # noqa: SIM115
+        self._wrote = threading.Event()
+        threading.Thread(target=self._flushing, name="kshot-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream.write(self.format(record) + self.terminator)
+        if record.levelno >= logging.WARNING:
+            self.flush()
+        self._wrote.set()
+
+    def _flushing(self) -> None:
+        while self._wrote.wait():
+            time.sleep(_FLUSH_S)
+            self._wrote.clear()
+            self.flush()
+
+
 def configure_logs(stream: TextIO) -> None:
     """All logs of this process on one stream: lines for a person if one looks on, else JSON."""
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(stream) if stream.isatty() else _Buffered(stream)
     handler.setFormatter(Lines() if stream.isatty() else JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)  # Pillow has some for damaged photos, and every line is to be JSON

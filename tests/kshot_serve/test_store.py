@@ -438,6 +438,20 @@ def test_two_processes_write_one_file_without_losing_anything(tmp_path: Path) ->
     store.close()
 
 
+def test_what_another_server_has_written_is_seen_at_a_glance(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'spaces.db'}"
+    store, other = Store(url), Store(url)
+    space = create(store)
+    assert store.glance(space) == 1
+    with other.write(space, "add_class", "") as change:
+        change.add_class("cat")
+    assert store.glance(space) == 2
+    other.delete(space)
+    assert store.glance(space) is None
+    store.close()
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
