@@ -11,8 +11,6 @@ import asyncio
 import logging
 import math
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +47,6 @@ _LARGEST = 256 << 20  # bytes in one batch
 _FEW, _MANY = 12, 48  # requests at work that are never too many: for long; and in a burst
 _BURST_S = 0.5  # that more than a few requests may be at work
 _AT_ONCE_S = 0.0001  # what takes less is not handed to a thread and back, which takes longer
-_NICER = 5  # than the event loop, computing threads are
 _SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
 
@@ -62,9 +59,9 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         runners = settings.runners if settings.device == "cpu" else 1
-        self._runners = ThreadPoolExecutor(runners, "kshot-run", _give_way)
-        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work", _give_way)
-        self._adapters = ThreadPoolExecutor(1, "kshot-adapt", _give_way)
+        self._runners = ThreadPoolExecutor(runners, "kshot-run")
+        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work")
+        self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
         self._free = runners
         self._groups: dict[Hashable, _Group] = {}  # in the order of their turn
         self._background: dict[Hashable, _Group] = {}
@@ -503,13 +500,6 @@ def _same(found: np.ndarray, expected: np.ndarray) -> None:
         raise BundleError("the graph gives numbers that are not finite for plain noise")
     if not np.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max(initial=1e-6))):
         raise BundleError("the graph's answer for an image depends on the other images in its batch")
-
-
-def _give_way() -> None:
-    """Let this thread have the processor after the event loop, so that refusing is quick while all cores compute."""
-    if sys.platform == "linux":  # elsewhere threads have no niceness of their own
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _NICER, 19))
 
 
 def cores() -> int:
