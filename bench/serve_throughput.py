@@ -56,6 +56,22 @@ class Contender:
 
     name: str
     run: Callable[[float], dict[str, Any]]
+    pid: int | None = None  # of its server
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Run it while it is awake, which it is only then: an idle server may poll, and cost others their time."""
+        self.wake()
+        try:
+            return self.run(seconds)
+        finally:
+            self.send(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        self.send(signal.SIGCONT)
+
+    def send(self, what: signal.Signals) -> None:
+        for each in family(self.pid) if self.pid else ():
+            os.kill(each, what)
 
 
 def main() -> None:
@@ -97,6 +113,10 @@ def compare(case: str, scratch: Path, options: argparse.Namespace) -> dict[str, 
     groups = [[files[(i + j) % FILES] for j in range(photos)] for i in range(FILES)]
     in_json = [[base64.b64encode(each).decode() for each in group] for group in groups]
     clients = max(options.clients // photos, 8)
+
+    def asking(name: str, port: int, pid: int, requests: Sequence[bytes]) -> Contender:
+        return Contender(name, loaded(port, pid, requests, clients, photos), pid)
+
     with ExitStack() as stack:
         contenders = [Contender("bare loop", bare(path, [])), Contender("bare loop, decoding", bare(path, files))]
         server = stack.enter_context(serving(path, folder / "ours"))
@@ -105,20 +125,20 @@ def compare(case: str, scratch: Path, options: argparse.Namespace) -> dict[str, 
         tensors = [tensor_request(space, np.stack([decode(each, rule) for each in group])) for group in groups]
         forms = [form_request(space, group) for group in groups]
         contenders += [
-            Contender("ours, decoded images", loaded(server.port, server.process.pid, tensors, clients, photos)),
-            Contender("ours", loaded(server.port, server.process.pid, forms, clients, photos)),
+            asking("ours, decoded images", server.port, server.process.pid, tensors),
+            asking("ours", server.port, server.process.pid, forms),
         ]
         if wanted("mlflow", options):
             port, pid = stack.enter_context(with_mlflow(path, state, folder))
             bodies = [json_request("/invocations", {"inputs": each}) for each in in_json]
-            contenders.append(Contender("mlflow models serve", loaded(port, pid, bodies, clients, photos)))
+            contenders.append(asking("mlflow models serve", port, pid, bodies))
         if wanted("litserve", options):
             python = litserve_at(scratch / "litserve")
             bodies = [json_request("/predict", {"photos": each}) for each in in_json]
             for workers in sorted({1, cores()}):
                 port, pid = stack.enter_context(with_litserve(python, path, state, folder, workers, photos))
                 name = f"LitServe, {workers} worker{'s' * (workers > 1)}"
-                contenders.append(Contender(name, loaded(port, pid, bodies, clients, photos)))
+                contenders.append(asking(name, port, pid, bodies))
         what = {"case": case, "clients": clients, "decoding_ms": decoding(files, rule)}
         return what | judged(case, contenders, options)
 
@@ -138,9 +158,13 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
 
 def judged(case: str, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Any]:
     """Everyone in turns, and what the bars are about."""
-    for contender in contenders:
-        contender.run(1.0)
-    rounds = [[contender.run(options.seconds) for contender in contenders] for _ in range(options.rounds)]
+    try:
+        for contender in contenders:
+            contender.turn(1.0)
+        rounds = [[contender.turn(options.seconds) for contender in contenders] for _ in range(options.rounds)]
+    finally:
+        for contender in contenders:
+            contender.wake()
     names = [contender.name for contender in contenders]
     rates = np.array([[each["rate"] for each in turn] for turn in rounds])  # (rounds, contenders)
     rows = []
@@ -220,20 +244,25 @@ def loaded(
     return run
 
 
-def processor_of(pid: int) -> float:
-    """Seconds of processor that a process and its living descendants have used."""
-    parents = {}
+def family(pid: int) -> dict[int, float]:
+    """A process and its living descendants, with the seconds of processor that each has used."""
+    parents, used = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        parents[int(stat.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
-    family, grown = {pid}, True
+        parents[int(stat.parent.name)] = int(fields[1])
+        used[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    found, grown = {pid}, True
     while grown:
-        more = {each for each, (parent, _) in parents.items() if parent in family} - family
-        family, grown = family | more, bool(more)
-    return sum(parents[each][1] for each in family if each in parents) / os.sysconf("SC_CLK_TCK")
+        more = {each for each, parent in parents.items() if parent in found} - found
+        found, grown = found | more, bool(more)
+    return {each: used[each] for each in found if each in used}
+
+
+def processor_of(pid: int) -> float:
+    return sum(family(pid).values())
 
 
 def tensor_request(space: str, images: np.ndarray) -> bytes:
