@@ -31,8 +31,11 @@ check: $(READY)  ## lint, types and import directions only
 reproduce: $(READY)  ## train the recipes at full length (days without a GPU; bench/reproduce.sh says which, and from where)
 	@bash bench/reproduce.sh
 
+# What `make bench` does not run: parts and tools, and what needs data or a GPU.
+APART := $(addprefix bench/,gpu.py record_figures.py results_table.py schema_hooks.py serve_parity.py serving_load.py)
+
 bench: $(READY)  ## side-by-side measurements, written to bench/results/
-	@for script in $(filter-out bench/record_figures.py bench/results_table.py bench/schema_hooks.py bench/serve_parity.py bench/serving_load.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@for script in $(filter-out $(APART),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove what `make` installed
 	rm -rf $(VENV)
