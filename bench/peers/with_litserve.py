@@ -15,7 +15,7 @@ from kshot_runtime.bundle import Bundle, State
 BATCH, WAIT_S = 32, 0.005
 
 
-class Photos(litserve.LitAPI):  # type: ignore[misc]
+class Photos(litserve.LitAPI):  # type: ignore[misc]  # LitServe comes without types
     """Photos in base64 in, names out; the photos of several requests in one run."""
 
     def __init__(self, bundle: str, state: str, threads: int, photos: int) -> None:

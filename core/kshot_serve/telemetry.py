@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from random import getrandbits
@@ -131,16 +131,20 @@ class _Buffered(logging.StreamHandler[TextIO]):
         threading.Thread(target=self._flushing, name="kshot-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream.write(self.format(record) + self.terminator)
-        if record.levelno >= logging.WARNING:
-            self.flush()
+        try:
+            self.stream.write(self.format(record) + self.terminator)
+            if record.levelno >= logging.WARNING:
+                self.flush()
+        except Exception:  # a log that nobody takes any more fails no request
+            self.handleError(record)
         self._wrote.set()
 
     def _flushing(self) -> None:
         while self._wrote.wait():
             time.sleep(_FLUSH_S)
             self._wrote.clear()
-            self.flush()
+            with suppress(OSError):
+                self.flush()
 
 
 def configure_logs(stream: TextIO) -> None:

@@ -117,13 +117,11 @@ def _line(promise: str, outcome: Outcome, again: bool) -> Any:
     grid.add_column(width=6)
     grid.add_column(width=7, justify="right")
     grid.add_column(overflow="fold")
-    how = (
-        Text("FAILED", "bold red")
-        if failure
-        else Text("exempt", "yellow")
-        if outcome.exempt
-        else Text("passed", "green")
-    )
+    how = Text("passed", "green")
+    if failure:
+        how = Text("FAILED", "bold red")
+    elif outcome.exempt:
+        how = Text("exempt", "yellow")
     grid.add_row(how, f"{outcome.seconds:.1f} s", Text(promise))
     if outcome.exempt:
         grid.add_row("", "", Text(outcome.exempt, "yellow"))

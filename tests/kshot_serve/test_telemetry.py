@@ -42,3 +42,23 @@ def test_a_line_is_written_while_nothing_else_happens() -> None:
     assert process.stderr is not None
     assert b"request" in os.read(process.stderr.fileno(), 4096)
     process.communicate()
+
+
+def test_a_log_that_nobody_reads_any_more_fails_no_one() -> None:
+    speaks = (
+        "import logging, sys, time\nfrom kshot_serve.telemetry import configure_logs\nconfigure_logs(sys.stderr)\n"
+        "sys.stdin.read()\n"
+        "for number in range(20):\n    logging.warning('line %s', number)\n    logging.info('x' * 10_000)\n"
+        "print('went on')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", speaks], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stdin.close()
+    assert process.stdout.read() == b"went on\n"
+    process.wait(60)
+    process.stdout.close()
