@@ -44,7 +44,8 @@ _FULL = 0.75  # of a size that a batch must fill to be padded up to it, where a 
 _BACKGROUND = 8  # images in one run of a call without a deadline: others wait for no more than that
 _PATIENCE = 9  # runs of others that background work lets pass: it gets on under any load
 _LARGEST = 256 << 20  # bytes in one batch
-_FEW, _MANY = 12, 48  # requests at work that are never too many: for long; and in a burst
+_FEW, _MANY = 8, 16  # requests at work that are never too many: for long; and in a burst
+_CALM = 6  # fewer, and there may be a burst again; were it the few, each that leaves them would begin one
 _BURST_S = 0.5  # that more than a few requests may be at work
 _AT_ONCE_S = 0.0001  # what takes less is not handed to a thread and back, which takes longer
 _SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
@@ -70,7 +71,7 @@ class Engine:
         self._waiting = 0  # images that no run has taken yet
         self._places = 0  # held by admitted requests
         self._requests = 0  # that hold them
-        self._calm = monotonic()  # when there were last but a few
+        self._calm = monotonic()  # when it was last calm
         self._coming = 0  # requests whose bodies are on their way
         self._calls = 0  # of embed, classify and adapt, in progress
         self._paces: dict[str, float] = {}  # of classifying features, by champion
@@ -311,8 +312,8 @@ class Engine:
             self._leave()
 
     def _crowded(self) -> bool:
-        """Whether more than a few requests are at work or on their way."""
-        if self._requests + self._coming < _FEW:
+        """Whether there are too many requests, at work or on their way, to call it calm."""
+        if self._requests + self._coming < _CALM:
             self._calm = monotonic()
             return False
         return True

@@ -24,6 +24,7 @@ from kshot_serve.settings import Settings
 from kshot_serve.telemetry import configure_logs
 
 _HEAD_BYTES = 64_000
+_MOMENT_S = 0.05
 
 
 def serve(settings: Settings) -> None:
@@ -60,6 +61,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=settings.idle_s,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=max(1, round(settings.drain_s - settings.leave_s)),
             )
         )
@@ -149,6 +151,10 @@ def _patient(seconds: float) -> type[asyncio.Protocol]:
         def on_headers_complete(self) -> None:
             self._head = None
             super().on_headers_complete()
+
+        def timeout_keep_alive_handler(self) -> None:
+            """Look into the socket once more: a busy server's clocks run out before it sees that a request has come."""
+            self.timeout_keep_alive_task = self.loop.call_later(_MOMENT_S, super().timeout_keep_alive_handler)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)

@@ -412,6 +412,30 @@ def test_a_slow_body_and_a_slow_head_are_given_up(features_bundle: Path, tmp_pat
             assert idle.recv(65536) == b""
 
 
+def test_a_request_that_came_while_the_server_was_busy_is_answered_though_its_connection_was_idle_for_long(
+    features_bundle: Path, tmp_path: Path, running: Start
+) -> None:
+    """Seen under overload: the clock ran out while the request lay in the socket, and nobody had looked."""
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, idle_s=0.5)
+    busy, others = socket.socketpair()
+
+    class Busy(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            time.sleep(1.0)
+
+    with running(settings) as server, others:
+        host, loop = server.url.removeprefix("http://"), server.backend.engine._loop
+        asyncio.run_coroutine_threadsafe(loop.create_connection(Busy, sock=busy), loop).result(10)
+        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as kept:
+            for wait in (0.0, 0.2):
+                time.sleep(wait)
+                kept.sendall(f"GET /v2 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                assert kept.recv(65536).startswith(b"HTTP/1.1 200")
+                others.send(b"-")
+            time.sleep(1.0)
+            assert kept.recv(65536) == b""  # hung up
+
+
 def test_a_head_that_does_not_end_is_hung_up_on(server: Running) -> None:
     host = server.url.removeprefix("http://")
     with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as endless:

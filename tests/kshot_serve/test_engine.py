@@ -411,14 +411,30 @@ def test_what_could_not_be_done_before_its_deadline_is_not_admitted(model: Champ
 def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow() -> None:
     async def body(engine: Engine) -> None:
         with ExitStack() as held:
-            for _ in range(32):
+            for _ in range(15):
                 held.enter_context(engine.admit())
             await asyncio.sleep(0.6)
             with pytest.raises(Problem, match=r"exceed what can be begun in 0\.001 s") as told:
                 engine.admit()
             assert (told.value.status, told.value.reason) == (429, "wait")
-        for _ in range(32):
+        for _ in range(15):
             engine.admit()
+
+    run(body, wait_s=0.001)
+
+
+def test_a_queue_that_stands_lets_in_one_for_one_and_no_new_burst() -> None:
+    """Seen at ten times the capacity: each burst was followed by the next, and all waited three times longer."""
+
+    async def body(engine: Engine) -> None:
+        with ExitStack() as held:
+            for _ in range(7):
+                held.enter_context(engine.admit())
+            with engine.admit():
+                await asyncio.sleep(0.6)
+            held.enter_context(engine.admit())
+            with pytest.raises(Problem, match="exceed what can be begun"):
+                engine.admit()
 
     run(body, wait_s=0.001)
 
