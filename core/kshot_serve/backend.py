@@ -34,7 +34,7 @@ class Backend:
             )
         self.settings = settings
         self.metrics = Metrics()
-        self.engine = Engine(settings.engine, self.metrics)
+        self.engine = Engine(settings.engine, self.metrics, settings.workers)
         self.champions = Champions(settings, self.engine, self.metrics)
         self.store = Store(settings.database_url)
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)

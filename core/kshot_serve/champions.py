@@ -149,9 +149,10 @@ class Champions:
         """Let everyone get ready for a champion, and then move the pointer: requests under way keep the old one."""
         champion = Champion(bundle, bundle.manifest.id, name, version, self._source)
         await self.on_change(champion)
+        if before := self._current:
+            self._metrics.champion.labels(before.name, before.version, before.id).set(0)
         self._current = champion
         self._metrics.ready.set(self.ready)
-        self._metrics.champion.clear()
         self._metrics.champion.labels(name, version, champion.id).set(1)
         self._metrics.swaps.labels("taken").inc()
         log.info("version %s of %s serves, bundle %s on %s", version, name, champion.id, bundle.device)

@@ -55,15 +55,17 @@ _MEMORY = 0.99  # of the measured rate: the last hundred images count
 class Engine:
     """Runs champions. `embed`, `classify` and `adapt` are awaited by requests; `admit` turns some away before that."""
 
-    def __init__(self, settings: EngineSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: EngineSettings, metrics: Metrics, workers: int = 1) -> None:
         self.buckets = tuple(sorted({1, *settings.buckets}))  # 1: images of a failed run go one by one
         self._settings = settings
         self._metrics = metrics
-        runners = settings.runners if settings.device == "cpu" else 1
-        self._runners = ThreadPoolExecutor(runners, "kshot-run")
-        self._workers = ThreadPoolExecutor(settings.decoders or cores(), "kshot-work")
+        self._cores = max(1, cores() // workers)
+        runners = settings.runners if workers == 1 else min(settings.runners, self._cores)
+        self._at_once = runners if settings.device == "cpu" else 1
+        self._runners = ThreadPoolExecutor(self._at_once, "kshot-run")
+        self._workers = ThreadPoolExecutor(settings.decoders or self._cores, "kshot-work")
         self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
-        self._free = runners
+        self._free = self._at_once
         self._groups: dict[Hashable, _Group] = {}  # in the order of their turn
         self._background: dict[Hashable, _Group] = {}
         self._passed = 0  # runs that background work has let pass
@@ -84,7 +86,7 @@ class Engine:
 
     def open(self, path: str | Path) -> Bundle:
         """A bundle with all that it will run warmed, or a BundleError. Takes seconds: to be called in a thread."""
-        shared = max(1, cores() // self._settings.runners)  # measured: more threads than cores cost a fifth
+        shared = max(1, self._cores // self._at_once)  # measured: more threads than cores cost a fifth
         bundle = Bundle.open(
             path,
             self._settings.device,

@@ -104,8 +104,9 @@ class Shelf:
                 )
             read(came)  # checks every file
             folder = self._folder / sha256[:16]
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(came, folder)
+            if _hash(folder) != sha256 or not _sound(folder):  # else another worker was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(came, folder)
         return folder
 
     def last(self, name: str) -> tuple[Found, Path] | None:
@@ -120,7 +121,9 @@ class Shelf:
     def keep(self, found: Found, folder: Path) -> None:
         """Remember the last good bundle. It and the one before stay; others go."""
         before = self.last(found.name)
-        fresh = self._folder / f"{_INCOMING}{_LAST}"
+        if before == (found, folder):
+            return  # another worker has kept it, and knows the one before
+        fresh = self._folder / f"{_INCOMING}{os.getpid()}{_LAST}"
         fresh.write_text(json.dumps({"found": asdict(found), "folder": folder.name}))
         os.replace(fresh, self._folder / _LAST)
         self._clear({folder, before[1]} if before else {folder})
@@ -132,7 +135,7 @@ class Shelf:
 
     def _clear(self, keep: set[Path]) -> None:
         for folder in self._folder.iterdir():
-            if folder.is_dir() and folder not in keep:
+            if folder.is_dir() and folder not in keep and not folder.name.startswith(_INCOMING):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

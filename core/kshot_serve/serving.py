@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -17,9 +15,9 @@ import threadpoolctl
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from kshot_runtime.errors import KshotError
 from kshot_serve.app import create_app
 from kshot_serve.backend import Backend
+from kshot_serve.listening import bind, url
 from kshot_serve.settings import Settings
 from kshot_serve.telemetry import configure_logs
 
@@ -27,13 +25,13 @@ _HEAD_BYTES = 64_000
 _MOMENT_S = 0.05
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C. One line on standard output tells when it is ready, and where."""
+def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C. `announce` gets one line when it is ready, which says where."""
     configure_logs(sys.stderr)
     # After each small product OpenBLAS's idle threads spin for a while: measured, they took half of two cores from the
     # models' runs.
     threadpoolctl.threadpool_limits(1, user_api="blas")
-    Server(settings, partial(print, flush=True)).run()  # who waits for it at the end of a pipe is to have it now
+    Server(settings, announce).run()
 
 
 class Server(uvicorn.Server):
@@ -68,7 +66,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         """Answer from the first moment, that it is not ready; then load the model."""
-        listener = _bind(self.config.host, self.config.port)
+        listener = bind(self.config.host, self.config.port, shared=self._settings.workers > 1)
         await super().startup([listener])
         try:
             await self.backend.loading
@@ -77,7 +75,7 @@ class Server(uvicorn.Server):
             raise
         champions = self.backend.champions
         what = f"{champions.current.name} version {champions.current.version}" if champions.ready else "no model yet"
-        self._announce(f"kshot serves {what} at {_url(listener)}")
+        self._announce(f"kshot serves {what} at {url(listener)}")
 
     async def main_loop(self) -> None:
         await super().main_loop()
@@ -103,26 +101,6 @@ class Server(uvicorn.Server):
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet."""
-    try:
-        found = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)  # only where all three say TCP does asyncio set TCP_NODELAY
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise KshotError(f"cannot serve at {host} port {port}: {error.strerror}. --port 0 takes a free one.") from None
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _patient(seconds: float) -> type[asyncio.Protocol]:

@@ -18,14 +18,14 @@ class EngineSettings(_Part):
     """How images of many requests share runs of onnxruntime."""
 
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0: the runners' share of the cores")
+    threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0: a runner's share of the cores")
     runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
     queue: int = Field(256, ge=1, description="images in work at most, from decoding on; past that, 429 at once")
     wait_s: float = Field(0.15, gt=0, description="a longer wait is not begun, 429 at once, unless few requests wait")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
-    states_mb: int = Field(512, ge=1, description="memory for adapted states; the least used go first")
+    states_mb: int = Field(512, ge=1, description="memory of a worker for adapted states; the least used go first")
 
 
 class Settings(_Part):
@@ -37,6 +37,7 @@ class Settings(_Part):
     database: str = Field("", description="SQLAlchemy URL of the label spaces; empty: SQLite in the folder")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free one and says which")
+    workers: int = Field(1, ge=1, le=256, description="processes that share the port: one computes in Python at a time")
     keys: Literal["auto", "required", "off"] = Field("auto", description="API keys: auto needs them beyond loopback")
     exposed: bool = Field(False, description="serve beyond loopback without keys: whoever reaches the port may do all")
     origins: tuple[str, ...] = Field((), description="web origins that may call (CORS); none by default")
@@ -50,7 +51,7 @@ class Settings(_Part):
     space_mb: int = Field(512, ge=1, description="photos' bytes in one label space at most")
     photos: int = Field(32, ge=1, description="photos in one request at most")
     body_mb: int = Field(64, ge=1, description="a request's body at most")
-    bodies_mb: int = Field(512, ge=1, description="bodies of all requests under way at most")
+    bodies_mb: int = Field(512, ge=1, description="bodies of all requests that a worker has under way")
     body_s: float = Field(30.0, gt=0, description="longest time for a request's body to arrive")
     stalled_s: float = Field(120.0, gt=0, description="an image that waits or runs so long makes the server not live")
     headers_s: float = Field(10.0, gt=0, description="longest time for a request's head to arrive")

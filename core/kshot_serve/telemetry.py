@@ -8,20 +8,24 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import getrandbits
 from time import perf_counter
 from typing import Any, Literal, TextIO
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 Stage = Literal["decode", "queue", "infer", "adapt", "decide", "store"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _FLUSH_S = 0.1
+_PIPE_BYTES = 4096
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable by which workers share a folder of metrics: each tells those of all."""
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -38,16 +42,25 @@ class Metrics:
         self.refusals = Counter("kshot_refusals", "requests refused", ["code", "reason"], registry=to)
         self.dropped = Counter("kshot_dropped_images", "never run: client gone, or too late", ["why"], registry=to)
         self.batch = Histogram("kshot_batch_images", "images in one run", buckets=(1, 2, 4, 8, 16, 32, 64), registry=to)
-        self.queued = Gauge("kshot_queued_images", "images waiting now", registry=to)
         self.decisions = Counter("kshot_decisions", "answers by decision", ["decision"], registry=to)
-        self.ready = Gauge("kshot_ready", "1 when a champion is loaded and warm", registry=to)
-        self.degraded = Gauge("kshot_degraded", "1 while what serves may not be what the registry names", registry=to)
-        self.champion = Gauge(
-            "kshot_champion", "1 for the model that serves", ["name", "version", "bundle"], registry=to
-        )
         self.swaps = Counter("kshot_champion_swaps", "new champions, taken and refused", ["outcome"], registry=to)
-        self.spaces = Gauge("kshot_label_spaces", "label spaces", registry=to)
-        self.state_bytes = Gauge("kshot_state_bytes", "adapted states in memory", registry=to)
+        # Of a worker that has died, gauges tell nothing any more.
+        self.queued = Gauge("kshot_queued_images", "images waiting now", registry=to, multiprocess_mode="livesum")
+        self.ready = Gauge(
+            "kshot_ready", "1 when a champion is loaded and warm", registry=to, multiprocess_mode="livemin"
+        )
+        self.degraded = Gauge(
+            "kshot_degraded", "1 while what serves may not be what the registry names", registry=to,
+            multiprocess_mode="livemax",
+        )  # fmt: skip
+        self.champion = Gauge(
+            "kshot_champion", "1 for the model that serves, 0 for those before it", ["name", "version", "bundle"],
+            registry=to, multiprocess_mode="livemax",
+        )  # fmt: skip
+        self.spaces = Gauge("kshot_label_spaces", "label spaces", registry=to, multiprocess_mode="livemostrecent")
+        self.state_bytes = Gauge(
+            "kshot_state_bytes", "adapted states in memory", registry=to, multiprocess_mode="livesum"
+        )
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -64,8 +77,16 @@ class Metrics:
             request.stages[stage] = request.stages.get(stage, 0.0) + seconds
 
     def exposition(self) -> bytes:
-        """The Prometheus text format."""
-        return generate_latest(self.registry)
+        """The Prometheus text format; of all workers, where there are several."""
+        registry = self.registry
+        if SHARED in os.environ:
+            multiprocess.MultiProcessCollector(registry := CollectorRegistry())
+        return generate_latest(registry)
+
+
+def forget(pid: int, folder: Path) -> None:
+    """Leave a worker that has died out of the gauges."""
+    multiprocess.mark_process_dead(pid, str(folder))
 
 
 @dataclass
@@ -122,22 +143,37 @@ class Lines(logging.Formatter):
         return line.rstrip()
 
 
-class _Buffered(logging.StreamHandler[TextIO]):
-    """Writes lines a few times a second, and a warning at once: a write for each would hold up every request."""
+class _Buffered(logging.Handler):
+    """Writes lines a few times a second, and a warning at once: a write for each would hold up every request.
+
+    A write is of whole lines, of no more bytes than a pipe takes at once: those of several workers do not mix.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__(open(os.dup(stream.fileno()), "w", buffering=1 << 16, encoding="utf-8"))  # noqa: SIM115
+        super().__init__()
+        self._file = open(os.dup(stream.fileno()), "wb", buffering=0)  # noqa: SIM115
+        self._lines: list[bytes] = []
         self._wrote = threading.Event()
         threading.Thread(target=self._flushing, name="kshot-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.stream.write(self.format(record) + self.terminator)
+            self._lines.append(f"{self.format(record)}\n".encode())
             if record.levelno >= logging.WARNING:
                 self.flush()
         except Exception:  # a log that nobody takes any more fails no request
             self.handleError(record)
         self._wrote.set()
+
+    def flush(self) -> None:
+        self.acquire()
+        try:
+            lines, self._lines = self._lines, []
+            for block in _blocks(lines):
+                while block:
+                    block = block[self._file.write(block) :]
+        finally:
+            self.release()
 
     def _flushing(self) -> None:
         while self._wrote.wait():
@@ -145,6 +181,18 @@ class _Buffered(logging.StreamHandler[TextIO]):
             self._wrote.clear()
             with suppress(OSError):
                 self.flush()
+
+
+def _blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines together, as many as a pipe takes without parting them (PIPE_BUF); a longer line by itself."""
+    block = b""
+    for line in lines:
+        if block and len(block) + len(line) > _PIPE_BYTES:
+            yield block
+            block = b""
+        block += line
+    if block:
+        yield block
 
 
 def configure_logs(stream: TextIO) -> None:

@@ -41,6 +41,9 @@ def serve(
         str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that share the port: for small photos, one a core.")
+    ] = 1,
     folder: Folder = Path("serve"),
     database: Database = "",
     device: Annotated[
@@ -79,14 +82,15 @@ def serve(
 
     [cyan]kshot serve ./bundle --host 0.0.0.0 --allow-host vision.example.com[/cyan]
     """
-    from kshot_serve import serving
+    from kshot_serve import workers as several
 
-    serving.serve(
+    several.serve(
         _settings(
             source=source,
             registry=_registry(source),
             host=host,
             port=port,
+            workers=workers,
             folder=folder,
             database=database,
             engine={"device": device},

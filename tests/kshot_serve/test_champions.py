@@ -14,6 +14,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,27 @@ def test_the_last_two_bundles_stay_on_disk(shop: Shop, bundles: list[Path], tmp_
     run(body())
     kept = {FileFacts.of((bundle / "bundle.json").read_bytes()).sha256[:16] for bundle in bundles[2:]}
     assert {path.name for path in (tmp_path / "champions").iterdir() if path.is_dir()} == kept
+
+
+def test_workers_that_fetch_at_once_share_a_shelf(shop: Shop, bundles: list[Path], tmp_path: Path) -> None:
+    """Each asks the registry by itself; none takes from the shelf what another stands on."""
+
+    async def body() -> None:
+        shop.sell(bundles[0])
+        folder, worlds = tmp_path / "serve", []
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                worlds.append(await stack.enter_async_context(World(shop.source, folder, shop.address)))
+            for bundle in bundles[1:]:
+                before = {path for path in (folder / "champions").iterdir() if path.is_dir()}
+                version = shop.sell(bundle)
+                await asyncio.gather(*[world.champions.follow() for world in worlds])
+                assert [(world.version, world.champions.degraded) for world in worlds] == [(version, None)] * 3
+                kept = {path for path in (folder / "champions").iterdir() if path.is_dir()}
+                assert len(kept) == 2
+                assert len(kept & before) == 1  # the one before, which serves if this one is refused after a restart
+
+    run(body())
 
 
 def test_what_a_killed_server_had_begun_to_fetch_is_removed_and_a_damaged_copy_fetched_again(
