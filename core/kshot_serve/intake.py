@@ -24,6 +24,7 @@ from kshot_serve.telemetry import Metrics
 if TYPE_CHECKING:
     from kshot_serve.backend import Backend
 
+_SMALL_BYTES, _SMALL_PIXELS = 4096, 64 * 64
 _TEXT_BYTES = 4096  # of a part that is no photo
 _PART_HEADERS, _PART_HEADER_BYTES = 8, 2048
 _BESIDES = 8  # parts that may come beside the photos
@@ -123,8 +124,13 @@ async def read_form(
 
 
 async def read_uploads(photos: Sequence[bytes], backend: Backend, rule: ImageRule) -> list[Upload | Problem]:
-    """Each photo decoded, or why not; in threads, and none waits for its fellows' faults."""
+    """Each photo decoded, or why not; in threads, but for a small one by itself. None waits for its fellows' faults."""
     limits = backend.settings.image
+    if len(photos) == 1 and len(photos[0]) <= _SMALL_BYTES:  # handing it to a thread would take as long as it does
+        small = limits.model_copy(update={"max_pixels": min(_SMALL_PIXELS, limits.max_pixels)})
+        upload = _decode(photos[0], rule, small, backend.metrics)
+        if not isinstance(upload, Problem) or upload.code != "photo_too_large":
+            return [upload]
     decoded = (backend.engine.in_thread(_decode, photo, rule, limits, backend.metrics) for photo in photos)
     return list(await asyncio.gather(*decoded))
 
