@@ -315,17 +315,9 @@ def with_mlflow(bundle: Path, state: Path, folder: Path, workers: int) -> Iterat
         model, python_model=str(PEERS / "with_mlflow.py"), artifacts={"bundle": str(bundle), "state": str(state)},
         model_config={"threads": cores() // workers}, pip_requirements=[],
     )  # fmt: skip
-    command = [
-        str(Path(sys.executable).with_name("mlflow")),
-        "models",
-        "serve",
-        "-m",
-        str(model),
-        "-p",
-        str(port),
-        "-w",
-        str(workers),
-    ]
+    given = {"-m": model, "-p": port, "-w": workers, "--env-manager": "local"}
+    command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve"]
+    command += [str(word) for pair in given.items() for word in pair]
     path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with peer(command, port, "/ping", folder / "log", path) as pid:
         yield port, pid
