@@ -18,12 +18,12 @@ import os
 import random
 import signal
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ from serving_load import (
     build,
     fill,
     form,
+    meanwhile,
     milliseconds,
     photo,
     request,
@@ -76,20 +77,9 @@ def questions(space: str) -> list[bytes]:
 def under_load(port: int, requests: Sequence[bytes], rate: float) -> Iterator[list[Sent]]:
     """Requests at random times while the block runs; afterwards all of them are in the list."""
     sent: list[Sent] = []
-    ended = threading.Event()
-
-    def load() -> None:
-        seed = 0
-        while not ended.is_set():
-            sent.extend(asyncio.run(arrivals(port, requests, rate, 2.0, seed := seed + 1)))
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    try:
+    seeds = count(1)
+    with meanwhile(lambda: sent.extend(asyncio.run(arrivals(port, requests, rate, 2.0, next(seeds))))):
         yield sent
-    finally:
-        ended.set()
-        thread.join()
 
 
 def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -137,14 +127,13 @@ def sigterm(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[di
     with serving(bundle, folder) as server:
         with server.client() as client:
             space = fill(client, WAYS, photo)
-        before = log_statuses(server.log)
         with under_load(server.port, questions(space), options.rate) as sent:
             time.sleep(3.0)
             began = time.perf_counter()
             code = server.stop(signal.SIGTERM)
             ended = time.perf_counter() - began
     answered = Counter(each.reply.status for each in sent)
-    logged = log_statuses(server.log) - before
+    logged = log_statuses(server.log)
     never, lost = answered.pop(-1, 0), answered.pop(0, 0)
     unanswered = (logged - answered).total()
     figures = {
@@ -158,9 +147,9 @@ def sigterm(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[di
 
 
 def log_statuses(log: Path) -> Counter[int]:
-    """How many requests the server says it answered, by status."""
+    """How many requests to classify the server says it answered, by status."""
     lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
-    return Counter(line["status"] for line in lines if line["message"] == "request")
+    return Counter(line["status"] for line in lines if line.get("route", "").endswith("/classify"))
 
 
 @dataclass

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import tempfile
 import threading
 import time
@@ -23,28 +22,21 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnx_vs_torch import machine
+from serving_load import arguments, build, write
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import Facts, export
-from kshot.recipe import PluginSettings, Recipe
 from kshot_runtime.bundle import Bundle
-from kshot_runtime.images import ImageRule
-from kshot_runtime.manifest import Plugin
 from kshot_serve.champions import Champion
 from kshot_serve.engine import Engine, cores
 from kshot_serve.settings import EngineSettings
 from kshot_serve.telemetry import Metrics
 
-RESULTS = Path(__file__).parent / "results" / "serve_engine.json"
-LEARNERS = {"protonet": {}, "maml": {"steps": 5}}
+LEARNERS: dict[str, dict[str, int]] = {"protonet": {}, "maml": {"steps": 5}}
 WAYS, SHOTS, BATCH, CLIENTS = 5, 5, 32, 96
 SETTINGS = EngineSettings()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each contender in a round")
     parser.add_argument("--size", type=int, default=28)
@@ -52,39 +44,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: build(name, Path(folder) / name, options) for name in LEARNERS}
+        paths = {
+            name: build(name, Path(folder) / name, size=options.size, width=options.width, **settings)
+            for name, settings in LEARNERS.items()
+        }
         found = {
             "what": f"conv4-{options.width}, {options.size}x{options.size}x1, {WAYS}-way {SHOTS}-shot, CPU, "
             f"{cores()} threads",
-            "machine": machine(),
-            "versions": {"onnxruntime": onnxruntime.__version__},
             "rounds": options.rounds,
             "saturation": [saturation(name, path, options) for name, path in paths.items()],
             "session_options": session_options(paths["protonet"] / "embed.onnx", options),
             "runners": runners(paths["protonet"], options),
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"\n{found['what']}; {found['machine']}. Written to {RESULTS}")
-
-
-def build(name: str, folder: Path, options: argparse.Namespace) -> Path:
-    torch.manual_seed(0)
-    image = (1, options.size, options.size)
-    recipe = Recipe(
-        name="bench",
-        dataset={"name": "noise"},
-        backbone=PluginSettings(name="conv4", width=options.width),
-        learner=PluginSettings(name=name, **LEARNERS[name]),
-    )
-    random = np.random.default_rng(0)
-    noise = ClassImages.from_arrays([random.integers(0, 256, (4, *image), np.uint8) for _ in range(6)])
-    facts = Facts(
-        learner=Plugin(name=name), backbone=Plugin(name="conv4"), image=ImageRule(size=options.size, channels=1)
-    )
-    learner = recipe.build(image).eval()
-    export(learner, folder, facts=facts, data=noise, shape=Shape(3, 1, 2), seed=1, episodes=10)
-    return folder
+    write("serve_engine", found)
 
 
 def saturation(name: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import asyncio
 import io
 import json
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from serving_load import (
     bar,
     build,
     fill,
+    meanwhile,
     milliseconds,
     photo,
     request,
@@ -145,20 +145,10 @@ def reason(each: Sent) -> str:
 @contextmanager
 def watched(server: Served) -> Iterator[list[float]]:
     """The server's memory in MB, twice a second."""
-    memory, ended = [server.memory()], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            memory.append(server.memory())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    memory = [server.memory()]
+    with meanwhile(lambda: memory.append(server.memory()), pause=0.5):
         yield memory
-    finally:
-        ended.set()
-        thread.join()
-        memory.append(server.memory())
+    memory.append(server.memory())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,6 +312,24 @@ async def arrivals(port: int, requests: Sequence[bytes], rate: float, seconds: f
     connections.close()
     gc.enable()
     return sent
+
+
+@contextmanager
+def meanwhile(function: Callable[[], None], pause: float = 0.0) -> Iterator[None]:
+    """Call a function again and again in a thread, for as long as the block runs; a call that has begun ends."""
+    ended = threading.Event()
+
+    def again() -> None:
+        while not ended.wait(pause):
+            function()
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # Figures -----------------------------------------------------------------------------------------------------------
