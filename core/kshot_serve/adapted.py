@@ -22,7 +22,8 @@ from kshot_runtime.images import ImageError, ImageLimits, ImageRule, decode
 from kshot_runtime.manifest import Manifest
 from kshot_serve.decisions import by_features, unit
 from kshot_serve.problems import Problem
-from kshot_serve.store import ORIGINAL, Class, Key, Photo, Snapshot, Store
+from kshot_serve.records import ORIGINAL, Class, Key, Photo, Snapshot
+from kshot_serve.store import Store
 from kshot_serve.telemetry import Metrics
 
 if TYPE_CHECKING:

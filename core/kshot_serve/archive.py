@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, decode
 from kshot_serve.problems import Problem
-from kshot_serve.store import Snapshot, digest
+from kshot_serve.records import Snapshot, digest
 
 _MANIFEST, _MANIFEST_BYTES = "manifest.json", 4_000_000
 _FILE = r"photos/[0-9]{1,9}\.(jpg|png|webp)"

@@ -24,8 +24,9 @@ from kshot_serve.adapted import States, features_of, needed, pixels_by
 from kshot_serve.answering import Answer, Answering, Classified, Query, Upload, Verified
 from kshot_serve.database import is_id
 from kshot_serve.problems import Problem
+from kshot_serve.records import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, digest
 from kshot_serve.settings import Settings
-from kshot_serve.store import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, Store, Write, digest
+from kshot_serve.store import Store, Write
 from kshot_serve.telemetry import Metrics
 
 if TYPE_CHECKING:

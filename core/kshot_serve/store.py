@@ -12,20 +12,17 @@ so that a revision can tell what it has lost.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, delete, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
 from kshot_serve.database import (
@@ -43,82 +40,31 @@ from kshot_serve.database import (
     telling,
 )
 from kshot_serve.problems import Problem
+from kshot_serve.records import (
+    Action,
+    Key,
+    Revision,
+    Snapshot,
+    Space,
+    alive,
+    content_row,
+    contents_of,
+    described,
+    insert_missing,
+    is_of,
+    parts,
+    photo_row,
+    revision_of,
+    row_of,
+    snapshot_of,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Kind = Literal["original", "pixels", "features"]
-Key = tuple[Kind, str]
-"""A kind of content, and what made it: an image rule for pixels, a bundle for features, nothing for the original."""
-Action = Literal[
-    "create", "import", "change", "add_class", "add_photos", "rename_class", "delete_class", "delete_photo", "rollback"
-]
-
-ORIGINAL: Key = ("original", "")
 
 log = logging.getLogger(__name__)
 
 _REVISION = str(select(SPACES.c.revision).where(SPACES.c.id == "").compile(dialect=sqlite.dialect()))
-_AT_ONCE = 500  # ids in one statement; SQLite takes some thousands of parameters
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo of a class."""
-
-    id: str
-    class_id: str
-    sha256: str
-    created: datetime
-
-
-@dataclass(frozen=True)
-class Class:
-    """A class, and its photos from the oldest to the newest."""
-
-    id: str
-    name: str
-    photos: tuple[Photo, ...]
-
-
-@dataclass(frozen=True)
-class Space:
-    """What there is to say of a label space without its classes."""
-
-    id: str
-    name: str
-    revision: int
-    classes: int
-    photos: int
-    accept: float | None
-    created: datetime
-    changed: datetime
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A label space at a revision: its classes from the oldest to the newest."""
-
-    space: str
-    name: str
-    revision: int
-    accept: float | None
-    classes: tuple[Class, ...]
-
-    @property
-    def photos(self) -> list[Photo]:
-        return [photo for each in self.classes for photo in each.photos]
-
-
-@dataclass(frozen=True)
-class Revision:
-    """Who did what, and when."""
-
-    number: int
-    created: datetime
-    who: str
-    action: Action
-    what: str
-    to: int | None = None  # for a rollback, the revision that it went back to
 
 
 class Store:
@@ -169,7 +115,7 @@ class Store:
     def revision(self, space: str) -> int:
         """The number of a label space's newest revision."""
         with self.reading() as connection:
-            return _row(connection, space).revision
+            return row_of(connection, space).revision
 
     def glance(self, space: str) -> int | None:
         """The same from SQLite in 20 µs, on the event loop's thread: to ask another would take ten times as long.
@@ -190,20 +136,20 @@ class Store:
         with self.reading() as connection:
             return {
                 space: revision
-                for ids in _parts(list(filter(is_id, spaces)))
+                for ids in parts(list(filter(is_id, spaces)))
                 for space, revision in connection.execute(query.where(SPACES.c.id.in_(ids))).tuples()
             }
 
     def space(self, space: str) -> Space:
         with self.reading() as connection:
-            row = _row(connection, space)
-            return _described(connection, [row])[0]
+            row = row_of(connection, space)
+            return described(connection, [row])[0]
 
     def spaces(self, limit: int, after: str = "") -> list[Space]:
         """Label spaces from the oldest to the newest, those behind the id `after`."""
         with self.reading() as connection:
             rows = connection.execute(select(SPACES).where(SPACES.c.id > after).order_by(SPACES.c.id).limit(limit))
-            return _described(connection, rows.all())
+            return described(connection, rows.all())
 
     def count(self) -> int:
         with self.reading() as connection:
@@ -216,37 +162,36 @@ class Store:
 
     def snapshot(self, space: str) -> Snapshot:
         with self.reading() as connection:
-            return _snapshot(connection, _row(connection, space))
+            return snapshot_of(connection, row_of(connection, space))
 
     def support(self, space: str, key: Key) -> tuple[Snapshot, dict[str, bytes]]:
         """A label space as it is, and one kind of content of each photo that has it."""
         with self.reading() as connection:
-            snapshot = _snapshot(connection, _row(connection, space))
-            return snapshot, dict(_contents_of(connection, [photo.id for photo in snapshot.photos], key))
+            snapshot = snapshot_of(connection, row_of(connection, space))
+            return snapshot, dict(contents_of(connection, [photo.id for photo in snapshot.photos], key))
 
     def contents(self, photos: Sequence[str], key: Key) -> dict[str, bytes]:
         """One kind of content, of those of the photos that have it."""
         with self.reading() as connection:
-            return dict(_contents_of(connection, photos, key))
+            return dict(contents_of(connection, photos, key))
 
     def photo(self, space: str, photo: str, keys: Sequence[Key]) -> dict[Key, bytes]:
         """What there is of a photo, in any revision of its label space."""
         with self.reading() as connection:
-            _row(connection, space)
-            _photo_row(connection, space, photo)
-            return {key: content for key in keys for _, content in _contents_of(connection, [photo], key)}
+            row_of(connection, space)
+            photo_row(connection, space, photo)
+            return {key: content for key in keys for _, content in contents_of(connection, [photo], key)}
 
     def lacking(self, keys: Sequence[Key], limit: int, after: str = "") -> list[str]:
         """Photos of any label space and revision that have none of these contents, in the order of their ids."""
-        has = select(CONTENTS.c.photo).where(CONTENTS.c.photo == PHOTOS.c.id, or_(*map(_is, keys)))
+        has = select(CONTENTS.c.photo).where(CONTENTS.c.photo == PHOTOS.c.id, or_(*map(is_of, keys)))
         query = select(PHOTOS.c.id).where(PHOTOS.c.id > after, ~has.exists()).order_by(PHOTOS.c.id).limit(limit)
         with self.reading() as connection:
             return list(connection.execute(query).scalars())
 
     def largest(self) -> tuple[int, int, int]:
         """The most classes, photos of one class, and photos that a label space holds now."""
-        alive = _alive(MEMBERS)
-        classes = select(MEMBERS.c.space, func.count().label("photos")).where(alive)
+        classes = select(MEMBERS.c.space, func.count().label("photos")).where(alive(MEMBERS))
         each = classes.group_by(MEMBERS.c.space, MEMBERS.c["class"]).subquery()
         sizes = (
             func.count().label("ways"),
@@ -264,10 +209,10 @@ class Store:
         if before is not None:
             query = query.where(REVISIONS.c.number < before)
         with self.reading() as connection:
-            _row(connection, space)
+            row_of(connection, space)
             rows = connection.execute(query).all()
             named = connection.execute(select(CLASSES).where(CLASSES.c.space == space)).all()
-        return [_revision(row, named) for row in rows]
+        return [revision_of(row, named) for row in rows]
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -285,7 +230,7 @@ class Store:
                 space, now = new_id("spc"), self.now()
                 row = {"id": space, "name": name, "revision": 0, "accept": accept, "created": now, "changed": now}
                 connection.execute(insert(SPACES).values(row))
-                write = Write(connection, _row(connection, space), action, now)
+                write = Write(connection, row_of(connection, space), action, now)
                 yield write
                 write.finish(who)
         except IntegrityError:
@@ -296,7 +241,7 @@ class Store:
         """The next revision of a label space. If the block changes nothing, or raises, there is none."""
         try:
             with self.writing() as connection:
-                write = Write(connection, _row(connection, space, lock=True), action, self.now())
+                write = Write(connection, row_of(connection, space, lock=True), action, self.now())
                 yield write
                 if write.changed:
                     write.finish(who)
@@ -308,18 +253,18 @@ class Store:
     def delete(self, space: str) -> None:
         """A label space with all its revisions, photos and contents."""
         with self.writing() as connection:
-            _row(connection, space, lock=True)
+            row_of(connection, space, lock=True)
             connection.execute(delete(SPACES).where(SPACES.c.id == space))
         self._scrub()
 
     def keep(self, key: Key, contents: Mapping[str, bytes]) -> None:
         """Contents of photos, made later; of photos that are deleted meanwhile nothing is kept."""
         with self.writing() as connection:
-            for ids in _parts(sorted(contents)):
+            for ids in parts(sorted(contents)):
                 alive = select(PHOTOS.c.id).where(PHOTOS.c.id.in_(ids)).with_for_update(read=True, key_share=True)
-                rows = [_content_row(photo, key, contents[photo]) for photo in connection.execute(alive).scalars()]
+                rows = [content_row(photo, key, contents[photo]) for photo in connection.execute(alive).scalars()]
                 if rows:
-                    connection.execute(_insert_missing(connection, rows))
+                    connection.execute(insert_missing(connection, rows))
 
     def settle(self, pixels: Key, features: Key | None) -> None:
         """Forget pixels and features that others made, of photos that have these."""
@@ -372,7 +317,7 @@ class Write:
         return self.number if self.changed else self.number - 1
 
     def snapshot(self) -> Snapshot:
-        return _snapshot(self.connection, self._row)
+        return snapshot_of(self.connection, self._row)
 
     def stored_bytes(self) -> int:
         """Of all photos that the label space keeps, in any revision."""
@@ -403,7 +348,7 @@ class Write:
         photo = new_id("pho")
         row = {"id": photo, "space": self.space, "class": class_, "sha256": sha256, "created": self._now}
         self.connection.execute(insert(PHOTOS).values(**row, size=sum(map(len, contents.values()))))
-        self.connection.execute(insert(CONTENTS), [_content_row(photo, key, each) for key, each in contents.items()])
+        self.connection.execute(insert(CONTENTS), [content_row(photo, key, each) for key, each in contents.items()])
         self._open_member(photo, class_)
         self._about = class_
         self._photos += 1
@@ -426,7 +371,7 @@ class Write:
 
     def delete_photo(self, photo: str) -> None:
         """A photo of any revision."""
-        self._about = _photo_row(self.connection, self.space, photo)._mapping["class"]
+        self._about = photo_row(self.connection, self.space, photo)._mapping["class"]
         self._end(MEMBERS, MEMBERS.c.photo == photo)
         self.connection.execute(delete(PHOTOS).where(PHOTOS.c.id == photo))
         self._photos = 1
@@ -490,121 +435,8 @@ class Write:
         """What a revision has and the label space has not now, and the other way round."""
 
         def rows(number: int | None) -> set[tuple[Any, ...]]:
-            query = select(*columns).where(table.c.space == self.space, _alive(table, number))
+            query = select(*columns).where(table.c.space == self.space, alive(table, number))
             return {tuple(row) for row in self.connection.execute(query)}
 
         then, now = rows(number), rows(None)
         return sorted(then - now), sorted(now - then)
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-# Queries -----------------------------------------------------------------------------------------------------------
-
-
-def _alive(table: Table, number: int | None = None) -> ColumnElement[bool]:
-    """The rows of a revision; by default of the newest."""
-    if number is None:
-        return table.c.to_revision.is_(None)
-    return and_(table.c.from_revision <= number, or_(table.c.to_revision.is_(None), table.c.to_revision > number))
-
-
-def _is(key: Key) -> ColumnElement[bool]:
-    return and_(CONTENTS.c.kind == key[0], CONTENTS.c.made_by == key[1])
-
-
-def _row(connection: Connection, space: str, lock: bool = False) -> Row[Any]:
-    query = select(SPACES).where(SPACES.c.id == space)
-    row = connection.execute(query.with_for_update() if lock else query).first() if is_id(space) else None
-    if row is None:
-        raise Problem("space_unknown", "there is no such label space")
-    return row
-
-
-def _photo_row(connection: Connection, space: str, photo: str) -> Row[Any]:
-    query = select(PHOTOS).where(PHOTOS.c.space == space, PHOTOS.c.id == photo)
-    row = connection.execute(query).first() if is_id(photo) else None
-    if row is None:
-        raise Problem("photo_unknown", "this label space has no such photo")
-    return row
-
-
-def _snapshot(connection: Connection, row: Row[Any]) -> Snapshot:
-    named = connection.execute(
-        select(CLASSES.c.id, CLASSES.c.name).where(CLASSES.c.space == row.id, _alive(CLASSES)).order_by(CLASSES.c.id)
-    )
-    held = connection.execute(
-        select(PHOTOS.c.id, PHOTOS.c["class"], PHOTOS.c.sha256, PHOTOS.c.created)
-        .join(MEMBERS, and_(MEMBERS.c.photo == PHOTOS.c.id, MEMBERS.c.space == row.id, _alive(MEMBERS)))
-        .order_by(PHOTOS.c.id)
-    )
-    photos: dict[str, list[Photo]] = {}
-    for id_, class_, sha256, created in held:
-        photos.setdefault(class_, []).append(Photo(id_, class_, sha256, _time(created)))
-    classes = tuple(Class(id_, name, tuple(photos.get(id_, ()))) for id_, name in named)
-    return Snapshot(row.id, row.name, row.revision, row.accept, classes)
-
-
-def _described(connection: Connection, rows: Sequence[Row[Any]]) -> list[Space]:
-    ids = [row.id for row in rows]
-
-    def counted(table: Table) -> dict[str, int]:
-        query = select(table.c.space, func.count()).where(table.c.space.in_(ids), _alive(table)).group_by(table.c.space)
-        return dict(connection.execute(query).tuples().all())
-
-    classes, photos = counted(CLASSES), counted(MEMBERS)
-    return [
-        Space(
-            row.id, row.name, row.revision, classes.get(row.id, 0), photos.get(row.id, 0), row.accept,
-            _time(row.created), _time(row.changed),
-        )
-        for row in rows
-    ]  # fmt: skip
-
-
-def _contents_of(connection: Connection, photos: Sequence[str], key: Key) -> Iterator[tuple[str, bytes]]:
-    for ids in _parts(photos):
-        query = select(CONTENTS.c.photo, CONTENTS.c.content).where(CONTENTS.c.photo.in_(ids), _is(key))
-        yield from ((photo, bytes(content)) for photo, content in connection.execute(query))
-
-
-def _content_row(photo: str, key: Key, content: bytes) -> dict[str, object]:
-    return {"photo": photo, "kind": key[0], "made_by": key[1], "content": content}
-
-
-def _insert_missing(connection: Connection, rows: list[dict[str, object]]) -> Any:
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return dialect.insert(CONTENTS).values(rows).on_conflict_do_nothing()
-
-
-def _parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE))
-
-
-def _revision(row: Row[Any], named: Iterable[Row[Any]]) -> Revision:
-    class_ = row._mapping["class"]
-    name = next((each.name for each in named if each.id == class_ and _in(each, row.number)), None) or "a deleted class"
-    what = {
-        "add_class": f"{name}, {_photos_in_words(row.photos)}",
-        "add_photos": f"{_photos_in_words(row.photos)} to {name}",
-        "rename_class": f"to {name}",
-        "delete_class": f"a class, {_photos_in_words(row.photos)}",
-        "delete_photo": f"a photo of {name}",
-        "rollback": f"to revision {row.back_to}",
-        "import": _photos_in_words(row.photos),
-    }.get(row.action, "")
-    return Revision(row.number, _time(row.created), row.who, row.action, what, row.back_to)
-
-
-def _in(interval: Row[Any], number: int) -> bool:
-    return interval.from_revision <= number and (interval.to_revision is None or number < interval.to_revision)
-
-
-def _photos_in_words(count: int) -> str:
-    return "1 photo" if count == 1 else f"{count} photos"
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -19,7 +19,7 @@ import pytest
 
 from kshot_serve.archive import Most, unpack
 from kshot_serve.problems import Problem
-from kshot_serve.store import digest
+from kshot_serve.records import digest
 
 if TYPE_CHECKING:
     from tests.kshot_serve.conftest import Parts  # never at run time: tests are no packages

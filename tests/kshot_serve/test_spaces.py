@@ -20,8 +20,8 @@ from kshot_runtime.manifest import MANIFEST, Limits, Manifest
 from kshot_serve.adapted import features_of, pixels_by
 from kshot_serve.champions import Champion
 from kshot_serve.problems import Problem
+from kshot_serve.records import ORIGINAL
 from kshot_serve.spaces import KEEP, Answer, Upload
-from kshot_serve.store import ORIGINAL
 
 if TYPE_CHECKING:
     from tests.kshot_serve.conftest import Parts  # never at run time: tests are no packages

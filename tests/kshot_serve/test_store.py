@@ -18,7 +18,8 @@ import pytest
 from kshot_runtime.errors import KshotError
 from kshot_serve.database import is_id, new_id
 from kshot_serve.problems import Problem
-from kshot_serve.store import ORIGINAL, Class, Key, Store, Write, digest
+from kshot_serve.records import ORIGINAL, Class, Key, digest
+from kshot_serve.store import Store, Write
 
 FEATURES: Key = ("features", "bundle-1")
 PIXELS: Key = ("pixels", "rule-1")
@@ -380,7 +381,8 @@ def test_no_byte_of_what_was_deleted_is_left_in_the_files(tmp_path: Path, what: 
 
 WRITER = """
 import sys
-from kshot_serve.store import ORIGINAL, Store, digest
+from kshot_serve.records import ORIGINAL, digest
+from kshot_serve.store import Store
 
 store = Store(sys.argv[1])
 with store.creating("killed", None, "", 10) as new:
