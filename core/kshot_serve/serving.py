@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import threadpoolctl
 import uvicorn
@@ -52,14 +52,14 @@ class Server(uvicorn.Server):
                 app,
                 settings.host,
                 settings.port,
-                http=_patient(settings.headers_s),
+                http=_patient(settings.headers_s, settings.idle_s),
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=settings.idle_s,  # type: ignore[arg-type]
+                timeout_keep_alive=round(2 * settings.idle_s) + 1,  # ours is sooner
                 timeout_graceful_shutdown=max(1, round(settings.drain_s - settings.leave_s)),
             )
         )
@@ -103,24 +103,25 @@ class Server(uvicorn.Server):
                 signal.signal(each, handler)
 
 
-def _patient(seconds: float) -> type[asyncio.Protocol]:
+def _patient(head_s: float, idle_s: float) -> type[asyncio.Protocol]:
     """uvicorn's protocol, hanging up on a client whose request's head is late (slowloris) or does not end."""
 
     class Patient(HttpToolsProtocol):
-        _late: asyncio.TimerHandle | None = None
-        _head: int | None = None  # bytes so far, while a head is coming
+        _awaited: Literal["request", "rest of a head"] | None = None
+        _clock: asyncio.TimerHandle | None = None
+        _head: int | None = None  # bytes so far, while a head is coming; but for its first chunk's, that ends others'
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect()
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._expect()
             if self._head is not None:
                 self._head += len(data)
-                if self._head > _HEAD_BYTES:
-                    self.transport.close()
+            super().data_received(data)
+            self._expect()
+            if self._head is not None and self._head > _HEAD_BYTES:
+                self.transport.close()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -130,22 +131,33 @@ def _patient(seconds: float) -> type[asyncio.Protocol]:
             self._head = None
             super().on_headers_complete()
 
-        def timeout_keep_alive_handler(self) -> None:
-            """Look into the socket once more: a busy server's clocks run out before it sees that a request has come."""
-            self.timeout_keep_alive_task = self.loop.call_later(_MOMENT_S, super().timeout_keep_alive_handler)
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._expect()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self._late:
-                self._late.cancel()
+            if self._clock:
+                self._clock.cancel()
 
         def _expect(self) -> None:
-            """Run the clock while a head is awaited, from its first moment and not from its last byte."""
-            awaited = self.cycle is None or self.cycle.response_complete
-            if awaited and self._late is None:
-                self._late = self.loop.call_later(seconds, self.transport.close)
-            elif not awaited and self._late is not None:
-                self._late.cancel()
-                self._late = None
+            """Run a clock while something is awaited: for a head, from its first moment and not from its last byte."""
+            awaited: Literal["request", "rest of a head"] | None = None
+            if self._head is not None:
+                awaited = "rest of a head"
+            elif self.cycle is None or self.cycle.response_complete:
+                awaited = "request"
+            if awaited != self._awaited:
+                self._awaited = awaited
+                if self._clock:
+                    self._clock.cancel()
+                if awaited == "rest of a head":
+                    self._clock = self.loop.call_later(head_s, self.transport.close)
+                elif awaited == "request":
+                    self._clock = self.loop.call_later(idle_s if self.cycle else head_s, self._look_once_more)
+
+        def _look_once_more(self) -> None:
+            """Into the socket: a busy server's clocks run out before it sees that a request has come."""
+            self._clock = self.loop.call_later(_MOMENT_S, self.transport.close)
 
     return Patient

@@ -445,6 +445,21 @@ def test_a_head_that_does_not_end_is_hung_up_on(server: Running) -> None:
     assert server.http.get("/v2", headers={"X-Long": 8000 * "a"}).status_code == 200
 
 
+def test_a_request_behind_a_body_that_was_refused_is_answered_however_the_bytes_fall(server: Running) -> None:
+    """Seen under overload: the end of a body and the beginning of a head in one chunk were all taken for a head."""
+    host = server.url.removeprefix("http://")
+    body = b"x" * 70_000_000
+    first = f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    following = f"GET /v2 HTTP/1.1\r\nHost: {host}\r\n".encode()
+    with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as kept:
+        kept.sendall(first.encode() + body[:-200_000])
+        assert b" 413 " in kept.recv(65536)
+        kept.sendall(body[-200_000:] + following)
+        time.sleep(0.3)
+        kept.sendall(b"\r\n")
+        assert kept.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_bodies_of_all_requests_share_a_bound(features_bundle: Path, tmp_path: Path, running: Start) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, bodies_mb=1)
     with running(settings) as server:
