@@ -1,6 +1,6 @@
-"""Open-loop Poisson load on the server: minutes at 70 % of its capacity, and then a minute at ten times its capacity.
+"""Open-loop Poisson load on the server: minutes at 70 % of its capacity, and then minutes at ten times its capacity.
 
-    python bench/serve_overload.py [--minutes 5] [--overload 60] [--photo-side 3000]
+    python bench/serve_overload.py [--minutes 5] [--overload 5] [--photo-side 3000]
 
 Requests come at random times whether or not those before are answered, and their time counts from when they were due.
 Each is one large JPEG photo to classify (ProtoNet, conv4-64, 28 x 28), so that the server's capacity is low enough for
@@ -50,7 +50,7 @@ GROWTH_MB = 64  # beyond this memory is not flat
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--overload", type=float, default=60.0, help="seconds")
+    parser.add_argument("--overload", type=float, default=5.0, help="minutes")
     parser.add_argument("--photo-side", type=int, default=3000, help="pixels")
     parser.add_argument("--clients", type=int, default=8, help="of the measurement of capacity")
     options = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
             capacity = rate(asyncio.run(saturate(server.port, requests, options.clients, 15.0)), 15.0)
             print(f"capacity: {capacity:.1f} requests a second, photos of {np.mean([*map(len, photos)]) / 1000:.0f} kB")
             steady = load(server, requests, SHARE * capacity, 60 * options.minutes)
-            over = load(server, requests, TIMES * capacity, options.overload)
+            over = load(server, requests, TIMES * capacity, 60 * options.overload)
             after = load(server, requests, SHARE * capacity, 10.0)
     found = {
         "what": f"open-loop Poisson load: photos of {options.photo_side} x {options.photo_side} pixels, conv4-64",

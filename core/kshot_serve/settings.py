@@ -22,7 +22,7 @@ class EngineSettings(_Part):
     runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
     queue: int = Field(256, ge=1, description="images in work at most, from decoding on; past that, 429 at once")
-    wait_s: float = Field(0.15, gt=0, description="a longer wait is not begun, 429 at once, unless few requests wait")
+    wait_s: float = Field(0.12, gt=0, description="a longer wait is not begun, 429 at once, unless few requests wait")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
     states_mb: int = Field(512, ge=1, description="memory of a worker for adapted states; the least used go first")

@@ -408,12 +408,14 @@ def test_what_could_not_be_done_before_its_deadline_is_not_admitted(model: Champ
     run(body, deadline_s=0.05)
 
 
-def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow() -> None:
+def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kshot_serve.engine._BURST_S", 0.2)
+
     async def body(engine: Engine) -> None:
         with ExitStack() as held:
             for _ in range(15):
                 held.enter_context(engine.admit())
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(0.3)
             with pytest.raises(Problem, match=r"exceed what can be begun in 0\.001 s") as told:
                 engine.admit()
             assert (told.value.status, told.value.reason) == (429, "wait")
@@ -423,15 +425,16 @@ def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow() -> None:
     run(body, wait_s=0.001)
 
 
-def test_a_queue_that_stands_lets_in_one_for_one_and_no_new_burst() -> None:
+def test_a_queue_that_stands_lets_in_one_for_one_and_no_new_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen at ten times the capacity: each burst was followed by the next, and all waited three times longer."""
+    monkeypatch.setattr("kshot_serve.engine._BURST_S", 0.2)
 
     async def body(engine: Engine) -> None:
         with ExitStack() as held:
-            for _ in range(7):
+            for _ in range(6):
                 held.enter_context(engine.admit())
             with engine.admit():
-                await asyncio.sleep(0.6)
+                await asyncio.sleep(0.3)
             held.enter_context(engine.admit())
             with pytest.raises(Problem, match="exceed what can be begun"):
                 engine.admit()
