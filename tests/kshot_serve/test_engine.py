@@ -431,7 +431,7 @@ def test_a_queue_that_stands_lets_in_one_for_one_and_no_new_burst(monkeypatch: p
 
     async def body(engine: Engine) -> None:
         with ExitStack() as held:
-            for _ in range(6):
+            for _ in range(7):
                 held.enter_context(engine.admit())
             with engine.admit():
                 await asyncio.sleep(0.3)
