@@ -9,8 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kshot import plugins, training
+from kshot import memory, plugins, training
 from kshot.calibration import Calibration, OpenSet, Verification, calibrate, open_set, verification
 from kshot.datasets import ClassImages, ImageSet
 from kshot.episodes import Shape
@@ -75,7 +75,7 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {recipe.training.steps}")
     curve = curves.Curve(folder / "curve.jsonl", recipe.training.steps, position)
-    with records.training_run(recipe, data, folder) as run:
+    with records.training_run(recipe, data, folder) as run, memory.kept():
         steps = training.meta_train(
             learner, train, validation, recipe.training,
             folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=device(),
@@ -109,7 +109,7 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     scores, told = [], []
     for shape in shapes:
         fit = fits.get(shape)
-        with progress.busy(f"{recipe.evaluation.episodes} episodes, {shape}"):
+        with _stage(f"{recipe.evaluation.episodes} episodes, {shape}"):
             scores += [
                 play(
                     model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
@@ -129,7 +129,7 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     model = learners.load(learner.learner.file)
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
-    with progress.busy("tracing to ONNX, and comparing with torch"):
+    with _stage("tracing to ONNX, and comparing with torch"):
         report = exporting.export(
             model, folder, facts=_facts(recipe, learner, score),
             data=score.data.classes(recipe.dataset.test), shape=shape, seed=score.seed,
@@ -302,13 +302,21 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
+@contextmanager
+def _stage(what: str) -> Iterator[None]:
+    """Long work that is told of; what it leaves free goes back to the system, or each stage would add to the last."""
+    with progress.busy(what):
+        yield
+    memory.give_back()
+
+
 def _calibrated_at(shape: Shape, validation: ClassImages) -> Shape:
     """The size of episode to calibrate at: at most half the classes, as the others are there to be unknown."""
     return replace(shape, ways=min(shape.ways, max(2, len(validation) // 2)))
 
 
 def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shape: Shape) -> Calibration:
-    with progress.busy(f"calibration on {_few(recipe)} validation episodes, {shape}"):
+    with _stage(f"calibration on {_few(recipe)} validation episodes, {shape}"):
         return calibrate(model, validation, shape, _few(recipe), seed=TEST_SEED, device=device())
 
 
