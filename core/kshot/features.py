@@ -19,7 +19,7 @@ from kshot.episodes import Episode, Episodes, Shape, Stream, as_floats, draw_ind
 from kshot.learner import EMBEDDING, Learner
 from kshot.norms import BY_ITSELF
 
-_AT_ONCE = 64  # images embedded together, at most: on a CPU more are no faster, and take more memory
+_AT_ONCE = 64  # images embedded together, at most: of 84 x 84 pixels, a layer's maps then take 115 MB
 
 
 class Sampler(Protocol):

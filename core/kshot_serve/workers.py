@@ -94,18 +94,17 @@ class Workers:
         if self._ending:
             raise _EndedError
         if "ready" not in told:
-            code = await process.wait()
+            code = await self._ended(process)
             raise KshotError(told.get("error") or f"a worker ended with {code} before it was ready; see the log")
         return told["ready"], process
 
     async def _keep(self, process: asyncio.subprocess.Process) -> None:
         """Replace a worker for as long as it dies."""
         while True:
-            code = await process.wait()
-            self._processes.discard(process)
-            telemetry.forget(process.pid, self._metrics)
-            while not self._ending:
+            code = await self._ended(process)
+            if not self._ending:
                 log.error("worker %d ended with %d; another takes its place", process.pid, code)
+            while not self._ending:
                 await asyncio.sleep(_PAUSE_S)
                 try:
                     _, process = await self._start()
@@ -114,6 +113,13 @@ class Workers:
                     log.error("it does not start: %s", error)
             if self._ending:
                 raise _EndedError
+
+    async def _ended(self, process: asyncio.subprocess.Process) -> int:
+        """Its exit code; then it is forgotten, or its gauges would count for ever."""
+        code = await process.wait()
+        self._processes.discard(process)
+        telemetry.forget(process.pid, self._metrics)
+        return code
 
     def _end(self, how: signal.Signals) -> None:
         self._ending = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -154,6 +155,22 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on(features_bundle: Pa
         workers = served.workers()
         assert served.process.wait(30) == 0
         assert all(map(gone, workers))
+
+
+def test_one_that_cannot_start_is_tried_again_and_does_not_count(features_bundle: Path, tmp_path: Path) -> None:
+    """Seen in review: its gauge of readiness, 0, was among those of all from then on."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(features_bundle, bundle)
+    with serving(bundle, tmp_path) as served:
+        victim, other = served.workers()
+        bundle.rename(tmp_path / "away")
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: any("it does not start: there is no bundle" in str(line["message"]) for line in served.lines()))
+        assert served.once("GET", "/v1/model").status_code == 200
+        (tmp_path / "away").rename(bundle)
+        until(lambda: len(served.workers()) == 2 and served.metric("kshot_champion_swaps_total") == 3.0)
+        assert served.metric("kshot_ready") == 1.0
+        assert other in served.workers()
 
 
 def test_workers_end_with_a_parent_that_was_killed(features_bundle: Path, tmp_path: Path) -> None:
