@@ -132,10 +132,11 @@ def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
     if steps == 0:
         return "not meta-trained: as it was built"
     if any(name.split(".")[0] == "base" for name in last["learner"]):  # a head over all base classes: class training
-        return f"{steps:,} batches of {how.ways * (how.shots + how.queries) * how.episodes_per_step} images"
+        return f"{steps:,} batches of {how.ways * (how.shapes[0].shots + how.queries) * how.episodes_per_step} images"
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
     queries = "1 query" if how.queries == 1 else f"{how.queries} queries"
-    return f"{how.ways}-way {how.shots}-shot, {queries}, {steps:,} {batches}"
+    shots = " and ".join(str(shape.shots) for shape in how.shapes)
+    return f"{how.ways}-way {shots}-shot, {queries}, {steps:,} {batches}"
 
 
 if __name__ == "__main__":

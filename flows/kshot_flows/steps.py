@@ -75,7 +75,7 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {recipe.training.steps}")
     curve = curves.Curve(folder / "curve.jsonl", recipe.training.steps, position)
-    with records.training_run(recipe, data, folder) as run, memory.kept():
+    with records.training_run(recipe, data, folder) as run:
         steps = training.meta_train(
             learner, train, validation, recipe.training,
             folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=device(),

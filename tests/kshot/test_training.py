@@ -176,12 +176,38 @@ def test_a_batch_taken_a_few_episodes_at_a_time_gives_the_same_step(tmp_path):
     for at_once in (None, 1, 3):
         learner = Subject("maml", tmp_path).build().train()
         settings = Training(**{**SETTINGS, "episodes_per_step": 5}, episodes_at_once=at_once)
-        batch = sample_episodes(toy_images(), settings.shape, 5, seed=0, step=0)
+        batch = sample_episodes(toy_images(), settings.shapes[0], 5, seed=0, step=0)
         learner_step(learner, batch, torch.optim.SGD(learner.parameters(), 0.1), settings)
         weights.append(learner.state_dict())
     for other in weights[1:]:
         for name, value in weights[0].items():
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_outer_steps_take_several_shots_in_turns_and_the_first_validates(tmp_path, monkeypatch):
+    taken = []
+
+    def sample(images, shape, *rest, step, **more):
+        taken.append((step, shape.shots))
+        return sample_episodes(images, shape, *rest, step=step, **more)
+
+    monkeypatch.setattr("kshot.training.sample_episodes", sample)
+    train(tmp_path, shots=(1, 3), steps=5, validate_every=5)
+    assert taken == [(0, 1), (1, 3), (2, 1), (3, 3), (4, 1)]
+    settings = Training(shots=(1, 3))
+    assert settings.validation_shape.shots == 1
+    assert settings.model_copy(update={"validation_shots": 3}).validation_shape.shots == 3
+
+
+@pytest.mark.parametrize("shots", [0, [], [1, 0]])
+def test_shots_that_no_episode_has_are_refused(shots):
+    with pytest.raises(ValueError, match=r"a number from 1, or a list of them such as \[1, 5\]"):
+        Training(shots=shots)
+
+
+def test_every_one_of_several_shots_must_fit_the_images(tmp_path):
+    with pytest.raises(KshotError, match="100 shots"):
+        train(tmp_path, shots=(1, 100))
 
 
 @pytest.mark.parametrize(
