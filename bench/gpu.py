@@ -40,6 +40,7 @@ def main() -> None:
         bundle = load.build("protonet", Path(folder) / "bundle", size=options.size, channels=3)
         try:
             found = {
+                "what": f"onnxruntime on {options.device} beside the CPU, conv4, {options.size}x{options.size}x3",
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees",
                 "device": options.device,
                 "bundle": compare(bundle, options),

@@ -19,6 +19,7 @@ import torch
 
 from kshot.datasets import splits_of
 from kshot.recipe import Recipe
+from kshot.training import Training
 from kshot_flows import figures, keys, learners, shipped
 from kshot_flows.figures import Figure, Run, Trust
 from kshot_runtime.errors import KshotError
@@ -132,7 +133,14 @@ def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
     if steps == 0:
         return "not meta-trained: as it was built"
     if any(name.split(".")[0] == "base" for name in last["learner"]):  # a head over all base classes: class training
-        return f"{steps:,} batches of {how.ways * (how.shapes[0].shots + how.queries) * how.episodes_per_step} images"
+        images = how.ways * (how.shapes[0].shots + how.queries) * how.episodes_per_step
+        before = min(steps, recipe.learner.options.get("pretrain", steps))
+        classes = f"{before:,} batches of {images} images"
+        return classes if before == steps else f"{classes}, then {_episodes(how, steps - before)}"
+    return _episodes(how, steps)
+
+
+def _episodes(how: Training, steps: int) -> str:
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
     queries = "1 query" if how.queries == 1 else f"{how.queries} queries"
     shots = " and ".join(str(shape.shots) for shape in how.shapes)

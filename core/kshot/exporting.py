@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from kshot import parity
+from kshot import folders, parity
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape, sample_episodes
 from kshot.features import as_it_is, embedding_by, sees_features_only
@@ -223,6 +222,4 @@ def _appearing(folder: Path) -> Iterator[Path]:
         staging = Path(scratch) / "new"
         staging.mkdir()
         yield staging
-        if folder.exists():
-            os.rename(folder, Path(scratch) / "old")  # and gone with the scratch folder
-        os.rename(staging, folder)
+        folders.replace(folder, staging)  # the old one goes with the scratch folder

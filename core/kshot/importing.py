@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import ValidationError
 
+from kshot import folders
 from kshot.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
 from kshot.sheets import contact_sheet
 from kshot.sources import Importer, Picture, Request, Split, list_images, random_split
@@ -107,7 +108,7 @@ def import_dataset(
             )
             (place / INDEX).write_bytes(index.to_bytes())
             contact_sheet(ImageSet.open(place)).save(place / SHEET)
-            _move_into_place(place, root / name)
+            folders.replace(root / name, place)
     yield _report(root / name, index)
 
 
@@ -326,16 +327,3 @@ def _workplace(root: Path, name: str) -> Iterator[Path]:
         raise KshotError(
             f"{root / name} was not written: {error.strerror or error}. Nothing of it was kept."
         ) from error
-
-
-def _move_into_place(place: Path, target: Path) -> None:
-    if not target.exists():
-        place.rename(target)
-        return
-    old = place.with_name("old")  # in the workplace: it goes when that goes
-    target.rename(old)
-    try:
-        place.rename(target)
-    except OSError:
-        old.rename(target)
-        raise

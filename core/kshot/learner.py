@@ -74,6 +74,9 @@ class Learner(nn.Module, ABC):
         targets = one_hot(episode.query_labels, episode.classes)
         return cross_entropy(self.classify(state, episode.query), targets)
 
+    def stepped(self) -> None:
+        """After each outer step, which may have taken several calls of `meta_loss`: for learners that count them."""
+
     def prepare(self, classes: Sequence[int]) -> None:
         """Before meta-training: make what only that needs, say a head over all classes of the training split.
 

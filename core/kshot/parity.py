@@ -18,7 +18,7 @@ from kshot.datasets import ClassImages
 from kshot.episodes import Episode, Shape, sample_episodes
 from kshot.evaluation import answers
 from kshot.learner import InnerLoop, Learner, State
-from kshot.tracing import ExportError
+from kshot.tracing import ExportError, tensors
 from kshot_runtime.bundle import Graphs
 from kshot_runtime.manifest import BundleError, Parity
 
@@ -65,12 +65,12 @@ Answer = tuple[State, Tensor]
 def check_learner(learner: Learner, images: ClassImages, shape: Shape, *, seed: int) -> None:
     """Refuse a learner that has NaN in it, changes while it adapts or classifies, or answers by chance."""
     problem = Problem.of(sample_episodes(images, shape, 1, seed=seed, step=0, stream="test")[0])
-    before = {name: tensor.clone() for name, tensor in _tensors(learner).items()}
+    before = {name: tensor.clone() for name, tensor in tensors(learner).items()}
     if bad := [name for name, tensor in before.items() if not tensor.isfinite().all()]:
         raise ExportError(f"{learner.name!r} holds NaN or infinity in {_some(bad)}: it has not been trained well")
     state, logits = _torch(learner, problem)
     again, logits_again = _torch(learner, problem)
-    after = _tensors(learner)
+    after = tensors(learner)
     if changed := [name for name in after if name not in before or not torch.equal(before[name], after[name])]:
         raise ExportError(
             f"{learner.name!r} changes {_some(changed)} while it adapts or classifies, and a graph remembers nothing. "
@@ -240,10 +240,6 @@ def _check_finite(learner: Learner, found: Tensor, expected: Tensor) -> None:
     for who, logits in (("torch", expected), ("the graphs", found)):
         if not logits.isfinite().all():
             raise ExportError(f"{learner.name!r} gives NaN or infinity for some queries, in {who}")
-
-
-def _tensors(learner: Learner) -> dict[str, Tensor]:
-    return {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
 
 
 def _bytes(images: Tensor) -> np.ndarray:

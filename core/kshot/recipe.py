@@ -6,9 +6,9 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kshot import plugins
 from kshot.backbones import Backbone
@@ -45,21 +45,10 @@ class DataSettings(_Settings):
     @classmethod
     def _is_a_reference(cls, reference: str | None) -> str | None:
         try:
-            splits_of(reference or "train", "")
+            splits_of("train" if reference is None else reference, "")
         except KshotError as error:
             raise ValueError(str(error)) from None
         return reference
-
-    @field_validator("unlabelled")
-    @classmethod
-    def _is_not_tested_on(cls, unlabelled: str | None, others: ValidationInfo) -> str | None:
-        if unlabelled is not None and {"name", "test"} <= others.data.keys():
-            tested, seen = (_single(reference, others.data["name"]) for reference in (others.data["test"], unlabelled))
-            if both := tested & seen:
-                raise ValueError(
-                    f"{min(both)} is tested on, so the learner must not see its images. Take another split"
-                )
-        return unlabelled
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,8 +72,10 @@ class PluginSettings(BaseModel):
 class EvaluationSettings(_Settings):
     """The test episodes. The first of `shapes` is what the gate compares and the bundle states."""
 
-    ways: tuple[int, ...] = Field((5,), min_length=1, description="one row of the result for each, with each of shots")
-    shots: tuple[int, ...] = Field((1,), min_length=1)
+    ways: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (5,), min_length=1, description="one row of the result for each, with each of shots"
+    )
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
     queries: int = Field(15, ge=1)
     episodes: int = Field(1000, ge=2)
 
@@ -125,9 +116,10 @@ class Recipe(_Settings):
         return recipe
 
     def check(self) -> None:
-        """Find the plugins and let them judge their settings, long before any training starts."""
+        """Find the plugins and let them judge their settings, and hold what is tested against what is seen before."""
         self._learner_config()
         self._backbone_config()
+        self._refuse_seen()
 
     def build(self, image: tuple[int, int, int]) -> Learner:
         """A fresh learner for images of shape (channels, height, width)."""
@@ -135,6 +127,18 @@ class Recipe(_Settings):
         body: Backbone = backbone(image, config.norm, self._backbone_config())
         learner: Learner = plugins.find().learner(self.learner.name).value(body, config)
         return learner
+
+    def _refuse_seen(self) -> None:
+        """What is tested must be new: neither trained on, nor what the best weights are chosen on."""
+        splits = self.dataset
+        trained = {"train": splits.train, "unlabelled": splits.unlabelled} if self.training.steps else {}
+        tested = _single(splits.test, splits.name)
+        for what, reference in {**trained, "validation": splits.validation}.items():
+            if reference and (both := tested & _single(reference, splits.name)):
+                raise KshotError(
+                    f"{min(both)} is in dataset.{what} = {reference!r} and in dataset.test = {splits.test!r}, "
+                    "and what is tested must be new to the learner. Take another split for one of them."
+                )
 
     def _learner_config(self) -> Any:
         return _configure(plugins.find().learner(self.learner.name).value.Config, self.learner, "learner")

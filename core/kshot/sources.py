@@ -114,7 +114,7 @@ def _listing(files: Mapping[str, Callable[[], bytes]], skipped: list[Skipped]) -
     paths = {name: PurePosixPath(name).parts for name in sorted(files)}
     wrapped = {parts[0] for parts in paths.values()}
     depth = 0  # one folder around everything, as archives have it, is no class
-    if len(wrapped) == 1 and not wrapped & _SPLIT_FOLDERS.keys() and all(len(p) > 2 for p in paths.values()):
+    if len(wrapped) == 1 and min(wrapped).lower() not in _SPLIT_FOLDERS and all(len(p) > 2 for p in paths.values()):
         depth = 1
     images = {name: parts[depth:] for name, parts in paths.items() if len(parts) > depth + 1}
     tops = {parts[0].lower() for parts in images.values()}
@@ -175,7 +175,7 @@ def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str
     files: dict[str, Callable[[], bytes]] = {}
     for member in members:
         parts = PurePosixPath(member.filename).parts
-        if ".." in parts or member.filename.startswith("/") or "\\" in member.filename or ":" in parts[0]:
+        if not parts or ".." in parts or member.filename.startswith("/") or "\\" in member.filename or ":" in parts[0]:
             raise KshotError(f"{path} holds {member.filename!r}, a path out of the archive. Refused.")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise KshotError(f"{path} holds {member.filename!r}, a symbolic link. Refused.")

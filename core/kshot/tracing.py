@@ -113,12 +113,13 @@ class _Program(nn.Module):
         self.recorded = recorded
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        held = _tensors(self.learner)
+        held = tensors(self.learner)
         outputs: list[Tensor] = self.recorded(*(held[name] for name in self.weights), *inputs)
         return outputs
 
 
-def _tensors(learner: Learner) -> dict[str, Tensor]:
+def tensors(learner: Learner) -> dict[str, Tensor]:
+    """The learner's parameters and buffers, by name."""
     return {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
 
 
@@ -126,7 +127,7 @@ def _record(
     learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]
 ) -> tuple[GraphModule, list[str], dict[str, Spec], frozenset[str]]:
     """The operations of a call, the names of the weights it uses, what it gives, and what it only hands on."""
-    called, held = _Called(learner, call), _tensors(learner)
+    called, held = _Called(learner, call), tensors(learner)
     outputs: dict[str, Spec] = {}
     unchanged: set[str] = set()
     sizes = ShapeEnv(duck_shape=False)  # equal numbers are not taken for the same size

@@ -199,6 +199,7 @@ def learner_step(learner: Learner, batch: Any, optimiser: torch.optim.Optimizer,
     if settings.clip is not None:
         torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.clip)
     optimiser.step()
+    learner.stepped()
     return total
 
 

@@ -242,9 +242,9 @@ def _parse(content: bytes, source: Path) -> Manifest:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         faults = error.errors()
-        if any(fault["loc"] == ("schema_version",) for fault in faults):
+        if other := [fault["input"] for fault in faults if fault["loc"] == ("schema_version",)]:
             raise BundleError(
-                f"{source}: {MANIFEST} has schema {faults[0]['input']!r}, and this kshot reads {SCHEMA_VERSION}. "
+                f"{source}: {MANIFEST} has schema {other[0]!r}, and this kshot reads {SCHEMA_VERSION}. "
                 "Export the model again, or install the kshot that wrote it."
             ) from None
         lines = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in faults[:5])
@@ -282,7 +282,9 @@ def _from_zip(path: Path) -> Callable[[str], bytes]:
             for entry in entries:
                 _check_entry(path, entry)
             contents = {name: archive.read(name) for name in _LARGEST if names.count(name) == 1}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+    except BundleError:
+        raise
+    except Exception as error:  # zipfile, zlib and lzma each have errors of their own
         raise BundleError(f"{path} is not a readable zip: {error}") from None
 
     def take(name: str) -> bytes:

@@ -25,6 +25,7 @@ class MAML(GradientLearner):
     name = "maml"
 
     class Config(GradientLearner.Config):
+        steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
         rate: float = Field(0.04, gt=0, description="inner learning rate of the backbone, on the mean cross-entropy")
         head_rate: float = Field(0.4, gt=0, description="inner learning rate of the head, taken times the ways")
         learn_rate: bool = Field(False, description="meta-learn a rate for each weight tensor, starting at these")

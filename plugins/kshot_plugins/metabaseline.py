@@ -47,10 +47,7 @@ class MetaBaseline(Learner):
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """First cross-entropy over all base classes, of all images; then of the queries, over their episode's."""
-        classifying = bool(self.taken < self.config.pretrain)
-        if self.training:
-            self.taken += 1
-        if classifying:
+        if bool(self.taken < self.config.pretrain):
             images, labels = episodes.pooled()
             return F.cross_entropy(self.base(self.embed(images)), labels)
         losses = []
@@ -58,6 +55,9 @@ class MetaBaseline(Learner):
             means = class_means(support, episode.support_labels, episode.classes)
             losses.append(cross_entropy(self._logits(means, query), one_hot(episode.query_labels, episode.classes)))
         return torch.stack(losses).mean()
+
+    def stepped(self) -> None:
+        self.taken += 1
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         features, statistics = self.measure(support)

@@ -6,9 +6,10 @@ Li, Zhou, Chen and Li, 2017. https://arxiv.org/abs/1707.09835
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kshot import Backbone, Learner, State, gradient, hookimpl
@@ -31,6 +32,12 @@ class MetaSGD(GradientLearner):
         steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
         lowest: float = Field(0.005, description="initial rates are drawn evenly between this")
         highest: float = Field(0.1, description="and this")
+
+        @model_validator(mode="after")
+        def _is_a_range(self) -> Self:
+            if self.lowest > self.highest:
+                raise ValueError(f"lowest = {self.lowest} is above highest = {self.highest}")
+            return self
 
     config: Config
 

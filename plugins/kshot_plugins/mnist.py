@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -80,7 +81,7 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
                 shape = struct.unpack(f">{axes}I", file.read(4 * axes))
                 if kind == b"\0\0\x08" and math.prod(shape) < 1 << 30:
                     return np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
-        except (OSError, EOFError, ValueError, struct.error):
+        except (OSError, EOFError, ValueError, struct.error, zlib.error):
             pass
         raise KshotError(f"{path} is damaged, or no idx file of bytes")
     raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -35,12 +36,26 @@ class Torchvision(Backbone):
         if norm != "running":
             raise KshotError(f"torchvision networks bring their own normalisation: set norm = 'running', not {norm!r}")
         self.network = _network(config)
-        self.features = _cut_last_linear(self.network)
+        self.features = _cut_last_linear(self.network, config.model)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        self._check(config.model)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images.expand(-1, 3, -1, -1) - self.mean) / self.std)  # grey as colour
+
+    def _check(self, model: str) -> None:
+        """Try it, in shapes only: some take images of one size, or give more than features while they train."""
+        trial, images = deepcopy(self).to("meta"), torch.zeros(2, *self.image, device="meta")
+        try:
+            for mode in (True, False):
+                if (made := trial.train(mode)(images).shape) != (2, self.features):
+                    raise ValueError(f"it gives {tuple(made)} for two of them, and features are (2, {self.features})")
+        except Exception as error:
+            raise KshotError(
+                f"torchvision's {model!r} makes no features of images {self.image}: {str(error).splitlines()[0]}. "
+                "Take another network, or images of the size that this one was made for."
+            ) from None
 
 
 def _network(config: Torchvision.Config) -> nn.Module:
@@ -70,9 +85,12 @@ def _network(config: Torchvision.Config) -> nn.Module:
     return network
 
 
-def _cut_last_linear(network: nn.Module) -> int:
+def _cut_last_linear(network: nn.Module, model: str) -> int:
     """Replace the network's last linear layer by nothing; its inputs are the features."""
-    name, last = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
+    linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise KshotError(f"torchvision's {model!r} ends in no linear layer, whose inputs would be the features")
+    name, last = linear[-1]
     network.set_submodule(name, nn.Identity())
     return last.in_features
 

@@ -32,7 +32,9 @@ class SimpleShot(Learner):
 
     class Config(LearnerConfig):
         transform: Literal["un", "l2n", "cl2n"] = Field(
-            "cl2n", description="of features: none, to unit length, or centred and then to unit length"
+            "cl2n",
+            description="of features: none, to unit length, or centred and then to unit length; "
+            "with training.steps = 0 there is no mean to centre by, and cl2n is l2n",
         )
         memory: int = Field(100, ge=1, description="batches of class training over which the mean feature is taken")
 

@@ -119,6 +119,17 @@ def test_a_zip_with_one_folder_around_everything(tmp_path, data):
     assert ImageSet.open(data / "mine").classes[0].name == "class0"
 
 
+def test_a_folder_of_one_split_is_no_wrapper_however_it_is_written(tmp_path, data):
+    photos(tmp_path / "in" / "Train", 3)
+    assert take(tmp_path / "in", data).splits == {"train": 3}
+
+
+def test_a_data_set_of_any_name_can_be_replaced(tmp_path, data):
+    take(photos(tmp_path / "in"), data, "old")
+    take(photos(tmp_path / "again", classes=7), data, "old", replace=True)
+    assert len(ImageSet.open(data / "old").classes) == 7
+
+
 def test_folders_split_already_stay_split(tmp_path, data):
     photos(tmp_path / "in" / "train", 3)
     photos(tmp_path / "in" / "valid", 1, start=3)
@@ -269,7 +280,7 @@ def test_an_unreadable_folder_is_refused():
 
 
 @pytest.mark.parametrize(
-    "member", ["../evil.png", "cats/../../evil.png", "/etc/evil.png", "cats\\evil.png", "C:/evil.png"]
+    "member", ["../evil.png", "cats/../../evil.png", "/etc/evil.png", "cats\\evil.png", "C:/evil.png", "."]
 )
 def test_a_zip_with_paths_out_of_it_is_refused(tmp_path, data, member):
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:

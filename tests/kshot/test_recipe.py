@@ -45,13 +45,28 @@ def test_overrides_change_single_values_with_their_type(tmp_path):
         ({"learner.name": "mmal"}, r"no algorithm named 'mmal'; did you mean 'maml'\?"),
         ({"name.x": "1"}, r"'name' is a value, not a section"),
         ({"dataset.train": "toy:trian"}, r"dataset.train = 'toy:trian': .* did you mean 'train'"),
-        ({"dataset.unlabelled": "toy:test"}, r"dataset.unlabelled = 'toy:test': toy:test is tested on"),
-        ({"dataset.unlabelled": "zoo:val+train", "dataset.test": "val+train"}, "toy:train is tested on"),
+        ({"dataset.train": ""}, "dataset.train = ''"),
+        ({"dataset.unlabelled": "toy:test"}, r"toy:test is in dataset.unlabelled = 'toy:test' and in dataset.test"),
+        ({"dataset.unlabelled": "zoo:val+test"}, "toy:test is in dataset.unlabelled"),
+        (
+            {"dataset.test": "test+train"},
+            r"toy:train is in dataset.train = 'train' and in dataset.test = 'test\+train'",
+        ),
+        ({"dataset.validation": "test"}, "toy:test is in dataset.validation"),
+        ({"evaluation.ways": "[5, 1]"}, r"evaluation.ways.1 = 1: input should be greater than or equal to 2"),
+        ({"evaluation.shots": "[0]"}, r"evaluation.shots.0 = 0: input should be greater than or equal to 1"),
     ],
 )
 def test_a_fault_says_where_it_is_and_what_would_fit(tmp_path, overrides, message):
     with pytest.raises(KshotError, match=message):
         Recipe.load(write(tmp_path), overrides)
+
+
+def test_what_is_taken_as_it_is_may_be_tested_on_all_that_nothing_was_chosen_on(tmp_path):
+    recipe = Recipe.load(write(tmp_path), {"dataset.test": "train+test", "training.steps": "0"})
+    assert recipe.dataset.test == "train+test"
+    with pytest.raises(KshotError, match="toy:val is in"):
+        Recipe.load(write(tmp_path), {"dataset.test": "val+test", "training.steps": "0"})
 
 
 def test_a_recipe_names_its_own_data_set_first_and_every_other_once(tmp_path):

@@ -243,6 +243,22 @@ def test_damaged_mnist_files_are_refused(tmp_path, data, damage):
         take("mnist", data, from_dir=Path(__file__).parent)
 
 
+def test_a_damaged_archive_is_refused(tmp_path, data, archives):
+    content = bytearray(gzip.compress(idx(np.arange(5 * 28 * 28).astype(np.uint8).reshape(5, 28, 28))))
+    content[20:60] = bytes(40)  # no deflate stream any more
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(KshotError, match="damaged, or no idx file"):
+        take("mnist", data, from_dir=tmp_path)
+    path = archives / "images_evaluation.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/b/c.png", bytes(range(256)) * 40)
+    content = bytearray(path.read_bytes())
+    content[50:90] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(KshotError, match=r"is not Omniglot's images_evaluation\.zip"):
+        take("omniglot", data, from_dir=archives)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     data = tmp_path_factory.mktemp("built")

@@ -87,6 +87,23 @@ def test_a_grey_image_is_seen_as_a_colour_image_without_colour():
             assert torch.equal(one(grey), three(grey.expand(2, 3, 20, 20)))
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("squeezenet1_0", "ends in no linear layer"),
+        pytest.param(
+            "googlenet",
+            "makes no features of images",  # but heads beside, while it trains
+            marks=pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning"),
+        ),
+        ("vit_b_32", r"makes no features of images \(3, 20, 20\): Wrong image height"),
+    ],
+)
+def test_a_network_that_makes_no_features_of_such_images_is_refused(model, says):
+    with pytest.raises(KshotError, match=says):
+        Torchvision((3, 20, 20), "running", Torchvision.Config(model=model))
+
+
 def test_training_moves_the_weights_and_no_statistics():
     images = colours()
     learner = recipe(size=32).build(images.shape)

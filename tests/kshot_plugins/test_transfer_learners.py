@@ -8,6 +8,7 @@ import torch
 
 from kshot import Episodes, KshotError, Shape
 from kshot.testing import Pixels
+from kshot.training import Training, learner_step
 from kshot_plugins.baselinepp import BaselinePlusPlus
 from kshot_plugins.class_training import BaseHead
 from kshot_plugins.domainadapt import DomainAdapt, coral
@@ -122,22 +123,25 @@ def test_metabaseline_trains_on_classes_first_and_on_episodes_after_so_many_batc
         learner.zero_grad()
         learner.meta_loss(BATCH).backward()
         stages.append("classes" if learner.temperature.grad is None else "episodes")
+        learner.stepped()
     assert stages == ["classes", "classes", "episodes", "episodes"]
     torch.testing.assert_close(learner.meta_loss(BATCH), learner.query_loss(BATCH[0]))
 
 
 def test_metabaseline_goes_on_in_its_stage_when_it_resumes():
     before, after = made(MetaBaseline, pretrain=1).train(), made(MetaBaseline, pretrain=1).train()
-    before.meta_loss(BATCH)
+    before.stepped()
     after.load_state_dict(before.state_dict())
     after.meta_loss(BATCH).backward()
     assert after.temperature.grad is not None
 
 
-def test_looking_at_metabaselines_loss_outside_training_is_no_step():
-    learner = made(MetaBaseline, pretrain=1).eval()
-    learner.meta_loss(BATCH)
-    assert learner.taken == 0
+def test_metabaseline_counts_outer_steps_and_not_their_parts():
+    learner = made(MetaBaseline, pretrain=1).train()
+    two = Episodes(BATCH.shape, *(torch.cat([part, part]) for part in (BATCH.support, BATCH.query, BATCH.source)))
+    settings = Training(episodes_per_step=2, episodes_at_once=1)
+    learner_step(learner, two, torch.optim.SGD(learner.parameters(), 0.0), settings)
+    assert learner.taken == 1
 
 
 def test_coral_is_the_squared_distance_of_covariances_over_four_times_the_squared_width():

@@ -282,6 +282,10 @@ def respell(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda f: (f / "bundle.json").unlink(), "lacks bundle.json"),
         (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is not valid"),
         (lambda f: respell(f, lambda c: c.update(schema_version=1)), "has schema 1, and this kshot reads 2"),
+        (
+            lambda f: respell(f, lambda c: c.update(schema_version=3, limits={"colours": 9})),
+            "has schema 3, and this kshot reads 2",
+        ),
         (lambda f: respell(f, lambda c: c.update(colour="red")), "colour: Extra inputs are not permitted"),
         (lambda f: respell(f, lambda c: c.pop("state")), "state: Field required"),
         (lambda f: respell(f, lambda c: c.update(transductive=True)), "transductive: Input should be False"),
@@ -297,6 +301,19 @@ def test_a_spoilt_bundle_is_refused(copy: Path, spoil: Callable[[Path], object],
     spoil(copy)
     with pytest.raises(BundleError, match=reason):
         Bundle.open(copy)
+
+
+def test_a_damaged_zip_is_refused(protonet: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in protonet.iterdir():
+            archive.write(file, file.name)
+        middle = archive.getinfo("adapt.onnx").header_offset + 500
+    content = bytearray(path.read_bytes())
+    content[middle : middle + 100] = bytes(100)  # no deflate stream any more, which zipfile leaves to zlib to say
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="not a readable zip"):
+        Bundle.open(path)
 
 
 def test_no_bundle_there_is_said_so(tmp_path: Path) -> None:
