@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from kshot_flows import cli_algorithms, cli_data, cli_models, cli_plugin, cli_serve
+from kshot_flows.tables import table
 from kshot_runtime.errors import KshotError
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
@@ -162,10 +163,10 @@ def recipes() -> None:
 
     from kshot_flows import shipped
 
-    table = _table("recipe", "what it is", "file")
+    listed = table("recipe", "what it is", "file")
     for name, path in shipped.recipes().items():
-        table.add_row(name, shipped.about(path), os.path.relpath(path))
-    Console().print(table)
+        listed.add_row(name, shipped.about(path), os.path.relpath(path))
+    Console(markup=False).print(listed)
 
 
 @app.command()
@@ -213,13 +214,3 @@ def _complain(error: KshotError) -> None:
 def _stop(message: str) -> None:
     typer.secho(f"\n{message}", err=True)
     sys.exit(130)
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

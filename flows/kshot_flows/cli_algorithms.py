@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from kshot_flows.tables import table
+
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.table import Table
@@ -46,19 +48,21 @@ def algorithms(
 
 
 def _list(found: Found) -> Iterator[Any]:
+    from rich.markup import escape
+
     for kind, title in (("learners", "algorithm"), ("backbones", "backbone")):
-        table = _table(title, "from", "version", "idea")
+        listed = table(title, "from", "version", "idea")
         for one in found.of(kind):
-            table.add_row(one.name, one.distribution, one.version, _paragraphs(_module(one.value))[0])
+            listed.add_row(one.name, one.distribution, one.version, escape(_paragraphs(_module(one.value))[0]))
         if kind == "learners":
             for broken in found.broken:
-                table.add_row(
+                listed.add_row(
                     f"[red]{broken.plugin}[/red]",
                     broken.distribution,
                     broken.version,
-                    f"[red]broken:[/red] {broken.reason}",
+                    f"[red]broken:[/red] {escape(broken.reason)}",
                 )
-        yield table
+        yield listed
     yield "[dim]About one of them: kshot algorithms NAME. To add one: kshot plugin new, docs/plugins.md[/dim]"
 
 
@@ -105,15 +109,16 @@ def _settings(one: Provided, section: str) -> Table:
     from rich.markup import escape
 
     config = one.value.Config
-    table = _table(escape(f"[{section}]"), "default", "takes", "what it does")
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
-    table.columns[2].max_width = 22
+    settings = table(escape(f"[{section}]"), "default", "takes", "what it does")
+    settings.columns[0].no_wrap = settings.columns[1].no_wrap = True
+    settings.columns[2].max_width = 22
     for name, field in config.model_fields.items():
         # A field that only changes the default of an inherited one means what that one means.
         same = (kind.model_fields[name] for kind in config.__mro__ if name in getattr(kind, "model_fields", {}))
         about = next((described.description for described in same if described.description), "")
-        table.add_row(name, _default(field), takes(field.annotation, field.metadata), escape(about))
-    return table
+        accepted = takes(field.annotation, field.metadata)
+        settings.add_row(name, escape(_default(field)), escape(accepted), escape(about))
+    return settings
 
 
 def _default(field: FieldInfo) -> str:
@@ -160,18 +165,20 @@ def _either(choices: list[str]) -> str:
 
 def _figures(learner: str) -> Iterator[Any]:
     """Its committed figures beside the published ones, a table for each training."""
+    from rich.markup import escape
+
     from kshot_flows import figures
 
     rows = list(figures.load().rows(learner=learner))
     for run, of_run in groupby(rows, key=lambda row: row.run):
         columns = ["accuracy in %", *(["transductive"] if run.transductive else []), "published", "difference"]
-        table = _table(run.data if run.method == learner else f"{run.method}: {run.data}", *columns)
+        compared = table(run.data if run.method == learner else f"{run.method}: {run.data}", *columns)
         for row in of_run:
             transductive = [str(row.transductive or "")] if run.transductive else []
             published = row.paper.show(row.shape) if row.paper else ""
-            table.add_row(figures.words(row.shape), str(row.ours), *transductive, published, row.verdict)
-        yield table
-        yield f"{run.trained}; {run.episodes:,} test episodes\n[cyan]{run.command}[/cyan]\n"
+            compared.add_row(figures.words(row.shape), str(row.ours), *transductive, published, row.verdict)
+        yield compared
+        yield f"{run.trained}; {run.episodes:,} test episodes\n[cyan]{escape(run.command)}[/cyan]\n"
     if any(row.paper for row in rows):
         yield (
             "[dim]t: with the statistics of the queries' batch. ?: from memory. ✓, ✗: within the pass mark, or not. "
@@ -185,13 +192,3 @@ def _recipes(learner: str) -> list[str]:
 
     files = {name: tomllib.loads(path.read_text()) for name, path in shipped.recipes().items()}
     return [name for name, content in files.items() if content["learner"]["name"] == learner]
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kshot_flows.tables import table
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -98,11 +100,11 @@ def sources() -> None:
 
     from kshot import plugins
 
-    table = _table("source", "what it is", "splits", "licence")
+    listed = table("source", "what it is", "splits", "licence")
     for provided in plugins.find().of("datasets"):
         importer = provided.value
-        table.add_row(provided.name, importer.about, "\n".join(importer.splits), importer.licence)
-    Console().print(table)
+        listed.add_row(provided.name, importer.about, "\n".join(importer.splits), importer.licence)
+    Console(markup=False).print(listed)
 
 
 @app.command(name="list")
@@ -115,16 +117,16 @@ def list_() -> None:
 
     root = versioning.data_root()
     names = data_sets(root)
-    out = Console()
+    out = Console(markup=False)
     if not names:
         out.print(f"No data sets in {root} yet. Bring one in: kshot data import glyphs glyphs")
         return
-    table = _table("data set", "images", "classes", "size", "version")
+    listed = table("data set", "images", "classes", "size", "version")
     for name in names:
         data_set = ImageSet.open(root / name)
         classes = ", ".join(f"{split} {count}" for split, count in data_set.splits.items())
-        table.add_row(name, f"{len(data_set.images):,}", classes, _size(data_set.rule), data_set.version[:12])
-    out.print(table)
+        listed.add_row(name, f"{len(data_set.images):,}", classes, _size(data_set.rule), data_set.version[:12])
+    out.print(listed)
     if md5 := versioning.recorded(root):
         out.print(f"data.dvc names this folder {md5}")
     for difference in versioning.differences(root):
@@ -141,14 +143,14 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", 
 
     data_set = ImageSet.open(data_root() / name)
     index, out = data_set.index, Console(highlight=False, markup=False)
-    table = _table(name, "classes", "images", "images a class", "for example")
+    listed = table(name, "classes", "images", "images a class", "for example")
     for split in data_set.splits:
         classes = [c for c in data_set.classes if c.split == split]
         counts = [c.count for c in classes]
         spread = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         examples = ", ".join(c.name for c in classes[:3])
-        table.add_row(split, str(len(classes)), f"{sum(counts):,}", spread, examples)
-    out.print(table)
+        listed.add_row(split, str(len(classes)), f"{sum(counts):,}", spread, examples)
+    out.print(listed)
     out.print(f"each image  {_size(data_set.rule)}, {data_set.rule.fit}, {data_set.rule.resize}", soft_wrap=True)
     out.print(f"from        {index.source}: {index.provenance}", soft_wrap=True)
     out.print(f"licence     {index.licence}", soft_wrap=True)
@@ -260,10 +262,3 @@ def _list(out: Any, title: str, lines: list[str]) -> None:
 
 def _size(rule: Any) -> str:
     return f"{rule.size} x {rule.size} {'grey' if rule.channels == 1 else 'colour'}"
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kshot_flows.tables import table
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -38,16 +40,16 @@ def models(
     from kshot_flows import registry, tracking
     from kshot_flows.stages import local_time
 
-    out = Console()
+    out = Console(markup=False)
     names = registry.models() if name is None else [name]
     if not names:
         out.print("No models yet. `kshot run` trains one and registers it.")
     for each in names:
         if repair:
             registry.repair(each)
-        table = _table(each, "version", "stage", "accuracy", "gate", "data", "registered")
+        listed = _titled(each, "version", "stage", "accuracy", "gate", "data", "registered")
         for version in registry.versions(each):
-            table.add_row(
+            listed.add_row(
                 str(version.version),
                 version.stage,
                 registry.accuracy(version.tags),
@@ -55,16 +57,16 @@ def models(
                 version.tags.get("data", "")[:12],
                 local_time(version.when)[:16],
             )
-        out.print(table)
+        out.print(listed)
         wrong = registry.disagreements(each)
         for sentence in wrong:
-            out.print(f"[red]{sentence}[/red]")
+            out.print(sentence, style="red")
         if wrong:
             out.print(
                 f"A move was interrupted, or made by other means. `kshot models {each} --repair` follows the log."
             )
     if names:
-        out.print(f"[dim]in {tracking.public(tracking.store())}[/dim]")
+        out.print(f"in {tracking.public(tracking.store())}", style="dim")
 
 
 def promote(
@@ -99,7 +101,7 @@ def history(
     from kshot_flows import registry
 
     entries = registry.history(name, refused=refused)
-    Console().print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
+    Console(markup=False).print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
 
 
 def trace(name: Name, version: Number) -> None:
@@ -108,34 +110,26 @@ def trace(name: Name, version: Number) -> None:
 
     from kshot_flows import registry
 
-    found, out = registry.trace(name, version), Console()
-    table = _table(f"{name} version {version}", "", "", header=False)
+    found, out = registry.trace(name, version), Console(markup=False)
+    facts = _titled(f"{name} version {version}", "", "", show_header=False)
     for what, value in found.facts.items():
-        table.add_row(what, value)
-    out.print(table)
+        facts.add_row(what, value)
+    out.print(facts)
     if found.history:
         out.print(_moves("its moves", found.history))
 
 
-def _table(title: str, *columns: str, header: bool = True) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _titled(title: str, *columns: str, show_header: bool = True) -> Table:
+    return table(*columns, title=title, title_justify="left", title_style="bold", show_header=show_header)
 
 
 def _moves(title: str, entries: Sequence[Audit]) -> Table:
     from kshot_flows.stages import local_time
 
-    table = _table(title, "when", "version", "from", "to", "archived", "who", "why")
+    moves = _titled(title, "when", "version", "from", "to", "archived", "who", "why")
     for entry in entries:
         why = f"{entry.why} (rollback)" if entry.rollback else entry.why
-        table.add_row(
+        moves.add_row(
             local_time(entry.when),
             str(entry.version),
             entry.came_from,
@@ -144,7 +138,7 @@ def _moves(title: str, entries: Sequence[Audit]) -> Table:
             entry.who,
             why if entry.refused is None else f"REFUSED: {entry.refused}",
         )
-    return table
+    return moves
 
 
 def _tell(audit: Audit) -> None:

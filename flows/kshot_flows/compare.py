@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from prefect import flow
+from rich.markup import escape
 
 from kshot.datasets import splits_of
 from kshot.episodes import Shape, draw_indices
@@ -78,7 +79,7 @@ def comparison(asked: list[str]) -> Comparison:
 def play(entrant: Entrant) -> Played:
     """The pipeline's steps up to the bundle; each is used again where nothing has changed."""
     if not engine.recalling():
-        progress.say(f"\n[bold cyan]{entrant.label}[/bold cyan]")
+        progress.say(f"\n[bold cyan]{escape(entrant.label)}[/bold cyan]")
     data = version_data(entrant.recipe)
     learner = meta_train(entrant.recipe, data)
     scores = evaluate(entrant.recipe, data, learner)

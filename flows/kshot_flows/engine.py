@@ -111,7 +111,7 @@ def _perform(
         product, reused = _recall(key(*args, **kwargs)), True
     else:
         progress.say(f"[bold]{title}[/bold]")
-        state = _task(title, function, key, undo)(*args, return_state=True, **kwargs)
+        state = _task(title, function, _usable(key(*args, **kwargs)), undo)(*args, return_state=True, **kwargs)
         product, reused = state.result(), state.name == "Cached"
         if reused:
             progress.say("  nothing has changed: the earlier result is used again")
@@ -141,19 +141,22 @@ def recalling() -> bool:
     return _recalling.get()
 
 
-def _task(title: str, function: Callable[..., R], key: Callable[..., str], undo: Callable[[R], None] | None) -> Any:
+def _usable(key: str) -> str:
+    """The key, when nothing lies under it that cannot be used again: Prefect would use whatever it finds there.
+
+    Done before Prefect is asked, which takes an error in making a key for leave to work without one.
+    """
+    try:
+        _recall(key)
+    except _NothingKept:
+        (_results() / key).unlink(missing_ok=True)
+    return key
+
+
+def _task(title: str, function: Callable[..., R], key: str, undo: Callable[[R], None] | None) -> Any:
     """Made at every call, because where results are kept depends on the project that we are in."""
-
-    def usable_key(_: Any, arguments: dict[str, Any]) -> str:
-        found = key(**arguments)
-        try:
-            _recall(found)
-        except _NothingKept:  # Prefect would use whatever lies there
-            (_results() / found).unlink(missing_ok=True)
-        return found
-
     policy = CacheKeyFnPolicy(
-        cache_key_fn=usable_key,
+        cache_key_fn=lambda *_: key,
         isolation_level=IsolationLevel.SERIALIZABLE,  # of two processes with one key, one works and one waits
         lock_manager=ProcessLocks(tracking.home() / ".kshot" / "locks"),
     )
@@ -185,10 +188,9 @@ def _recall(key: str) -> Product:
         raise _NothingKept
     try:
         product: Product = ResultStore(result_storage=LocalFileSystem(basepath=str(_results()))).read(key).result
-        usable = product.intact()
     except Exception:  # written by another kshot, or cut off
         raise _NothingKept from None
-    if not usable:
+    if not product.intact():  # an error here, say of the registry, does not mean that it is gone
         raise _NothingKept
     return product
 

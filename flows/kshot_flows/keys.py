@@ -1,7 +1,8 @@
 """When a step's result may be used again: keys made from content only, never from times, paths or names of runs.
 
 A key holds what came in (hashes), the part of the recipe that the step reads, and the code that does it: kshot's
-version, the source of the modules that the step uses, and of the plugins with their distribution's version.
+version, the source of the modules that the step uses, and of the plugins, with all that they take from kshot, and
+their distribution's version.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _EXPORTING = (
     "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.tracing", "kshot.decompositions",
     "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
 )  # fmt: skip
+# In every key that has plugins, or, as how they are found and what is re-exported, deciding no number.
+_KNOWN = {*_LEARNING, *_EVALUATING, "kshot", "kshot.hookspecs"}
 
 
 def version_data(recipe: Recipe) -> str:
@@ -47,15 +50,19 @@ def meta_train(recipe: Recipe, data: DataVersion) -> str:
 
 
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> str:
+    from kshot_flows import steps  # which imports this module
+
     read = recipe.model_dump(mode="json", include={"evaluation": True, "dataset": {"rotations", "validation", "test"}})
     played = data.identity_of(recipe.dataset.validation, recipe.dataset.test)
-    return _key("evaluate", learner.identity, played, read, _plugins(recipe), code(*_LEARNING, *_EVALUATING))
+    fixed = steps.TEST_SEED, steps.CALIBRATION_EPISODES, steps.VERIFICATION_PAIRS
+    return _key("evaluate", learner.identity, played, read, fixed, _plugins(recipe), code(*_LEARNING, *_EVALUATING))
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> str:
     return _key(
-        "export", learner.identity, score.identity, _plugins(recipe), code(*_LEARNING, *_EVALUATING, *_EXPORTING)
-    )
+        "export", recipe.name, learner.identity, score.identity,
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, *_EXPORTING),
+    )  # fmt: skip
 
 
 def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> str:
@@ -106,11 +113,14 @@ def _plugin(provided: Provided) -> str:
 
 
 def _own_modules(module: ModuleType) -> list[ModuleType]:
-    """A plugin's module, and those of its package that it takes anything from, and so on; by name."""
-    package, found, left = module.__name__.partition(".")[0], {}, [module]
+    """A plugin's module, those of its package and of kshot that it takes anything from, and so on; by name.
+
+    Those of kshot that are in the keys anyway are left out.
+    """
+    packages, found, left = (module.__name__.partition(".")[0], "kshot"), {}, [module]
     while left:
         one = left.pop()
-        if one.__name__ in found or one.__name__.partition(".")[0] != package:
+        if one.__name__ in found or one.__name__ in _KNOWN or one.__name__.partition(".")[0] not in packages:
             continue
         found[one.__name__] = one
         names = (

@@ -102,6 +102,8 @@ def _refuse(name: str, found: plugins.Found) -> NoReturn:
             f"kshot run glyphs-protonet backbone.name={name}"
         )
     if any(one.name == name for one in found.of("datasets")):
-        raise KshotError(f"{name!r} is a source of data, and the kit is for learners. Try it: kshot data import {name}")
+        raise KshotError(
+            f"{name!r} is a source of data, and the kit is for learners. Try it: kshot data import {name} {name}"
+        )
     found.learner(name)
     raise AssertionError("unreachable")

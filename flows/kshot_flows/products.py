@@ -88,7 +88,8 @@ class DataVersion:
                 return False
             if found.version != packed.version:
                 return False
-        return versioning.recorded(versioning.data_root()) == self.md5
+        root = versioning.data_root()
+        return versioning.recorded(root) == self.md5 and versioning.versioned(root) == (self.md5 is not None)
 
     def open(self) -> ImageSet:
         return self.own.open()
@@ -264,6 +265,7 @@ class Promotion:
     stage: str
     champion: int | None  # the version that it was compared with
     why: str
+    judged: bool = True  # not where the champion could not be measured
 
     @property
     def identity(self) -> str:
@@ -273,6 +275,8 @@ class Promotion:
         """Whether nothing has moved since: neither this version nor, where it waits, the one it has to beat."""
         from kshot_flows import registry
 
+        if not self.judged:
+            return False
         stages = {known.version: known.stage for known in registry.versions(self.name)}
         if stages.get(self.version) != self.stage:
             return False

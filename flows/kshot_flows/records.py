@@ -171,8 +171,10 @@ def _open_for(run_id: str, recipe: Recipe) -> bool:
 
     try:
         run = tracking.client().get_run(run_id)
-    except MlflowException:  # deleted for good, or in another store
-        return False
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False  # deleted for good, or in another store
     tags = run.data.tags
     return (
         run.info.lifecycle_stage == "active"

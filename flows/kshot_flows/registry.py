@@ -88,7 +88,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
         )
     missing = [file for file in _FILES if not (bundle / file).is_file()]
     if missing:
-        raise KshotError(f"{bundle} is not a bundle: it lacks {', '.join(missing)}. Make one with `kshot export`.")
+        raise KshotError(f"{bundle} is not a bundle: it lacks {', '.join(missing)}. `kshot run` makes one.")
     hashes = _hashes(bundle)
     identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
     door = tracking.client()
@@ -125,20 +125,17 @@ def move(
     why: str,
     who: str | None = None,
     expect: int | Unset | None = ANY,
-    report: Mapping[str, Any] | None = None,
 ) -> Audit:
     """Put a version into a stage; in staging and production the version that was there goes to the archive.
 
     `expect` is the version believed to be in that stage now (None: nobody); if it is another, nothing moves and a
-    StageConflictError says who changed it. `report` is a gate report to keep with the version and the entry.
+    StageConflictError says who changed it.
     """
     stage = Stage.of(stage)
     if stage not in SINGLE and expect is not ANY:
         raise KshotError(f"{stage} holds any number of versions, so none can be expected there")
     door = tracking.client()
     registered.existing(door, name, version)
-    if report is not None:
-        record_gate(name, version, report)
     return moves.record(door, name, version, stage, why=why, who=who, expect=expect)
 
 
@@ -171,7 +168,7 @@ def promote(
 
 
 def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
-    """Give production back to the version that served before; the present one goes to the archive.
+    """Give production back to the version that served before the last; that one goes to the archive.
 
     Again and again, this walks back through all that ever served.
     """
@@ -179,12 +176,14 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
     registered.model(door, name)
     there = {int(version.version) for version in registered.versions(door, name)}
     log = moves.read_log(door, name)
-    champion = log.holder(Stage.PRODUCTION)
-    before = [version for version in log.served if version in there and version != champion]
+    last = log.served[-1:]  # not always there still: whoever withdrew it does not want it back
+    before = [version for version in log.served if version in there and version not in last]
     if not before:
         raise KshotError(
-            f"{the(champion)} of {name} has no predecessor in production to go back to; see kshot history {name}"
+            f"no version of {name} served before {the(last[0]) if last else 'any other'}, so there is none to go back "
+            f"to; see kshot history {name}"
         )
+    champion = log.holder(Stage.PRODUCTION)
     return moves.record(door, name, before[-1], Stage.PRODUCTION, why=why, who=who, expect=champion, back=True)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from kshot_flows import progress, tracking
 from kshot_flows.engine import Done
 from kshot_flows.products import DataVersion, Exported, Product, Promotion, Registered, Scores, Trained, relative
+from kshot_flows.tables import table
 
 if TYPE_CHECKING:
     from kshot_flows.compare import Comparison
@@ -50,12 +50,12 @@ def show_comparison(found: Comparison, command: str) -> None:
 
 
 def _steps(done: Sequence[Done]) -> Table:
-    table = _table("step", "", "seconds", "what it gave")
-    table.columns[2].justify = "right"
+    listed = table("step", "", "seconds", "what it gave")
+    listed.columns[2].justify = "right"
     for step in done:
         how = "[cyan]reused[/cyan]" if step.reused else "[green]ran[/green]"
-        table.add_row(step.step, how, f"{step.seconds:.1f}", _summary(step.product))
-    return table
+        listed.add_row(step.step, how, f"{step.seconds:.1f}", escape(_summary(step.product)))
+    return listed
 
 
 def _summary(product: Product) -> str:
@@ -84,7 +84,7 @@ def _summary(product: Product) -> str:
 
 
 def _scores(scores: Scores) -> Table:
-    table = _table(
+    listed = table(
         "test episodes",
         "queries",
         "accuracy\n(95 % interval)",
@@ -94,37 +94,38 @@ def _scores(scores: Scores) -> Table:
     )
     for line in scores.lines:
         told = line.open_set
-        table.add_row(
+        listed.add_row(
             line.label,
             str(line.shape.queries),
             f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]",
             f"{100 * line.ece:.1f} %",
             *(["", ""] if told is None else [f"{100 * told.false_accepts:.1f} %", f"{100 * told.accepted:.1f} %"]),
         )
-    return table
+    return listed
 
 
 def _verdict(promotion: Promotion) -> str:
     what = f"{promotion.name} version {promotion.version}"
     if promotion.stage == "Production":
         return f"[bold green]{what} is in production.[/bold green]"
-    return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {promotion.why}"
+    return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {escape(promotion.why)}"
 
 
 def _next(bundle: Exported, version: Registered, promotion: Promotion, command: str) -> str:
     in_production = promotion.stage == "Production"
-    source = f"models:/{version.name}@production" if in_production else relative(bundle.folder)
+    folder = escape(relative(bundle.folder))
+    source = f"models:/{version.name}@production" if in_production else folder
     return f"""
 [bold]Serve it[/bold]     kshot serve {source}
-[bold]The bundle[/bold]   {relative(bundle.folder)}
+[bold]The bundle[/bold]   {folder}
 [bold]In Python[/bold]    from kshot_runtime.bundle import Bundle
-             bundle = Bundle.open("{relative(bundle.folder)}")
+             bundle = Bundle.open("{folder}")
              state = bundle.adapt(["a.png", "b.png"], ["class a", "class b"])
              print(bundle.classify(state, ["new.png"]).names)
 [bold]Where from[/bold]   kshot trace {version.name} {version.version}
 [bold]Versions[/bold]     kshot models {version.name}
-[bold]Pictures[/bold]     {_pages()}
-[bold]Again[/bold]        {command}"""
+[bold]Pictures[/bold]     {escape(_pages())}
+[bold]Again[/bold]        {escape(command)}"""
 
 
 def _pages() -> str:
@@ -135,10 +136,3 @@ def _pages() -> str:
 
 def _find(products: Sequence[Product], kind: type[T]) -> T | None:
     return next((product for product in products if isinstance(product, kind)), None)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

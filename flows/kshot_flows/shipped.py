@@ -53,7 +53,10 @@ def changes(settings: Sequence[str]) -> Mapping[str, str]:
 
 
 def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by path or name, with single values changed."""
+    """A recipe by path or name, with single values changed, and sound down to its gate."""
     from kshot.recipe import Recipe
+    from kshot_flows.gate import GateSettings
 
-    return Recipe.load(find(recipe), changes(settings))
+    found = Recipe.load(find(recipe), changes(settings))
+    GateSettings.of(found.gate)
+    return found

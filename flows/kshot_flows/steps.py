@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from kshot import memory, plugins, training
 from kshot.calibration import Calibration, OpenSet, Verification, calibrate, open_set, verification
 from kshot.datasets import ClassImages, ImageSet
-from kshot.episodes import Shape
+from kshot.episodes import Shape, check_shape
 from kshot.evaluation import Score
 from kshot.evaluation import evaluate as play
 from kshot.learner import Learner
@@ -37,8 +38,8 @@ from kshot_runtime.errors import KshotError
 from kshot_runtime.manifest import MANIFEST
 
 TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
-_CALIBRATION_EPISODES = 200
-_VERIFICATION_PAIRS = 1000
+CALIBRATION_EPISODES = 200
+VERIFICATION_PAIRS = 1000
 
 
 def version_data(recipe: Recipe) -> DataVersion:
@@ -49,11 +50,11 @@ def version_data(recipe: Recipe) -> DataVersion:
         with progress.counting(f"making {name}") as watch:
             present = versioning.ensure(name, root, source, watch)
         if present.note:
-            progress.say(f"  {present.note}")
+            progress.say(escape(f"  {present.note}"))
         found.append(present.data_set)
     recorded = versioning.version_data(root)
     if recorded.why_not:
-        progress.say(f"  {recorded.why_not}")
+        progress.say(escape(f"  {recorded.why_not}"))
     own, *others = (Packed(packed.name, packed.version, packed.index.source) for packed in found)
     data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations)
     _refuse_unlike(found)
@@ -63,10 +64,10 @@ def version_data(recipe: Recipe) -> DataVersion:
 
 def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     """Meta-train in `runs/RECIPE/KEY`, from the last checkpoint there if a run was cut off, to `learner.pt`."""
+    where, (_, validation) = device(), _evaluated_on(recipe, data)  # what cannot work is told before hours are spent
     folder = tracking.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
     splits, trains = recipe.dataset, recipe.training.steps > 0
     train = data.classes(splits.train) if trains else None
-    validation = _validation(recipe, data)
     if validation is None:
         progress.say(f"  {data.name} has no classes {splits.validation!r}: taken as it is, without a validation")
     torch.manual_seed(recipe.seed)
@@ -78,7 +79,7 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     with records.training_run(recipe, data, folder) as run:
         steps = training.meta_train(
             learner, train, validation, recipe.training,
-            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=device(),
+            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=where,
             unlabelled=data.classes(splits.unlabelled) if trains and splits.unlabelled else None,
         )  # fmt: skip
         for step in progress.training(steps):
@@ -95,8 +96,8 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
 
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
+    test, validation = _evaluated_on(recipe, data)
     model = learners.load(learner.learner.file).to(device())
-    test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
     shapes, fits, pairs = recipe.evaluation.shapes, dict[Shape, Calibration](), None
     if validation is None:
         progress.say("  no validation classes: probabilities are not calibrated, and nothing counts as unknown")
@@ -104,7 +105,7 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
         sizes = {shape: _calibrated_at(shape, validation) for shape in shapes}
         known = {size: _calibrate(model, validation, recipe, size) for size in dict.fromkeys(sizes.values())}
         fits = {shape: known[size] for shape, size in sizes.items()}
-        pairs = verification(model, validation, _VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
+        pairs = verification(model, validation, VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
     hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
     scores, told = [], []
     for shape in shapes:
@@ -191,7 +192,7 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
             if champion is not None:
                 other = contest.champions_evidence(name, champion, challenger, version.data, recipe.dataset.test)
         except KshotError as error:
-            return Promotion(name, number, Stage.STAGING, champion, str(error))
+            return Promotion(name, number, Stage.STAGING, champion, str(error), judged=False)
         report = judge(challenger, other, settings)
         registry.record_gate(name, number, report.to_dict())
         if not report.passed:
@@ -204,7 +205,18 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
 
 def device() -> str:
     """Where to compute: KSHOT_DEVICE, or else a GPU if there is one."""
-    return os.environ.get("KSHOT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = os.environ.get("KSHOT_DEVICE")
+    if not chosen:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise KshotError(
+            f"KSHOT_DEVICE={chosen} cannot be computed on: {reason}. Set it to cpu, or to cuda where there is a GPU, "
+            "or unset it."
+        ) from None
+    return chosen
 
 
 def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
@@ -294,6 +306,23 @@ def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
     return data.classes(recipe.dataset.validation)
 
 
+def _evaluated_on(recipe: Recipe, data: DataVersion) -> tuple[ClassImages, ClassImages | None]:
+    """The test classes, and those to calibrate on: all shapes of the recipe's episodes can be drawn from them."""
+    test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
+    for shape in recipe.evaluation.shapes:
+        _fits(test, shape, recipe.dataset.test)
+        if validation is not None:
+            _fits(validation, _calibrated_at(shape, validation), recipe.dataset.validation)
+    return test, validation
+
+
+def _fits(images: ClassImages, shape: Shape, split: str) -> None:
+    try:
+        check_shape(images, shape)
+    except KshotError as error:
+        raise KshotError(f"[evaluation] asks for {shape} of {split!r}: {error}") from None
+
+
 def _checkpoint(folder: Path) -> dict[str, Any]:
     """What the last checkpoint of a training says; nothing where there is none."""
     with suppress(FileNotFoundError):
@@ -322,7 +351,7 @@ def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shape: S
 
 def _few(recipe: Recipe) -> int:
     """Episodes for what needs no narrow interval: each of them has many queries."""
-    return min(_CALIBRATION_EPISODES, recipe.evaluation.episodes)
+    return min(CALIBRATION_EPISODES, recipe.evaluation.episodes)
 
 
 def _keep(

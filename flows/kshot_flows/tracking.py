@@ -61,7 +61,9 @@ def client() -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=store())
+    uri = store()
+    _opens(uri)
+    return MlflowClient(tracking_uri=uri)
 
 
 def user() -> str:
@@ -134,11 +136,8 @@ class Run:
     def text(self, file: str, text: str) -> None:
         self.client.log_text(self.id, text, file)
 
-    def file(self, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(self.id, str(path), folder)
-
-    def folder(self, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifacts(self.id, str(path), folder)
+    def file(self, path: Path) -> None:
+        self.client.log_artifact(self.id, str(path))
 
 
 @contextmanager
@@ -150,7 +149,6 @@ def run(
     others: Sequence[DataRef] = (),
     seed: int,
     tags: Mapping[str, str] | None = None,
-    recipe_file: Path | None = None,
 ) -> Iterator[Run]:
     """Start a run of a recipe. If the block fails, the run is marked FAILED and keeps the error's text.
 
@@ -181,8 +179,6 @@ def run(
             door.log_batch(opened.id, params=params[start : start + 100])
         _log_data(opened, [data, *others])
         opened.json("recipe", recipe)
-        if recipe_file is not None:
-            opened.file(recipe_file)
         if changes:
             opened.text("git.diff", changes)
         yield opened
@@ -340,3 +336,21 @@ def _answers(uri: str) -> None:
             f"no MLflow server answers at {public(uri)} ({reason}). Start it as mlflow/README.md says, or unset "
             "MLFLOW_TRACKING_URI to use the embedded store."
         ) from None
+
+
+@functools.cache
+def _opens(uri: str) -> None:
+    """Ask once whether MLflow takes an address, and a server there our name and password."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        if error.get_http_status_code() not in (401, 403):
+            advice = (
+                "Set MLFLOW_TRACKING_URI to a server or to a database such as sqlite:///mlflow/mlflow.db, or unset it "
+                "to use the embedded store."
+            )
+        raise KshotError(f"MLflow cannot use {public(uri)}: {error}\n{advice}") from None

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from filelock import FileLock
 
-from kshot.datasets import INDEX, ImageSet, data_sets, file_sha256
+from kshot.datasets import INDEX, SHEET, ImageSet, data_sets, file_sha256
+from kshot_flows import tracking
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def data_root() -> Path:
     """Where data sets lie: KSHOT_DATA, or else `data` in the project, which is KSHOT_HOME or the current folder."""
     if chosen := os.environ.get("KSHOT_DATA"):
         return Path(chosen).absolute()
-    return Path(os.environ.get("KSHOT_HOME") or Path.cwd()).absolute() / "data"
+    return tracking.home() / "data"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Recorded:
     """What DVC calls the data folder."""
 
     md5: str | None  # '....dir'; None where there is no DVC
-    changed: bool = False  # whether data.dvc named something else before
     why_not: str = ""  # why there is no md5
 
 
@@ -57,12 +57,11 @@ def version_data(root: Path) -> Recorded:
         return Recorded(None, why_not=why_not)
     if not data_sets(root):
         raise KshotError(f"{root} holds no data set yet. Bring one in: kshot data import SOURCE NAME")
-    before = recorded(root)
     with _dvc(root) as repo:
+        _write_ignored(root)
         repo.add(str(root))
     _write_versions(root)
-    after = recorded(root)
-    return Recorded(after, changed=after != before)
+    return Recorded(recorded(root))
 
 
 def recorded(root: Path) -> str | None:
@@ -71,10 +70,9 @@ def recorded(root: Path) -> str | None:
     return _md5(pointer.read_text()) if pointer.exists() else None
 
 
-def committed(root: Path) -> str | None:
-    """The name of the data folder in the data.dvc of git's last commit; None without one."""
-    text = _committed_pointer(root)
-    return None if text is None else _md5(text)
+def versioned(root: Path) -> bool:
+    """Whether the data folder lies in a DVC repository."""
+    return _repository(root) is not None
 
 
 def ensure(
@@ -170,7 +168,7 @@ def _repository(root: Path) -> Path | None:
 
 
 def _why_not_versioned(root: Path) -> str:
-    if _repository(root):
+    if versioned(root):
         return ""
     in_git = any((folder / ".git").exists() for folder in root.parents)
     start = "dvc init" if in_git else "git init && dvc init, or dvc init --no-scm"
@@ -232,9 +230,11 @@ def _committed_pointer(root: Path) -> str | None:
     pointer = _pointer(root)
     if not pointer.parent.is_dir():
         return None
-    shown = subprocess.run(
-        ["git", "show", f"HEAD:./{pointer.name}"], cwd=pointer.parent, capture_output=True, text=True, check=False
-    )
+    command = ["git", "show", f"HEAD:./{pointer.name}"]
+    try:
+        shown = subprocess.run(command, cwd=pointer.parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
     return shown.stdout if shown.returncode == 0 else None
 
 
@@ -257,6 +257,16 @@ def _write_versions(root: Path) -> None:
     if _named_versions(pointer.read_text()) != (versions := _versions(root)):
         with modify_yaml(str(pointer)) as content:
             content.setdefault("meta", {})[_KEY] = versions
+
+
+def _write_ignored(root: Path) -> None:
+    """Keep what is no data out of DVC: locks, imports under way, downloads, contact sheets."""
+    file = root.with_name(".dvcignore")
+    there = file.read_text() if file.exists() else ""
+    missing = {f"/{root.name}/.*", f"/{root.name}/*/{SHEET}"} - set(there.splitlines())
+    if missing:
+        whole = there if not there or there.endswith("\n") else f"{there}\n"
+        file.write_text(whole + "".join(f"{pattern}\n" for pattern in sorted(missing)))
 
 
 def _present(name: str, root: Path, how: Literal["was there", "pulled", "built"]) -> Present:

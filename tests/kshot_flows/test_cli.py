@@ -112,16 +112,22 @@ def test_algorithms_shows_where_each_comes_from_and_its_idea() -> None:
     assert "a few gradient steps" in row
 
 
-def test_algorithms_shows_a_broken_plugin_as_broken_and_the_rest_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithms_shows_a_broken_plugin_as_broken_and_the_rest_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "odd_plugin.py").write_text("raise ValueError('neither [a] nor [/b]')")
+    monkeypatch.syspath_prepend(tmp_path)
     points = [
         EntryPoint("protonet", "kshot_plugins.protonet", "kshot"),
         EntryPoint("mine", "no_such_module.mine", "kshot"),
+        EntryPoint("odd", "odd_plugin", "kshot"),
     ]
     found = plugins.load(points)
     monkeypatch.setattr(plugins, "find", lambda: found)
     shown = CliRunner().invoke(cli.app, ["algorithms"]).output
     [row] = [line for line in shown.splitlines() if line.strip().startswith("mine ")]
     assert "broken: ModuleNotFoundError" in row
+    assert "broken: ValueError: neither [a] nor [/b]" in shown
     assert "protonet" in shown
 
 
@@ -161,7 +167,7 @@ def test_what_algorithms_tells_fits_a_terminal_of_80_columns(name: str, monkeypa
 
 def test_a_plugin_says_itself_what_it_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
     class Foreign:
-        """Reads [palms].
+        """Reads [palms] and [/hands].
 
         Good for fairs: it needs
         no training.
@@ -174,9 +180,12 @@ def test_a_plugin_says_itself_what_it_is_good_for(monkeypatch: pytest.MonkeyPatc
     one = Provided("learners", "palms", Foreign, "palms", "kshot-palms", "0.1")
     monkeypatch.setattr(plugins, "find", lambda: Found([one]))
     shown = CliRunner().invoke(cli.app, ["algorithms", "palms"]).output
-    assert "Reads [palms]." in shown
+    assert "Reads [palms] and [/hands]." in shown
     assert "Good for fairs: it needs no training." in shown
-    assert "Good for" not in CliRunner().invoke(cli.app, ["algorithms"]).output
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", None)
+    listed = CliRunner().invoke(cli.app, ["algorithms"]).output
+    assert "Reads [palms] and [/hands]." in listed
+    assert "Good for" not in listed
 
 
 @pytest.mark.parametrize(

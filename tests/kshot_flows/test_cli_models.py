@@ -75,3 +75,9 @@ def test_an_interrupted_move_is_shown_and_repaired(model: str) -> None:
     assert "the alias production is at version 2, and the log says version 1" in told
     assert f"kshot models {model} --repair" in told
     assert "the log says" not in say("models", model, "--repair")
+
+
+def test_a_reason_is_shown_as_it_was_written(model: str) -> None:
+    say("promote", model, "2", "production", "--why", "see [/docs/x.md] and [#12]")
+    for told in (say("history", model), say("trace", model, "2")):
+        assert "see [/docs/x.md] and [#12]" in told

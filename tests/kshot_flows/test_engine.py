@@ -79,6 +79,27 @@ def test_a_result_whose_file_is_not_what_it_was_is_made_anew(home: Path, harm: s
     assert (home / "a.txt").read_text() == "a"
 
 
+def test_an_error_in_looking_at_a_result_is_told_and_makes_nothing_anew(home: Path) -> None:
+    def unreachable(_: Exported) -> bool:
+        raise ConnectionError("the registry does not answer")
+
+    calls: list[str] = []
+    write = writing(home, calls)
+
+    @flow
+    def once() -> Exported:
+        return write("a")
+
+    once()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exported, "intact", unreachable)
+        for call in (once, lambda: engine.recalled(once.fn)):
+            with pytest.raises(ConnectionError, match="does not answer"):
+                call()
+    once()
+    assert calls == ["a"]
+
+
 def test_what_a_failed_transaction_made_is_taken_back_and_not_kept(home: Path) -> None:
     calls: list[str] = []
     undone: list[str] = []

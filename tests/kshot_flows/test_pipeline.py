@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from kshot.datasets import file_sha256
-from kshot_flows import engine, learners, pipeline, registry, report, shipped, steps, tracking
+from kshot_flows import engine, learners, pipeline, records, registry, report, shipped, steps, tracking
 from kshot_flows.engine import Done
 from kshot_flows.products import Exported, Promotion, Registered, Scores, Trained
 from kshot_runtime.bundle import Bundle
@@ -218,6 +221,28 @@ def test_a_bundle_that_cannot_be_registered_is_taken_back(project: Project) -> N
     with pytest.raises(KshotError, match=r"'bad\.moves' cannot name a model"):
         project.run("name=bad.moves", "evaluation.episodes=50")
     assert bundles() == before
+
+
+def test_a_run_that_cannot_be_asked_for_is_not_taken_for_deleted(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object) -> None:
+        raise MlflowException("try later", error_code=TEMPORARILY_UNAVAILABLE)
+
+    recipe = shipped.load(str(project.home / "tiny.toml"))
+    assert not records._open_for("0" * 32, recipe)
+    monkeypatch.setattr(MlflowClient, "get_run", busy)
+    with pytest.raises(MlflowException, match="try later"):
+        records._open_for("0" * 32, recipe)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda"])
+def test_a_device_that_is_not_there_is_told_with_what_to_set(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("KSHOT_DEVICE", device)
+    with pytest.raises(KshotError, match=rf"KSHOT_DEVICE={device} cannot be computed on: .*Set it to cpu"):
+        steps.device()
 
 
 def test_data_that_changed_are_noticed(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

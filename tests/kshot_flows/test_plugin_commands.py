@@ -391,8 +391,12 @@ def test_a_plugin_that_does_not_load_is_told_with_its_reason_and_line(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("conv4", "is a backbone, and the kit is for learners"), ("glyphs", "is a source of data")]
+    ("name", "words"),
+    [
+        ("conv4", "is a backbone, and the kit is for learners.*kshot run "),
+        ("glyphs", "is a source of data.*import glyphs glyphs"),
+    ],
 )
 def test_what_is_no_learner_is_told_what_to_try_instead(name: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(KshotError, match=f"{words}.*kshot "):
+    with pytest.raises(KshotError, match=words):
         plugin_check.subject(name, [], tmp_path)

@@ -64,6 +64,11 @@ def test_a_misspelt_key_is_answered_with_a_guess() -> None:
         shipped.load("glyphs-protonet", ["training.stepps=3"])
 
 
+def test_a_misspelt_key_of_the_gate_is_told_before_anything_runs() -> None:
+    with pytest.raises(KshotError, match=r"\[gate\]: unknown key 'margn'; did you mean 'margin'"):
+        shipped.load("glyphs-protonet", ["gate.margn=0.1"])
+
+
 def test_an_installed_kshot_has_the_recipes(tmp_path: Path) -> None:
     """The wheel holds them inside the package, where `shipped` looks first: run from the wheel itself, no checkout."""
     built = subprocess.run(

@@ -79,7 +79,7 @@ def test_registering_a_bundle_again_is_the_same_version_and_another_bundle_of_th
 
 
 def test_a_folder_that_is_no_bundle_is_refused(project: Path, tmp_path: Path) -> None:
-    with pytest.raises(KshotError, match=r"lacks adapt\.onnx, classify\.onnx, bundle\.json"):
+    with pytest.raises(KshotError, match=r"lacks adapt\.onnx, classify\.onnx, bundle\.json\. `kshot run`"):
         registry.register("toy", "0" * 32, tmp_path)
 
 
@@ -153,10 +153,20 @@ def test_rolling_back_walks_back_through_what_served(model: str) -> None:
     assert (audit.version, audit.displaced, audit.rollback) == (2, 3, True)
     assert registry.rollback(model, why="this too").version == 1
     assert stages(model) == {1: "Production", 2: "Archived", 3: "Archived"}
-    with pytest.raises(KshotError, match="has no predecessor"):
+    with pytest.raises(KshotError, match="served before version 1, so there is none to go back to"):
         registry.rollback(model, why="and again")
     registry.move(model, 3, "production", why="mended")
     assert registry.rollback(model, why="no").version == 1
+
+
+def test_rolling_back_never_reinstates_what_was_just_withdrawn(model: str) -> None:
+    with pytest.raises(KshotError, match=r"no version of .* served before any other"):
+        registry.rollback(model, why="too early")
+    for version in (1, 2, 3):
+        registry.move(model, version, "production", why="new")
+    registry.move(model, 3, "archived", why="it sees ghosts")
+    assert registry.rollback(model, why="back to what worked").version == 2
+    assert stages(model) == {1: "Archived", 2: "Production", 3: "Archived"}
 
 
 def test_rolling_back_skips_a_version_that_was_deleted(model: str) -> None:
@@ -287,7 +297,8 @@ def test_a_trace_leads_from_the_version_to_data_code_recipe_runs_and_moves(proje
     marks = {"mlflow.source.git.commit": "c0ffee", "kshot.git.dirty": "true", "kshot.prefect.flow_run": "flow-7"}
     with tracking.run("traced", recipe={"lr": 0.1}, data=DATA, seed=1, tags=marks) as run:
         version = register("traced", tmp_path, "a", run.id, accuracy="0.951", margin="0.004")
-    registry.move("traced", version, "production", why="first", report=report(True, None))
+    registry.record_gate("traced", version, report(True, None))
+    registry.move("traced", version, "production", why="first")
     trace = registry.trace("traced", version)
     assert trace.facts["data (DVC)"] == DATA.md5
     assert trace.facts["git commit"] == "c0ffee + changes (git.diff)"

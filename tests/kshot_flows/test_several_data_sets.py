@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kshot import plugins
 from kshot.importing import finish, import_dataset
 from kshot_flows import keys, learners, registry, shipped, steps, tracking
 from kshot_flows.products import Registered
@@ -77,7 +79,15 @@ def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_teste
     [bundle] = learner.parent.glob("bundle-*/bundle.json")
     assert Bundle.open(bundle.parent).manifest.source.dataset == "patterns+stripes"
 
+    [damaged] = home.glob(f"mlflow/artifacts/**/{champion.run}/**/adapt.onnx")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"")
     promotion = steps.promote(shipped.load(str(home / "tiny.toml"), changes), version)
+    assert (promotion.stage, promotion.intact()) == ("Staging", False)  # to be tried again, not kept
+    assert "adapt.onnx changed" in promotion.why
+    damaged.write_bytes(whole)
+    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), changes), version)
+    assert promotion.intact()
     report = registry.gate_report("tiny", version.version)
     assert report is not None
     assert (promotion.stage, report.champion, report.episodes) == ("Production", champion.version, 40)
@@ -97,6 +107,30 @@ def test_a_data_set_that_is_only_tested_on_does_not_change_what_is_learned(home:
     assert made("dataset.train=train+stripes:train")[0] != learned
 
 
+def test_what_a_learner_takes_from_kshot_is_in_the_key_of_its_training() -> None:
+    def modules(learner: str) -> set[str]:
+        module = sys.modules[plugins.find().learner(learner).value.__module__]
+        return {own.__name__ for own in keys._own_modules(module)}
+
+    assert {"kshot.recurrence", "kshot_plugins.matching"} <= modules("matching")
+    assert "kshot_plugins.protonet" in modules("protonet")
+    assert not [name for name in modules("protonet") if name.startswith("kshot.")]  # what it takes is there anyway
+
+
+def test_a_bundle_with_another_name_and_a_score_by_other_rules_have_keys_of_their_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, other = (shipped.load(str(home / "tiny.toml"), [*SHORT, *name]) for name in ([], ["name=other"]))
+    data = steps.version_data(recipe)
+    trained = steps.meta_train(recipe, data)
+    scores = steps.evaluate(recipe, data, trained)
+    assert keys.meta_train(other, data) == keys.meta_train(recipe, data)
+    assert keys.export(other, trained, scores) != keys.export(recipe, trained, scores)  # bundle.json holds the name
+    before = keys.evaluate(recipe, data, trained)
+    monkeypatch.setattr(steps, "CALIBRATION_EPISODES", 100)
+    assert keys.evaluate(recipe, data, trained) != before
+
+
 def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
     recipe = shipped.load(str(home / "tiny.toml"), ["dataset.rotations=true", "dataset.train=train+stripes:train"])
     data = steps.version_data(recipe)
@@ -105,6 +139,29 @@ def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
     assert data.split_of("stripes:test") == ("test", False)
     assert data.identity_of("stripes:test") == data.others[0].version
     assert data.identity_of("test+stripes:test") not in (packed.version for packed in data.all)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("evaluation.ways=[3, 7]", r"\[evaluation\] asks for 7-way .* of 'test': 7 ways need as many classes"),
+        ("evaluation.queries=8", r"\[evaluation\] .* 1 shots \+ 8 queries need 9 "),
+    ],
+)
+def test_test_episodes_that_cannot_be_drawn_are_told_before_anything_is_trained(
+    home: Path, change: str, said: str
+) -> None:
+    with pytest.raises(KshotError, match=said):
+        run(home, change)
+    assert not (home / "runs").exists()
+
+
+def test_data_recorded_by_nobody_are_recorded_once_there_is_a_repository(home: Path) -> None:
+    data = steps.version_data(shipped.load(str(home / "tiny.toml")))
+    assert data.md5 is None
+    assert data.intact()
+    (home / ".dvc").mkdir()  # as `dvc init` does
+    assert not data.intact()
 
 
 def test_data_sets_of_two_sizes_are_refused_with_what_to_do(home: Path) -> None:

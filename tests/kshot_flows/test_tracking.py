@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,31 @@ def test_a_project_that_cannot_be_written_to_is_told_with_a_way_out(
     monkeypatch.setenv("KSHOT_HOME", str(tmp_path / "file"))
     with pytest.raises(KshotError, match="Set KSHOT_HOME"):
         tracking.store()
+
+
+def test_a_folder_as_a_store_is_refused_with_what_may_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(
+        KshotError, match=r"cannot use \./mlruns: .*maintenance mode(.|\n)*Set MLFLOW_TRACKING_URI to a"
+    ):
+        tracking.client()
+
+
+def test_a_server_that_wants_a_password_is_answered_with_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Guarded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 401)
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(KshotError, match=r"401(.|\n)*Set MLFLOW_TRACKING_USERNAME"):
+            tracking.client()
+        server.shutdown()

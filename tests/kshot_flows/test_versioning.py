@@ -80,13 +80,11 @@ def test_a_version_is_recorded_once_and_changes_with_the_data(project):
     take(root)
     first = versioning.version_data(root)
     assert first.md5.endswith(".dir")
-    assert first.changed
     assert versioning.recorded(root) == first.md5
-    assert versioning.version_data(root) == versioning.Recorded(first.md5, changed=False)
+    assert versioning.version_data(root) == first
     take(root, "pets", seed=1)
     assert versioning.differences(root) == ["pets: not recorded"]
     second = versioning.version_data(root)
-    assert second.changed
     assert second.md5 != first.md5
     assert versioning.differences(root) == []
 
@@ -97,6 +95,21 @@ def test_only_the_pointer_is_for_git_and_only_the_data_for_dvc(project):
     versioning.version_data(root)
     assert git(project, "status", "--short").split() == ["??", "data.dvc"]
     assert "nfiles: 2" in (project / "data.dvc").read_text()  # no contact sheet, no locks
+
+
+def test_a_users_own_repository_is_told_what_is_no_data(tmp_path):
+    project = tmp_path / "theirs"
+    project.mkdir()
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=project, check=True)
+    (project / ".dvcignore").write_text("*.tmp")
+    take(project / "data")
+    first = versioning.version_data(project / "data")
+    assert "nfiles: 2" in (project / "data.dvc").read_text()  # no contact sheet, no locks
+    assert (project / ".dvcignore").read_text() == "*.tmp\n/data/*/sheet.png\n/data/.*\n"
+    (project / "data" / ".downloads").mkdir()
+    (project / "data" / ".downloads" / "half").write_text("")
+    assert versioning.version_data(project / "data") == first
+    assert (project / ".dvcignore").read_text().count("sheet.png") == 1
 
 
 def test_the_pointer_keeps_what_its_users_wrote(project):
@@ -138,7 +151,7 @@ def test_a_clone_pulls_what_was_pushed(project, tmp_path):
     present = versioning.ensure("zoo", there)
     assert (present.how, present.same) == ("pulled", True)
     present.data_set.verify()
-    assert versioning.version_data(there) == versioning.Recorded(recorded.md5, changed=False)
+    assert versioning.version_data(there) == recorded
     assert git(tmp_path / "clone", "status", "--short") == ""
 
 
@@ -183,8 +196,7 @@ def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path,
     present = versioning.ensure("mnist", there, watch=seen.append)
     assert (present.how, present.same, present.note) == ("built", True, "")
     assert seen
-    assert versioning.version_data(there) == versioning.Recorded(recorded.md5, changed=False)
-    assert versioning.committed(there) == recorded.md5
+    assert versioning.version_data(there) == recorded
     assert git(tmp_path / "clone", "status", "--short") == ""
 
 
@@ -218,9 +230,9 @@ def test_a_git_worktree_is_a_project_of_its_own(project, tmp_path):
     commit(project)
     git(project, "worktree", "add", "-q", str(tmp_path / "tree"))
     there = tmp_path / "tree" / "data"
-    assert versioning.recorded(there) == versioning.committed(there) == recorded.md5
+    assert versioning.recorded(there) == recorded.md5
     take(there)
-    assert versioning.version_data(there) == versioning.Recorded(recorded.md5, changed=False)
+    assert versioning.version_data(there) == recorded
 
 
 def test_outside_any_repository_data_works_and_its_version_says_why_it_is_missing(tmp_path):
@@ -233,6 +245,15 @@ def test_outside_any_repository_data_works_and_its_version_says_why_it_is_missin
     assert versioning.differences(root) == []
     with pytest.raises(KshotError, match="no DVC repository"):
         versioning.push(root)
+
+
+def test_without_git_on_the_machine_data_are_used_and_versioned_all_the_same(tmp_path, monkeypatch):
+    root = tmp_path / "plain" / "data"
+    take(root)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=root.parent, check=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versioning.ensure("zoo", root).same is None
+    assert versioning.version_data(root).md5
 
 
 def test_in_git_without_dvc_the_way_to_start_is_told(tmp_path):
@@ -248,8 +269,7 @@ def test_dvc_without_git_versions_too(tmp_path):
     take(folder / "data")
     recorded = versioning.version_data(folder / "data")
     assert recorded.md5
-    assert versioning.committed(folder / "data") is None
-    assert versioning.version_data(folder / "data").changed is False
+    assert versioning.version_data(folder / "data") == recorded
 
 
 def test_an_empty_data_folder_is_no_version(project):
