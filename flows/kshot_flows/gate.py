@@ -191,7 +191,7 @@ def judge(challenger: Evidence, champion: Evidence | None, settings: GateSetting
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half its 95 % interval (1.96 standard errors; infinite for a single value)."""
+    """As kshot.evaluation.interval, whose module brings torch; infinite for a single value."""
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(half)
 
