@@ -15,7 +15,9 @@ from typing import Literal, get_args
 from sqlalchemy import Column, Double, LargeBinary, MetaData, RowMapping, String, Table, insert, select, update
 
 from kshot_runtime.errors import KshotError
+from kshot_serve.database import create
 from kshot_serve.problems import Problem
+from kshot_serve.records import when
 from kshot_serve.store import Store
 
 Scope = Literal["read", "write", "admin"]
@@ -67,7 +69,7 @@ class Keys:
         self._clock = clock
         self._known: dict[bytes, tuple[Key, float]] = {}  # valid keys, by their hash, and until when to trust that
         with store.writing() as connection:
-            _metadata.create_all(connection)
+            create(connection, _metadata)
 
     def new(self, name: str, scope: Scope) -> tuple[Key, str]:
         """Make a key. Its text is given once, here, and kept nowhere."""
@@ -130,9 +132,5 @@ def _hash(text: str) -> bytes:
 
 
 def _key(row: RowMapping) -> Key:
-    revoked = None if row["revoked"] is None else _time(row["revoked"])
-    return Key(row["id"], row["name"], row["scope"], _time(row["created"]), revoked)
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+    revoked = None if row["revoked"] is None else when(row["revoked"])
+    return Key(row["id"], row["name"], row["scope"], when(row["created"]), revoked)

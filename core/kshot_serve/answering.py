@@ -27,7 +27,7 @@ _TOP_CLASSES, _TOP_PHOTOS = 5, 3
 class Upload:
     """A photo that came: its bytes, and what decoding made of them by a rule (none: for whichever champion)."""
 
-    content: bytes
+    content: bytes  # none, if it came as pixels
     pixels: np.ndarray  # uint8 (C, H, W)
     rule: ImageRule | None = None
 
@@ -94,15 +94,17 @@ class Answering:
         return Query(images, await self._engine.embed(champion, images, deadline))
 
     async def images(self, champion: Champion, uploads: Sequence[Upload]) -> np.ndarray:
-        rule, limits = champion.bundle.manifest.image, self._settings.image
+        rule = champion.bundle.manifest.image
         return np.stack(
-            [
-                upload.pixels
-                if upload.rule in (None, rule)
-                else await self._engine.in_thread(decode, upload.content, rule, limits)
-                for upload in uploads
-            ]
+            [upload.pixels if upload.rule in (None, rule) else await self._again(upload, rule) for upload in uploads]
         )
+
+    async def _again(self, upload: Upload, rule: ImageRule) -> np.ndarray:
+        """Decoded by another rule than when it came."""
+        if not upload.content:
+            message = "another model has taken over meanwhile, which takes images in another size or way: ask anew"
+            raise Problem("not_ready", message, retry_after=1)
+        return await self._engine.in_thread(decode, upload.content, rule, self._settings.image)
 
     async def judge(
         self, champion: Champion, adapted: Adapted, query: Query, deadline: float

@@ -22,6 +22,8 @@ log = logging.getLogger("kshot.serve")
 
 DEADLINE = "x-kshot-deadline-ms"
 
+_ORPHANS_S = 2.0  # for work that nobody waits for any more
+
 
 class Backend:
     """The parts of a server. Of its end there are two steps: `leave` says not ready, `drain` takes nothing new."""
@@ -41,6 +43,7 @@ class Backend:
         self.keys = Keys(self.store)
         self.bodies = Bodies(settings.bodies_mb * 1_000_000)
         self.leaving = self.draining = False
+        self.idle = True  # once it has stopped: whether no thread still loads or adapts, for nobody any more
 
     async def start(self) -> None:
         """Answer, and load the model meanwhile: `loading` ends when it has been tried."""
@@ -53,10 +56,10 @@ class Backend:
         """Finish what was accepted, and end."""
         self.leave()
         self.drain()
+        self.idle = self.loading.done()
         self.loading.cancel()
         await self.champions.stop()
-        await self.engine.stop()
-        await self.spaces.stop()
+        self.idle = await self.engine.stop(_ORPHANS_S) and self.idle
         await asyncio.to_thread(self.store.close)
 
     def leave(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from kshot_runtime.bundle import Bundle
@@ -23,6 +25,8 @@ from kshot_serve.telemetry import Metrics
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_LIMITS_S = 300.0  # until a bundle that label spaces are too large for is tried again: loading it is work
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,7 @@ class Champions:
         self._shelf = Shelf(settings.folder / "champions")
         self._current: Champion | None = None
         self._serving: Found | None = None  # what the registry calls the current champion
-        self._refused: tuple[Found, KshotError] | None = None  # the newest that was, and why; not tried again
+        self._refused: tuple[Found, KshotError, float] | None = None  # the newest that was, why, and until when
         self._trouble: str | None = None
         self._stopping = False
         self._polling: asyncio.Task[None] | None = None
@@ -116,7 +120,7 @@ class Champions:
         except RegistryError as error:
             self._report("the registry names no version, or does not answer", error)
             return
-        if self._refused and found == self._refused[0]:
+        if self._refused and found == self._refused[0] and monotonic() < self._refused[2]:
             self._report(f"version {found.version} was refused", self._refused[1])
             return
         try:
@@ -126,8 +130,9 @@ class Champions:
         except RegistryError as error:
             self._report(f"version {found.version} cannot be fetched", error)
         except Exception as error:
-            if isinstance(error, KshotError) and not (isinstance(error, Problem) and error.status >= 500):
-                self._refused = found, error  # it would end the same again; accidents need not
+            if isinstance(error, KshotError) and not _is_accident(error):
+                limits = isinstance(error, Problem) and error.reason == "limits"  # classes may be deleted meanwhile
+                self._refused = found, error, monotonic() + (_LIMITS_S if limits else math.inf)
             self._metrics.swaps.labels("refused").inc()
             self._report(f"version {found.version} was refused", error)
 
@@ -169,6 +174,11 @@ class Champions:
                 log.info("what the registry names serves again")
         self._trouble = trouble
         self._metrics.degraded.set(trouble is not None)
+
+
+def _is_accident(error: KshotError) -> bool:
+    """Whether it may end otherwise the next time."""
+    return isinstance(error, Problem) and (error.status >= 500 or error.retry_after is not None)
 
 
 async def _aside(function: Callable[..., T], *args: Any) -> T:

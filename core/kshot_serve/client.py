@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kshot_runtime.errors import KshotError
+from kshot_serve.naming import normal
 
 if TYPE_CHECKING:
     import httpx
@@ -69,6 +70,7 @@ class Client:
 
     def space(self, name: str) -> Space:
         """The label space of this name; a new one if there is none."""
+        name = normal(name)
         for space in self.spaces():
             if space.name == name:
                 return space
@@ -122,7 +124,7 @@ class Space:
 
     def add(self, name: str, photos: Photo | Sequence[Photo]) -> list[str]:
         """Add photos to a class, which is made if need be. Gives what the server noticed about the photos."""
-        files = _files("photos", photos)
+        name, files = normal(name), _files("photos", photos)
         known = next((each["id"] for each in self.classes() if each["name"] == name), None)
         if known is None:
             return self._call("POST", "/classes", data={"name": name}, files=files).json()["notes"]

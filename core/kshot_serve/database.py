@@ -207,10 +207,15 @@ def _sqlite_begins(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reading") else "BEGIN IMMEDIATE")
 
 
-def _prepare(connection: Connection) -> None:
+def create(connection: Connection, tables: MetaData) -> None:
+    """Make those of the tables that are not there. Replicas that start together do so one after the other."""
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(7165)"))  # replicas that start together
-    METADATA.create_all(connection)
+        connection.execute(text("SELECT pg_advisory_xact_lock(7165)"))
+    tables.create_all(connection)
+
+
+def _prepare(connection: Connection) -> None:
+    create(connection, METADATA)
     version = connection.execute(select(SCHEMA.c.version)).scalar()
     if version is None:
         connection.execute(insert(SCHEMA).values(version=_VERSION))

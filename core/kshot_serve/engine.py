@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,14 +101,16 @@ class Engine:
         """Admit nobody from now on; what was admitted goes on."""
         self._draining = True
 
-    async def stop(self) -> None:
-        """Admit nobody, finish what is there, and end the threads."""
+    async def stop(self, within: float | None = None) -> bool:
+        """Admit nobody, finish what is there, and end the threads. Whether it was finished, within so many seconds."""
         self.drain()
         self._leave()
-        await self._empty.wait()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), within)
         self._stopped = True
         for pool in (self._runners, self._workers, self._adapters):
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False, cancel_futures=not self._empty.is_set())
+        return self._empty.is_set()
 
     def admit(self, images: int = 1) -> Admission:
         """Places for so many images, or a Problem at once: check before a body is read, hold while it is answered.

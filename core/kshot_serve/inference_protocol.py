@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def read(body: bytes, header_length: str | None, specs: Sequence[Spec], most: in
     """A request's body as tensors of at most so many rows that fit the model's inputs, or a refusal."""
     split = len(body)
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdigit() or int(header_length) > len(body):
+        if not re.fullmatch(r"[0-9]{1,12}", header_length) or int(header_length) > len(body):
             raise _bad("Inference-Header-Content-Length is not a length within the body")
         split = int(header_length)
     _bound(body, split, specs, most)

@@ -24,7 +24,9 @@ from kshot_serve.telemetry import Metrics
 if TYPE_CHECKING:
     from kshot_serve.backend import Backend
 
+_BODY_PACE = 100_000  # bytes of a body that earn it another second
 _SMALL_BYTES, _SMALL_PIXELS = 4096, 64 * 64
+_TOGETHER_BYTES = 16384
 _TEXT_BYTES = 4096  # of a part that is no photo
 _PART_HEADERS, _PART_HEADER_BYTES = 8, 2048
 _BESIDES = 8  # parts that may come beside the photos
@@ -46,10 +48,11 @@ class Bodies:
 
 
 class Body:
-    """A request's body on its way in: at most `limit` bytes, within `seconds`, and within what all bodies may take.
+    """A request's body on its way in: at most `limit` bytes, in time, and within what all bodies may take.
 
-    Bytes are counted as they come, so a body without Content-Length, or with a false one, gains nothing. `arrived` is
-    called when it is complete or given up.
+    It has so many `seconds`, and earns more as it comes, so that a large one may take its time and one that drips may
+    not. Bytes are counted as they come, so a body without Content-Length, or with a false one, gains nothing. `arrived`
+    is called when it is complete or given up.
     """
 
     def __init__(self, receive: Receive, bodies: Bodies, length: int | None, limit: int, seconds: float) -> None:
@@ -57,7 +60,9 @@ class Body:
         self._receive = receive
         self._bodies = bodies
         self._limit = limit
-        self._until = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
+        self._now = asyncio.get_running_loop().time
+        self._until = self._now() + seconds
         self._came = self._taken = 0
         self.complete = asyncio.Event()
         if length is not None:
@@ -71,11 +76,17 @@ class Body:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise Problem("body_too_slow", "the body took too long to arrive") from None
+            raise Problem(
+                "body_too_slow",
+                f"the body comes too slowly: {_BODY_PACE // 1000} kB a second are expected; send less at once",
+            ) from None
         if message["type"] == "http.request":
-            self._came += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._came += size
             self._take(self._came - self._taken)
-            if not message.get("more_body", False):
+            if message.get("more_body", False):
+                self._until = min(self._until + size / _BODY_PACE, self._now() + self._seconds)
+            else:
                 self.complete.set()
                 self.arrived()
         return message
@@ -125,14 +136,29 @@ async def read_form(
 
 async def read_uploads(photos: Sequence[bytes], backend: Backend, rule: ImageRule) -> list[Upload | Problem]:
     """Each photo decoded, or why not; in threads, but for a small one by itself. None waits for its fellows' faults."""
-    limits = backend.settings.image
+    limits, metrics = backend.settings.image, backend.metrics
     if len(photos) == 1 and len(photos[0]) <= _SMALL_BYTES:  # handing it to a thread would take as long as it does
         small = limits.model_copy(update={"max_pixels": min(_SMALL_PIXELS, limits.max_pixels)})
-        upload = _decode(photos[0], rule, small, backend.metrics)
+        upload = _decode(photos[0], rule, small, metrics)
         if not isinstance(upload, Problem) or upload.code != "photo_too_large":
             return [upload]
-    decoded = (backend.engine.in_thread(_decode, photo, rule, limits, backend.metrics) for photo in photos)
-    return list(await asyncio.gather(*decoded))
+
+    def decoded(some: Sequence[bytes]) -> list[Upload | Problem]:
+        return [_decode(photo, rule, limits, metrics) for photo in some]
+
+    parts = await asyncio.gather(*(backend.engine.in_thread(decoded, some) for some in _together(photos)))
+    return [upload for part in parts for upload in part]
+
+
+def _together(photos: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """The photos in the same order, as one thread takes them: a large one alone, as many small ones as are like one."""
+    start = size = 0
+    for i, photo in enumerate(photos):
+        if size and size + len(photo) > _TOGETHER_BYTES:
+            yield photos[start:i]
+            start, size = i, 0
+        size += len(photo)
+    yield photos[start:]
 
 
 @asynccontextmanager

@@ -131,7 +131,7 @@ def snapshot_of(connection: Connection, row: Row[Any]) -> Snapshot:
     )
     photos: dict[str, list[Photo]] = {}
     for id_, class_, sha256, created in held:
-        photos.setdefault(class_, []).append(Photo(id_, class_, sha256, _time(created)))
+        photos.setdefault(class_, []).append(Photo(id_, class_, sha256, when(created)))
     classes = tuple(Class(id_, name, tuple(photos.get(id_, ()))) for id_, name in named)
     return Snapshot(row.id, row.name, row.revision, row.accept, classes)
 
@@ -147,7 +147,7 @@ def described(connection: Connection, rows: Sequence[Row[Any]]) -> list[Space]:
     return [
         Space(
             row.id, row.name, row.revision, classes.get(row.id, 0), photos.get(row.id, 0), row.accept,
-            _time(row.created), _time(row.changed),
+            when(row.created), when(row.changed),
         )
         for row in rows
     ]  # fmt: skip
@@ -184,7 +184,7 @@ def revision_of(row: Row[Any], named: Iterable[Row[Any]]) -> Revision:
         "rollback": f"to revision {row.back_to}",
         "import": _photos_in_words(row.photos),
     }.get(row.action, "")
-    return Revision(row.number, _time(row.created), row.who, row.action, what, row.back_to)
+    return Revision(row.number, when(row.created), row.who, row.action, what, row.back_to)
 
 
 def _in(interval: Row[Any], number: int) -> bool:
@@ -195,5 +195,6 @@ def _photos_in_words(count: int) -> str:
     return "1 photo" if count == 1 else f"{count} photos"
 
 
-def _time(seconds: float) -> datetime:
+def when(seconds: float) -> datetime:
+    """A time of the tables: seconds since 1970."""
     return datetime.fromtimestamp(seconds, UTC)

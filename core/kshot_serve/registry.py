@@ -50,7 +50,10 @@ class Registry:
             raise KshotError(f"{source!r} names no model: models:/NAME@ALIAS follows one, models:/NAME/VERSION stays")
         self._address = address or os.environ.get("MLFLOW_TRACKING_URI", "")
         if not self._address:
-            raise KshotError(f"no registry to find {source} in: set MLFLOW_TRACKING_URI to its address")
+            raise KshotError(
+                f"no registry to find {source} in: set MLFLOW_TRACKING_URI to its address, or KSHOT_HOME to the folder "
+                "of the project that trained it"
+            )
         self.name, self._alias, self._version = parts.groups()
         for name, value in _ENVIRONMENT.items():  # MLflow reads some of them when it is imported
             os.environ.setdefault(name, value)
@@ -94,7 +97,7 @@ class Shelf:
         if found.sha256 and _hash(here := self._folder / found.sha256[:16]) == found.sha256 and _sound(here):
             return here
         self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=_INCOMING) as scratch:
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=_incoming()) as scratch:
             came = registry.download(found, Path(scratch))
             sha256 = _hash(came)
             if sha256 is None or sha256 != (found.sha256 or sha256):
@@ -104,9 +107,12 @@ class Shelf:
                 )
             read(came)  # checks every file
             folder = self._folder / sha256[:16]
-            if _hash(folder) != sha256 or not _sound(folder):  # else another worker was faster
-                shutil.rmtree(folder, ignore_errors=True)
+            try:
                 os.rename(came, folder)
+            except OSError:  # there is one: another worker was faster, or it is damaged
+                if _hash(folder) != sha256 or not _sound(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.rename(came, folder)
         return folder
 
     def last(self, name: str) -> tuple[Found, Path] | None:
@@ -123,20 +129,44 @@ class Shelf:
         before = self.last(found.name)
         if before == (found, folder):
             return  # another worker has kept it, and knows the one before
-        fresh = self._folder / f"{_INCOMING}{os.getpid()}{_LAST}"
+        fresh = self._folder / f"{_incoming()}{_LAST}"
         fresh.write_text(json.dumps({"found": asdict(found), "folder": folder.name}))
         os.replace(fresh, self._folder / _LAST)
         self._clear({folder, before[1]} if before else {folder})
 
     def tidy(self) -> None:
-        """Remove what a killed process had begun to fetch."""
+        """Remove what a killed process had begun to fetch or to write; others that live may be at it."""
         for left in self._folder.glob(f"{_INCOMING}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if _is_at_work(left.name):
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def _clear(self, keep: set[Path]) -> None:
         for folder in self._folder.iterdir():
             if folder.is_dir() and folder not in keep and not folder.name.startswith(_INCOMING):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _incoming() -> str:
+    """How the names of what this process makes begin, until it is complete."""
+    return f"{_INCOMING}{os.getpid()}-"
+
+
+def _is_at_work(name: str) -> bool:
+    """Whether the process that made this lives, and is another: a container's has the number of the one before it."""
+    made_by = re.match(rf"{re.escape(_INCOMING)}(\d{{1,9}})-", name)
+    if made_by is None or int(made_by[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(made_by[1]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _hash(folder: Path) -> str | None:

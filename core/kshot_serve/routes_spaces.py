@@ -240,7 +240,10 @@ async def list_revisions(
 async def rollback(
     request: Request, backend: Serving, space_id: SpaceId, wanted: schemas.Rollback
 ) -> schemas.RolledBack:
-    """Go back to a revision, by a new one that equals it. What was deleted since is gone, and listed."""
+    """Go back to a revision, by a new one that equals it; the label space keeps its name.
+
+    What was deleted since is gone, and listed.
+    """
     written = await backend.spaces.rollback(space_id, wanted.revision, who=_who(request))
     return schemas.RolledBack(revision=written.revision, gone=list(written.gone))
 

@@ -159,7 +159,7 @@ class Revised(BaseModel):
 class Revision(BaseModel):
     model_config = example(
         {
-            "number": 3, "created": "2026-11-21T09:02:11+00:00", "who": "k3m9x0q2ab", "action": "add_photos",
+            "number": 3, "created": "2026-11-21T09:02:11+00:00", "who": "shop-website", "action": "add_photos",
             "what": "3 photos to cat", "to": None,
         }
     )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
 import sys
 import threading
@@ -31,7 +33,12 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     # After each small product OpenBLAS's idle threads spin for a while: measured, they took half of two cores from the
     # models' runs.
     threadpoolctl.threadpool_limits(1, user_api="blas")
-    Server(settings, announce).run()
+    server = Server(settings, announce)
+    server.run()
+    if not server.backend.idle:  # Python would wait for a thread that adapts, and may break over one that loads
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):
@@ -65,11 +72,16 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: Any = None) -> None:
-        """Answer from the first moment, that it is not ready; then load the model."""
+        """Answer from the first moment, that it is not ready; then load the model, unless told to end."""
         listener = bind(self.config.host, self.config.port, shared=self._settings.workers > 1)
         await super().startup([listener])
+        loading = self.backend.loading
+        while not loading.done() and not self.should_exit:
+            await asyncio.wait([loading], timeout=_MOMENT_S)
+        if not loading.done():
+            return
         try:
-            await self.backend.loading
+            await loading
         except BaseException:
             await self.shutdown([listener])
             raise

@@ -52,7 +52,7 @@ class Settings(_Part):
     photos: int = Field(32, ge=1, description="photos in one request at most")
     body_mb: int = Field(64, ge=1, description="a request's body at most")
     bodies_mb: int = Field(512, ge=1, description="bodies of all requests that a worker has under way")
-    body_s: float = Field(30.0, gt=0, description="longest time for a request's body to arrive")
+    body_s: float = Field(30.0, gt=0, description="for a request's body to arrive, and a second more for each 100 kB")
     stalled_s: float = Field(120.0, gt=0, description="an image that waits or runs so long makes the server not live")
     headers_s: float = Field(10.0, gt=0, description="longest time for a request's head to arrive")
     idle_s: float = Field(75.0, gt=0, description="a kept connection's longest pause; load balancers' own are 60 s")
@@ -69,4 +69,4 @@ class Settings(_Part):
 
     @property
     def needs_keys(self) -> bool:
-        return self.keys == "required" or (self.keys == "auto" and not self.on_loopback)
+        return self.keys == "required" or (self.keys == "auto" and not self.on_loopback and not self.exposed)

@@ -23,6 +23,7 @@ from kshot_serve import archive
 from kshot_serve.adapted import States, features_of, needed, pixels_by
 from kshot_serve.answering import Answer, Answering, Classified, Query, Upload, Verified
 from kshot_serve.database import is_id
+from kshot_serve.naming import normal
 from kshot_serve.problems import Problem
 from kshot_serve.records import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, digest
 from kshot_serve.settings import Settings
@@ -93,9 +94,6 @@ class Spaces:
         self._champions.on_change = self.prepare_for
         self._champions.on_settled = self.settled
         await self._count()
-
-    async def stop(self) -> None:
-        """The store is closed by whoever opened it."""
 
     # Label spaces ------------------------------------------------------------------------------------------------
 
@@ -382,9 +380,9 @@ class Spaces:
                 adapted = at_hand
             else:
                 return nothing
+            _, verdicts, _ = await self._answering.judge(champion, adapted, query, until)
         except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
             return nothing
-        _, verdicts, _ = await self._answering.judge(champion, adapted, query, until)
         tops = [adapted.classes[row.argmax()] for row in verdicts.probabilities]
         return [
             top.name if decision == "match" and top.id != class_id else None
@@ -474,7 +472,7 @@ class Spaces:
 
 def _named(name: str, what: str) -> str:
     """The name in its normal form, if it can name something."""
-    name = unicodedata.normalize("NFC", name).strip()
+    name = normal(name)
     if not 1 <= len(name) <= _NAME_LENGTH:
         raise Problem("bad_request", f"{what} needs a name of 1 to {_NAME_LENGTH} characters", reason="name")
     if any(unicodedata.category(letter) in _INVISIBLE and letter not in _JOINERS for letter in name):

@@ -112,15 +112,11 @@ class Store:
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    def revision(self, space: str) -> int:
-        """The number of a label space's newest revision."""
-        with self.reading() as connection:
-            return row_of(connection, space).revision
-
     def glance(self, space: str) -> int | None:
-        """The same from SQLite in 20 µs, on the event loop's thread: to ask another would take ten times as long.
+        """The number of a label space's newest revision, from SQLite in 20 µs, on the event loop's thread.
 
-        None where that is not to be had, or there is no such label space: ask `newest`.
+        To ask another thread would take ten times as long. None where that is not to be had, or there is no such label
+        space: ask `newest`.
         """
         if self._glance is None or self._glance.driver_connection is None:
             return None

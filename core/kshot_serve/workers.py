@@ -61,9 +61,16 @@ class Workers:
         self._ending = False
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
+        main, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert main is not None
+
+        def told(how: signal.Signals) -> None:
+            if not self._ending:
+                main.cancel()  # whatever it waits for
+            self._end(how)
+
         for each in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(each, self._end, each)
+            loop.add_signal_handler(each, told, each)
         count = self._settings.workers
         try:
             # One first: what is wrong with a model is told once, and the others find it fetched.
@@ -71,8 +78,10 @@ class Workers:
             started = await asyncio.gather(*[self._start() for _ in range(count - 1)])
             self._announce(line.replace(" at http", f" by {count} workers at http"))
             await asyncio.gather(*[self._keep(process) for process in (first, *(process for _, process in started))])
-        except _EndedError:
-            pass
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            main.uncancel()
         finally:
             self._end(signal.SIGTERM)
             await asyncio.gather(*map(self._gone, list(self._processes)))
@@ -87,12 +96,8 @@ class Workers:
         self._processes.add(process)
         assert process.stdin is not None
         assert process.stdout is not None
-        if self._ending:
-            raise _EndedError
         process.stdin.write(self._settings.model_dump_json().encode() + b"\n")  # and stays open for as long as we live
         told = json.loads(await process.stdout.readline() or "{}")
-        if self._ending:
-            raise _EndedError
         if "ready" not in told:
             code = await self._ended(process)
             raise KshotError(told.get("error") or f"a worker ended with {code} before it was ready; see the log")
@@ -102,17 +107,14 @@ class Workers:
         """Replace a worker for as long as it dies."""
         while True:
             code = await self._ended(process)
-            if not self._ending:
-                log.error("worker %d ended with %d; another takes its place", process.pid, code)
-            while not self._ending:
+            log.error("worker %d ended with %d; another takes its place", process.pid, code)
+            while True:
                 await asyncio.sleep(_PAUSE_S)
                 try:
                     _, process = await self._start()
                     break
                 except KshotError as error:
                     log.error("it does not start: %s", error)
-            if self._ending:
-                raise _EndedError
 
     async def _ended(self, process: asyncio.subprocess.Process) -> int:
         """Its exit code; then it is forgotten, or its gauges would count for ever."""
@@ -134,10 +136,6 @@ class Workers:
             log.error("worker %d does not end, and is killed", process.pid)
             process.kill()
             await process.wait()
-
-
-class _EndedError(Exception):
-    """The workers have been told to end."""
 
 
 def _work() -> None:

@@ -186,14 +186,15 @@ def _keys(folder: Path, database: str) -> Keys:
 
 
 def _registry(source: str) -> str:
-    """The project's own store, where a registry is followed and none is named."""
+    """The project's own store, where a registry is followed and none is named; nothing if there is none either."""
     import os
 
     if not source.startswith("models:") or os.environ.get("MLFLOW_TRACKING_URI"):
         return ""
     from kshot_flows import tracking
 
-    return tracking.store()
+    database = tracking.home() / "mlflow" / "mlflow.db"
+    return f"sqlite:///{database}" if database.exists() else ""
 
 
 def _day(when: Any) -> str:

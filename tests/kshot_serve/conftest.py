@@ -208,7 +208,6 @@ async def _parts(bundle: Path, folder: Path, **settings: Any) -> AsyncIterator[P
     finally:
         await champions.stop()
         await engine.stop()
-        await spaces.stop()
         store.close()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kshot_runtime.errors import KshotError
@@ -18,6 +21,8 @@ from kshot_serve.settings import Settings
 from kshot_serve.store import Store
 
 Running = Any  # of conftest.py
+
+KSHOT = Path(sys.executable).with_name("kshot")
 
 
 @pytest.fixture
@@ -203,3 +208,17 @@ def test_keys_are_needed_by_default_beyond_this_machine_only() -> None:
     assert all(needs(host) for host in ("0.0.0.0", "::", "192.168.1.7", "127.0.0.1.example"))
     assert needs("127.0.0.1", keys="required")
     assert not needs("0.0.0.0", keys="off")
+    assert not needs("0.0.0.0", exposed=True)
+    assert needs("0.0.0.0", exposed=True, keys="required")
+
+
+def test_exposed_serves_beyond_this_machine_without_keys(features_bundle: Path, tmp_path: Path) -> None:
+    command = [KSHOT, "serve", features_bundle, "--host", "0.0.0.0", "--exposed", "--port", "0", "--folder", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().rsplit(":", 1)[1].strip()
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/spaces").status_code == 200
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)

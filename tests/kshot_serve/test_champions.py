@@ -30,7 +30,7 @@ from kshot_runtime.manifest import FileFacts
 from kshot_serve.champions import Champion, Champions
 from kshot_serve.engine import Engine
 from kshot_serve.problems import Problem
-from kshot_serve.registry import Registry
+from kshot_serve.registry import Found, Registry, Shelf
 from kshot_serve.settings import Settings
 from kshot_serve.telemetry import Metrics
 
@@ -317,6 +317,45 @@ def test_workers_that_fetch_at_once_share_a_shelf(shop: Shop, bundles: list[Path
     run(body())
 
 
+def test_a_worker_that_was_slower_takes_what_another_fetched(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in review: it removed the folder, which the other had just begun to read, to put its own there."""
+    sha256, rename, shelf = (
+        FileFacts.of((bundles[0] / "bundle.json").read_bytes()).sha256,
+        os.rename,
+        tmp_path / "shelf",
+    )
+
+    class Copies:
+        def download(self, found: Found, folder: Path) -> Path:
+            return Path(shutil.copytree(bundles[0], folder / "bundle"))
+
+    def after_another(came: Path, there: Path) -> None:
+        if not there.exists():
+            shutil.copytree(bundles[0], there)
+            (there / "whose").write_text("the other's")
+        rename(came, there)
+
+    monkeypatch.setattr("kshot_serve.registry.os.rename", after_another)
+    folder = Shelf(shelf).fetch(Copies(), Found("toy", "1", "", sha256))  # type: ignore[arg-type]
+    assert (folder / "whose").read_text() == "the other's"
+    assert [path.name for path in shelf.iterdir()] == [sha256[:16]]
+
+
+def test_what_others_that_live_are_fetching_is_left_alone(tmp_path: Path) -> None:
+    """Seen in review: a worker that took the place of a dead one removed what its fellows were downloading."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as alive:  # it ends with the block
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        for pid in (dead.pid, os.getpid(), alive.pid):
+            (tmp_path / f".incoming-{pid}-x").mkdir()
+            (tmp_path / f".incoming-{pid}-last.json").touch()
+        Shelf(tmp_path).tidy()
+    left = {f".incoming-{alive.pid}-x", f".incoming-{alive.pid}-last.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
 def test_what_a_killed_server_had_begun_to_fetch_is_removed_and_a_damaged_copy_fetched_again(
     shop: Shop, bundles: list[Path], tmp_path: Path
 ) -> None:
@@ -425,7 +464,9 @@ def test_a_bundle_that_fails_its_checks_is_refused_and_the_old_one_stays(
     ("error", "tries"),
     [
         (Problem("not_supported", "its images are of another size, and the originals are not kept"), 1),
+        (Problem("not_supported", "a label space has 300 classes", reason="limits"), 1),
         (Problem("too_late", "the database is slow today"), 3),
+        (Problem("busy", "others write to the database", retry_after=1, reason="database"), 3),
         (OSError("the database is away"), 3),
     ],
 )
@@ -449,6 +490,34 @@ def test_label_spaces_may_refuse_a_champion_and_accidents_are_tried_again(
                 await world.champions.follow()
             assert tried == ["1"] + ["2"] * tries
             assert world.version == "1"
+
+    run(body())
+
+
+def test_a_champion_that_label_spaces_were_too_large_for_is_tried_again_later(
+    shop: Shop, bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in review: it was refused for good, though classes can be deleted."""
+    monkeypatch.setattr("kshot_serve.champions._LIMITS_S", 0.1)
+    shop.sell(bundles[0])
+    too_large = True
+
+    async def on_change(champion: Champion) -> None:
+        if champion.version == "2" and too_large:
+            raise Problem("not_supported", "a label space has 300 classes", reason="limits")
+
+    async def body() -> None:
+        nonlocal too_large
+        world = World(shop.source, tmp_path, shop.address)
+        world.champions.on_change = on_change
+        async with world:
+            await asyncio.to_thread(shop.sell, bundles[1])
+            await world.champions.follow()
+            assert world.version == "1"
+            too_large = False
+            await asyncio.sleep(0.1)
+            await world.champions.follow()
+            assert world.version == "2"
 
     run(body())
 
@@ -594,6 +663,19 @@ def test_without_an_address_of_a_registry_it_says_what_is_missing(monkeypatch: p
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(KshotError, match="set MLFLOW_TRACKING_URI"):
         Registry("models:/toy@production")
+
+
+def test_without_a_project_to_follow_the_command_says_what_is_missing_and_makes_none(tmp_path: Path) -> None:
+    """Seen in review: an empty store was made and waited on; without all of MLflow there was a traceback."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kshot"), "serve", "models:/toy@production", "--port", "0"],
+        env=environment | {"KSHOT_HOME": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "set MLFLOW_TRACKING_URI to its address" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "mlflow").exists()
 
 
 def test_neither_torch_nor_mlflow_is_loaded_by_a_server_of_a_path(features_bundle: Path, tmp_path: Path) -> None:

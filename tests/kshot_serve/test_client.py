@@ -41,6 +41,17 @@ def test_a_label_space_is_found_again_by_its_name(client: Client) -> None:
     assert made.id in {space.id for space in client.spaces()}
 
 
+def test_a_name_is_found_whichever_way_it_is_typed(client: Client, photo: Photo) -> None:
+    """Seen in review: the server keeps names in their normal form, and the second call was a conflict."""
+    space = client.space(" cafe\u0301 ")
+    assert space.name == "caf\u00e9"
+    assert client.space(" cafe\u0301 ").id == space.id
+    for shade in range(2):
+        space.add("the\u0301 ", photo("red", shade))
+    [known] = space.classes()
+    assert (known["name"], len(known["photos"])) == ("th\u00e9", 2)
+
+
 def test_photos_are_added_to_the_class_that_is_there(client: Client, photo: Photo) -> None:
     space = client.space("grows")
     space.add("red", photo("red"))

@@ -586,6 +586,23 @@ def test_stopping_answers_what_was_admitted_and_admits_no_more(
     run(body)
 
 
+def test_stopping_waits_for_work_that_nobody_waits_for_no_longer_than_it_is_told(
+    model: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(model.bundle.graphs, monkeypatch, "adapt")
+
+    async def body(engine: Engine) -> None:
+        features = await engine.embed(model, images(2))
+        task = asyncio.create_task(engine.adapt(model, features, np.arange(2), np.arange(2)))
+        await gate.somebody()
+        assert await engine.stop(0.1) is False
+        gate.open.set()
+        await task
+        assert await engine.stop(0.1) is True
+
+    run(body)
+
+
 # Before it counts -------------------------------------------------------------------------------------------------
 
 

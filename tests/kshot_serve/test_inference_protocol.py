@@ -69,6 +69,7 @@ BINARY = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 2], "paramet
     ("body", "header_length", "says"),
     [
         (b"", None, "not JSON"),
+        (b"{}", "9" * 5_000, "not a length within the body"),
         (b"{", None, "not JSON"),
         (b"[" * 1_100, None, "not JSON"),
         (b"[]", None, "no JSON object"),

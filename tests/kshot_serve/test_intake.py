@@ -6,7 +6,7 @@ import io
 import struct
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from kshot_serve.intake import _Parts
+from kshot_serve.intake import _Parts, _together
 from kshot_serve.problems import Problem
+from kshot_serve.settings import Settings
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py
@@ -135,6 +136,22 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([3_000] * 8, [[3_000] * 5, [3_000] * 3]),
+        ([50_000, 50_000], [[50_000], [50_000]]),
+        ([100, 50_000, 100, 200], [[100], [50_000], [100, 200]]),
+        ([700], [[700]]),
+    ],
+)
+def test_small_photos_share_a_thread_and_large_ones_have_one_each(sizes: list[int], parts: list[list[int]]) -> None:
+    photos = [bytes([number]) * size for number, size in enumerate(sizes)]
+    found = list(_together(photos))
+    assert [[len(photo) for photo in part] for part in found] == parts
+    assert [photo for part in found for photo in part] == photos
+
+
 def test_a_decompression_bomb_is_refused_by_its_header(server: Running) -> None:
     """17 KB that hold 144 megapixels: 1.1 s and 703 MB at Pillow's own limits, with no more than a warning."""
     bomb = png(12_000, 12_000)
@@ -230,3 +247,24 @@ def test_there_is_no_way_to_name_a_url_or_a_file(server: Running) -> None:
             refused = server.http.post("/v1/embed", **sent)
             assert refused.status_code in (400, 415, 422)
             assert "root:" not in refused.text
+
+
+def test_a_body_may_take_its_time_as_long_as_it_comes(
+    features_bundle: Path, tmp_path: Path, running: Callable[..., Any]
+) -> None:
+    """Seen in review: 57 MB from a page had 30 s, as 57 bytes had, so that a phone's photos never got through."""
+
+    def slowly(*sizes: int) -> Iterator[bytes]:
+        for size in sizes:
+            yield b"x" * size
+            time.sleep(0.1)
+
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, body_s=0.5)
+    with running(settings) as server:
+        for sizes, expected in (
+            ([20_000] * 12, (422, "not_an_image")),
+            ([1_000] * 12, (408, "body_too_slow")),
+            ([500_000] + [1_000] * 12, (408, "body_too_slow")),  # what came at once earns no more than it began with
+        ):
+            sent = server.http.post("/v1/embed", content=slowly(*sizes), headers={"Content-Type": "image/png"})
+            assert code(sent) == expected

@@ -70,6 +70,37 @@ async def ids(parts: Parts, space: str) -> dict[str, str]:
     return {each.name: each.id for each in (await parts.spaces.classes(space))[1]}
 
 
+def test_a_note_that_cannot_be_made_in_time_refuses_no_photo(
+    on: Any, features_bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(opened: Parts) -> None:
+        space = await a_space(opened, photo, "red", "blue")
+
+        async def late(*_: Any) -> None:
+            raise Problem("too_late", "no answer in time", retry_after=1)
+
+        monkeypatch.setattr(opened.spaces._answering, "judge", late)
+        written = await opened.spaces.add_class(space, "green", [opened.upload(photo("green"))])
+        assert (len(written.photos), written.notes) == (1, ())
+
+    on(features_bundle, body)
+
+
+def test_pixels_that_another_model_would_take_otherwise_are_asked_for_anew(
+    on: Any, features_bundle: Path, photo: Photo
+) -> None:
+    """Seen in review: they have no file to decode again, and the champion may change within a request: it was a 500."""
+
+    async def body(opened: Parts) -> None:
+        space = await a_space(opened, photo, "red", "blue")
+        before = Upload(b"", np.zeros((3, 8, 8), np.uint8), ImageRule(size=8, channels=3))
+        with pytest.raises(Problem, match="ask anew") as refused:
+            await opened.spaces.classify(space, [before], soon())
+        assert (refused.value.status, refused.value.retry_after) == (503, 1)
+
+    on(features_bundle, body)
+
+
 def champion(path: Path) -> Champion:
     bundle = Bundle.open(path, threads=1)
     return Champion(bundle, bundle.manifest.id, "next", "2", str(path))

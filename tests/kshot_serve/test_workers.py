@@ -194,3 +194,67 @@ def test_what_is_wrong_is_told_once(features_bundle: Path, tmp_path: Path) -> No
         taken.listen()
         port = taken.getsockname()[1]
         assert said(features_bundle, "--port", str(port)).startswith(f"cannot serve at 127.0.0.1 port {port}: ")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_still_waits_for_its_model_ends_when_it_is_told(
+    tmp_path: Path, workers: int, how: signal.Signals
+) -> None:
+    """Seen in review: neither was heard before the model was loaded, or the registry had answered."""
+    with socket.create_server(("127.0.0.1", 0)) as registry:  # which takes a request, and never answers
+        registry.settimeout(60)
+        process = subprocess.Popen(
+            [KSHOT, "serve", "models:/toy@production", "--workers", str(workers), "--port", "0", "--folder", tmp_path],
+            env=os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{registry.getsockname()[1]}"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        asking, _ = registry.accept()
+        with asking:
+            started = time.monotonic()
+            process.send_signal(how)
+            out, errors = process.communicate(timeout=30)
+            assert (process.returncode, out) == (0, ""), errors
+            assert time.monotonic() - started < 6
+            assert "Traceback" not in errors
+
+
+def test_a_server_ends_in_time_though_a_class_is_still_being_adapted_to(
+    features_bundle: Path, tmp_path: Path, photo: Photo
+) -> None:
+    program = f"""
+import threading
+from pathlib import Path
+from kshot_runtime.bundle import Graphs
+from kshot_serve.serving import serve
+from kshot_serve.settings import Settings
+
+def stand(*_):
+    print("it adapts", flush=True)
+    threading.Event().wait()
+
+def told(line):
+    Graphs.adapt = stand
+    print(line, flush=True)
+
+settings = Settings(source={str(features_bundle)!r}, folder=Path({str(tmp_path)!r}), port=0, drain_s=1, leave_s=0)
+serve(settings, told)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        with httpx.Client(base_url=url, timeout=60) as http:
+            path = "/v1/spaces/" + http.post("/v1/spaces", json={"name": "colours"}).json()["id"]
+            http.post(f"{path}/classes", data={"name": "red"}, files={"photos": photo("red")}).raise_for_status()
+            late = http.post(f"{path}/classify", files={"photos": photo("red")}, headers={"x-kshot-deadline-ms": "100"})
+            assert late.status_code == 503
+            assert process.stdout.readline() == "it adapts\n"
+        process.terminate()
+        _, errors = process.communicate(timeout=15)
+        assert process.returncode == 0, errors
+    finally:
+        process.kill()
+        process.communicate()

@@ -106,7 +106,7 @@ export class Ask {
   async start() {
     this.problem('')
     try {
-      await this.camera.start()
+      if (!(await this.camera.start())) return
     } catch (error) {
       this.camera.stop()
       return this.problem(/** @type {Error} */ (error).message)
@@ -141,11 +141,11 @@ export class Ask {
     }
   }
 
-  /** Stop the camera; its last frame stays as the photo. */
+  /** Stop the camera, also one that is about to start; its last frame stays as the photo. */
   stop() {
+    this.camera.stop()
     if (!this.live) return
     this.live = false
-    this.camera.stop()
     this.pressed()
     this.picture()
   }

@@ -20,6 +20,8 @@ export const keys = { ask: async () => null }
 
 const KEY = 'kshot-key'
 const PATIENCE = 5 // tries when the server is busy
+const PATIENCE_MS = 120_000
+const PACE = 100 // bytes of a body a millisecond, at least; the server expects as much
 /** @type {Promise<string|null> | null} */
 let asking = null
 let away = false
@@ -28,7 +30,7 @@ let away = false
  * One request. Busy servers are asked again after the time that they name; a missing key is asked for.
  * @param {string} method
  * @param {string} path
- * @param {{json?: any, body?: BodyInit, headers?: Record<string, string>, patient?: boolean, signal?: AbortSignal}} [what]
+ * @param {{json?: any, body?: BodyInit, headers?: Record<string, string>, patient?: boolean}} [what]
  * @returns {Promise<Response>}
  */
 export async function request(method, path, what = {}) {
@@ -52,26 +54,28 @@ export const call = async (...args) => {
 }
 
 /** @param {string} method @param {string} path @param {any} what @param {string | null} key */
-async function send(method, path, { json, body, headers = {}, signal }, key) {
+async function send(method, path, { json, body, headers = {} }, key) {
   const sent = { ...headers }
   if (key) sent.Authorization = `Bearer ${key}`
   if (json !== undefined) sent['Content-Type'] = 'application/json'
-  const limits = [AbortSignal.timeout(120_000), ...(signal ? [signal] : [])]
   try {
     const response = await fetch(path, {
       method,
       headers: sent,
       body: json === undefined ? body : JSON.stringify(json),
-      signal: AbortSignal.any(limits),
+      signal: AbortSignal.timeout(PATIENCE_MS + sizeOf(body) / PACE),
     })
     here()
     return response
-  } catch (error) {
-    if (signal?.aborted) throw error
+  } catch {
     gone()
     throw new Refusal('away', 'The server does not answer. What you just did may not have been saved.')
   }
 }
+
+/** In bytes, but for what a form has around its files. @param {any} body @returns {number} */
+const sizeOf = (body) =>
+  body instanceof FormData ? [...body.values()].reduce((sum, part) => sum + sizeOf(part), 0) : (body?.size ?? 0)
 
 /** @param {Response} response */
 async function read(response) {
@@ -87,11 +91,18 @@ async function read(response) {
 /** One question for a key at a time, whoever needs it. @param {string | null} used @returns {Promise<boolean>} */
 async function newKey(used) {
   if (used !== sessionStorage.getItem(KEY)) return true // another request has got one since
-  asking ??= keys.ask(used !== null)
+  asking ??= askKey(used !== null)
   const key = await asking
   asking = null
   if (key) sessionStorage.setItem(KEY, key)
   return Boolean(key)
+}
+
+/** Until it is one that a header can carry: `fetch` fails on others as if the server were away. @param {boolean} refused */
+async function askKey(refused) {
+  let key = await keys.ask(refused)
+  while (key !== null && !/^[\x21-\x7e]+$/.test(key)) key = await keys.ask(true)
+  return key
 }
 
 function here() {

@@ -152,11 +152,13 @@ $('delete-space').addEventListener('click', async () => {
 $('undo').addEventListener('click', async () => {
   try {
     const done = await space?.undo()
-    toast(done ? `Undone.${lost(done.gone)}` : 'There is nothing to undo.')
+    toast(!done ? 'There is nothing to undo.' : done.same ? KEPT : `Undone.${lost(done.gone)}`)
   } catch (error) {
     toast(/** @type {Error} */ (error).message)
   }
 })
+
+const KEPT = 'The last step changed no class and no strictness. A label space keeps its name: rename it back.'
 
 /** @param {any[] | undefined} gone */
 const lost = (gone) => (gone?.length ? ` ${counted(gone.length, 'deleted item')} could not come back.` : '')
@@ -239,7 +241,7 @@ function drawModel() {
       (100 * best.accuracy).toFixed(1)} ± ${(100 * best.margin).toFixed(1)} % of the time.`
     : ' How often it is right has not been measured.'
   $('model').textContent = model ? `Answers come from ${model.name}, version ${model.version}.${figures}${
-    model.degraded ? ` The registry is away, so this is the last good one: ${model.degraded}.` : ''}` : ''
+    model.degraded ? ` It may not be the newest: ${model.degraded}.` : ''}` : ''
 }
 
 // --- Use in code
@@ -255,14 +257,22 @@ client = Client("${location.origin}"${key ? ', key=os.environ["KSHOT_KEY"]' : ''
 space = client.space(${JSON.stringify(name)})
 answer = space.classify("photo.jpg")
 print(answer.decision, answer.name, answer.probability)`
+  $('usage-all').hidden = Boolean(key) // a link takes no key along
   $('usage').showModal()
 })
 
 for (const button of document.querySelectorAll('[data-copy]'))
   button.addEventListener('click', async () => {
-    await navigator.clipboard?.writeText($(/** @type {HTMLElement} */ (button).dataset.copy ?? '').textContent)
-    announce('Copied.')
-    button.textContent = 'Copied'
+    const text = $(/** @type {HTMLElement} */ (button).dataset.copy ?? '')
+    let done = 'Copied'
+    try {
+      await navigator.clipboard.writeText(text.textContent)
+    } catch { // browsers lend the clipboard only to pages on https or localhost
+      getSelection()?.selectAllChildren(text)
+      done = 'Selected'
+    }
+    announce(`${done}.`)
+    button.textContent = done
     setTimeout(() => (button.textContent = 'Copy'), 2000)
   })
 
@@ -276,7 +286,7 @@ function banner(text) {
 
 keys.ask = async (refused) => {
   $('key-text').textContent = refused
-    ? 'The server did not take that key. Paste another.'
+    ? 'That key does not open this server. Paste another.'
     : 'Paste an API key. It is kept in this tab only, until the tab is closed.'
   $('key-value').value = ''
   return (await ask($('key'))) === 'yes' ? $('key-value').value.trim() : null
@@ -284,7 +294,8 @@ keys.ask = async (refused) => {
 server.addEventListener('away', () => banner('The server does not answer. Looking for it again every few seconds…'))
 server.addEventListener('back', () => {
   banner('')
-  open()
+  if (space?.id === location.hash.slice(1)) reload('').then(showModel, open)
+  else open()
 })
 server.addEventListener('busy', (event) => {
   const { seconds } = /** @type {CustomEvent} */ (event).detail

@@ -15,32 +15,49 @@ export class Camera {
     this.facing = 'environment'
     /** @type {MediaStream | null} */
     this.stream = null
+    /** Counts starts and stops: a stream that comes after another of them is let go. */
+    this.turn = 0
     flip.addEventListener('click', () => {
       this.facing = this.facing === 'environment' ? 'user' : 'environment'
       this.start().catch(() => this.stop())
     })
   }
 
-  /** Throws an Error whose message is for people. */
+  /** Whether it runs: not, if it was stopped or started anew meanwhile. Throws an Error whose message is for people. */
   async start() {
     this.stop()
+    const { turn } = this
     if (!navigator.mediaDevices) throw new Error('Browsers give a camera only to pages on https or localhost. This one is on neither.')
+    let stream
     try {
-      this.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: this.facing }, audio: false })
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: this.facing }, audio: false })
     } catch (error) {
+      if (turn !== this.turn) return false
       const why = /** @type {DOMException} */ (error).name
       if (why === 'NotAllowedError') throw new Error('The browser did not give leave to use the camera. Its address bar has a setting for that.')
       if (why === 'NotFoundError') throw new Error('There is no camera on this device.')
       throw new Error('The camera did not start. Another program may be using it.')
     }
-    this.video.srcObject = this.stream
+    if (turn !== this.turn) {
+      stream.getTracks().forEach((track) => track.stop())
+      return false
+    }
+    this.stream = stream
+    this.video.srcObject = stream
     this.video.hidden = false
-    await this.video.play()
+    try {
+      await this.video.play()
+    } catch (error) {
+      if (turn === this.turn) throw error
+    }
     const cameras = await navigator.mediaDevices.enumerateDevices()
+    if (turn !== this.turn) return false
     this.flip.hidden = cameras.filter((device) => device.kind === 'videoinput').length < 2
+    return true
   }
 
   stop() {
+    this.turn++
     this.stream?.getTracks().forEach((track) => track.stop())
     this.stream = null
     this.video.srcObject = null

@@ -239,14 +239,17 @@ class NewClass {
     if (!this.waiting.length) return $('new-class-files').click()
     this.busy = true
     this.draw()
-    const sent = this.waiting
+    const sent = [...this.waiting] // others may come meanwhile
     const problems = $('new-class').querySelector('.problems')
     const added = await this.classes.send({ name }, sent.map(({ file }) => file), problems)
     this.busy = false
-    sent.forEach(({ url }) => URL.revokeObjectURL(url))
-    this.waiting = this.waiting.filter((one) => !sent.includes(one))
-    if (added) this.name.value = ''
-    this.hint(added ? 'Another? Name it, then drop photos here, paste them, or take some.' : 'No class was made.')
+    if (added) {
+      sent.forEach(({ url }) => URL.revokeObjectURL(url))
+      this.waiting = this.waiting.filter((one) => !sent.includes(one))
+      this.name.value = ''
+    }
+    const next = this.waiting.length ? 'Now give it a name.' : 'Another? Name it, then drop photos here, paste them, or take some.'
+    this.hint(added ? next : 'No class was made.')
     this.draw()
   }
 

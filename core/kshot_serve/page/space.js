@@ -2,6 +2,8 @@
 import { Refusal, call, request } from './api.js'
 import { fitted, forget, serverLimits } from './photos.js'
 
+const BATCH = 8_000_000 // bytes of photos in one request, about: half a minute of a slow phone
+
 /**
  * @typedef {{id: string, sha256: string, created: string}} Photo
  * @typedef {{id: string, name: string, photos: Photo[]}} Class
@@ -39,7 +41,7 @@ export class Space extends EventTarget {
 
   /** The newest first. @returns {Promise<{id: string, name: string, classes: number, photos: number}[]>} */
   static async all() {
-    return (await call('GET', '/v1/spaces?limit=1000')).spaces.reverse()
+    return (await pages('/v1/spaces', 'spaces', 'after')).reverse()
   }
 
   /** @param {Blob} zip @returns {Promise<{id: string, name: string}>} */
@@ -150,7 +152,7 @@ export class Space extends EventTarget {
   }
 
   /**
-   * @param {Blob} photo @param {{patient?: boolean, signal?: AbortSignal}} [how]
+   * @param {Blob} photo @param {{patient?: boolean}} [how]
    * @returns {Promise<{answer: Answer, model: Model, revision: number}>}
    */
   async classify(photo, how = {}) {
@@ -162,8 +164,8 @@ export class Space extends EventTarget {
   }
 
   /** Newest first. @returns {Promise<Revision[]>} */
-  async revisions() {
-    return (await call('GET', `${this.path}/revisions`)).revisions
+  revisions() {
+    return pages(`${this.path}/revisions`, 'revisions', 'before')
   }
 
   /** @param {number} to @returns {Promise<{gone: any[]}>} */
@@ -171,11 +173,19 @@ export class Space extends EventTarget {
     return this.change(`going back to revision ${to}`, () => call('POST', `${this.path}/rollback`, { json: { revision: to } }))
   }
 
-  /** Go back to before the last action. Gives null when there is nothing left to undo. */
+  /**
+   * Go back to before the last action. Gives null when there is nothing left to undo; `same` tells that all is as it was:
+   * revisions do not hold the name of the label space.
+   * @returns {Promise<{gone: any[], same: boolean} | null>}
+   */
   async undo() {
     await this.last
     const to = undoTarget(await this.revisions(), this.actions)
-    return to === null ? null : this.rollback(to)
+    if (to === null) return null
+    const shown = () => JSON.stringify([this.accept, this.classes])
+    const before = shown()
+    const { gone } = await this.rollback(to)
+    return { gone, same: !gone.length && shown() === before }
   }
 
   async export() {
@@ -201,8 +211,7 @@ export function undoTarget(revisions, actions) {
     return number
   }
   const now = same(revisions[0].number)
-  const first = Math.min(...revisions.map(({ number }) => number))
-  return now <= first ? null : same(actions.get(now) ?? now - 1)
+  return now <= 1 ? null : same(actions.get(now) ?? now - 1)
 }
 
 /**
@@ -210,6 +219,21 @@ export function undoTarget(revisions, actions) {
  * @param {string} note @param {[File | Blob, Blob][]} batch
  */
 const named = (note, batch) => note.replace(/^photo (\d+)/, (counted, number) => batch[number - 1]?.[0].name ?? counted)
+
+/**
+ * All pages of a list.
+ * @param {string} path @param {string} of what it is called in an answer @param {string} from what `next` is given back as
+ * @returns {Promise<any[]>}
+ */
+async function pages(path, of, from) {
+  const found = []
+  for (let next = ''; next !== null; ) {
+    const page = await call('GET', `${path}?limit=1000${next && `&${from}=${next}`}`)
+    found.push(...page[of])
+    next = page.next
+  }
+  return found
+}
 
 /** @param {any} error */
 const isAboutAPhoto = (error) => error instanceof Refusal && [400, 413, 415, 422].includes(error.status)
@@ -219,7 +243,7 @@ const isAboutAPhoto = (error) => error instanceof Refusal && [400, 413, 415, 422
  * @param {(File | Blob)[]} files @param {{photos: number, bytes: number}} limit
  */
 async function* batches(files, limit) {
-  const room = 0.9 * limit.bytes // the rest is for the form around them
+  const room = Math.min(BATCH, 0.9 * limit.bytes) // the rest is for the form around them
   /** @type {[File | Blob, Blob][]} */
   let batch = []
   let bytes = 0
