@@ -1,12 +1,12 @@
 """What must not be lost: requests while champions change and while the server ends, writes while it is killed.
 
-    python bench/serve_changes.py [--swaps 20] [--kills 20] [--only swaps sigterm kills corrupt]
+    python bench/serve_changes.py [--workers 1] [--swaps 20] [--kills 20] [--only swaps sigterm kills corrupt]
 
 Swaps: `kshot serve models:/NAME@production` follows a real MLflow registry on SQLite, in which the alias is moved,
 while photos to classify come at random times. SIGTERM: under such a load; what the server's log says was answered must
 have reached the clients. kill -9: at random moments while four writers add and delete classes; then a new server on the
 same folder is asked for everything that was acknowledged. Corrupt: 32 requests at once, one of them with a photo that
-is cut short. Writes bench/results/serve_changes.json.
+is cut short. Writes bench/results/serve_changes.json; with several workers, another beside it.
 """
 
 from __future__ import annotations
@@ -48,24 +48,35 @@ from serving_load import (
 from kshot_flows import registry, tracking
 from kshot_serve.client import RefusedError
 
+WHAT = "swaps, SIGTERM, kill -9 and a corrupt photo, conv4, 28x28x1"
 WAYS, SHOTS, WRITERS, AT_ONCE, MODEL = 5, 5, 4, 32, "bench"
 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rate", type=float, default=40.0, help="requests a second, of swaps and SIGTERM")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    found: dict[str, Any] = {"what": "swaps, SIGTERM, kill -9 and a corrupt photo, conv4, 28x28x1", "bars": []}
+    found: dict[str, Any] = {"what": f"{WHAT}, {options.workers} worker{'s' * (options.workers > 1)}", "bars": []}
     with tempfile.TemporaryDirectory() as scratch:
         bundle = build("protonet", Path(scratch) / "bundle")
         for name in options.only:
             found[name], bars = PARTS[name](bundle, Path(scratch) / name, options)
             print(json.dumps(found[name]))
             found["bars"] += bars
-    write("serve_changes", found, "mlflow", "sqlalchemy")
+    write(
+        "serve_changes" if options.workers == 1 else f"serve_changes_{options.workers}_workers",
+        found,
+        "mlflow",
+        "sqlalchemy",
+    )
+
+
+def many(options: argparse.Namespace) -> tuple[str, str]:
+    return "--workers", str(options.workers)
 
 
 def questions(space: str) -> list[bytes]:
@@ -91,7 +102,7 @@ def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
         made = [registry.register(MODEL, run.id, each) for each in (bundle, build("protonet", folder / "b", width=48))]
     registry.move(MODEL, made[0], "production", why="bench")
     waits, seen = [], {str(made[0])}
-    with serving(f"models:/{MODEL}@production", folder / "server") as server, server.client() as client:
+    with serving(f"models:/{MODEL}@production", folder / "server", *many(options)) as server, server.client() as client:
         space = fill(client, WAYS, photo)
         with under_load(server.port, questions(space), options.rate) as sent:
             for turn in range(1, options.swaps + 1):
@@ -124,7 +135,7 @@ def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
 
 def sigterm(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The end of a server that is at work."""
-    with serving(bundle, folder) as server:
+    with serving(bundle, folder, *many(options)) as server:
         with server.client() as client:
             space = fill(client, WAYS, photo)
         with under_load(server.port, questions(space), options.rate) as sent:
@@ -172,7 +183,7 @@ def kills(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
     starts = []
     for turn in range(options.kills + 1):
         began = time.perf_counter()
-        with serving(bundle, folder) as server, server.client() as client:
+        with serving(bundle, folder, *many(options)) as server, server.client() as client:
             starts.append(time.perf_counter() - began)
             if not written:
                 made = (client.call("POST", "/v1/spaces", json={"name": f"{n}"}).json() for n in range(WRITERS))
@@ -268,7 +279,7 @@ def corrupt(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[di
     """A photo that is cut short among others that come at the same time."""
     rounds, right = 20, 0
     dice = random.Random(0)
-    with serving(bundle, folder) as server:
+    with serving(bundle, folder, *many(options)) as server:
         with server.client() as client:
             space = fill(client, WAYS, photo)
         path, bad = f"/v1/spaces/{space}/classify", photo(0, 99)[:-40]
