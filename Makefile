@@ -20,7 +20,7 @@ run: $(READY)  ## take images to a promoted model: the default recipe, end to en
 	@$(BIN)/kshot run $(or $(RECIPE),glyphs-protonet) $(SET)
 
 test: $(READY) check  ## lint, types, import directions, and every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(READY)  ## lint, types and import directions only
 	@$(BIN)/ruff check .
