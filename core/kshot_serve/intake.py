@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kshot_serve.backend import Backend
 
 _BODY_PACE = 100_000  # bytes of a body that earn it another second
-_SMALL_BYTES, _SMALL_PIXELS = 4096, 64 * 64
+_SMALL_BYTES, _SMALL_PIXELS = 8192, 128 * 128
 _TOGETHER_BYTES = 16384
 _TEXT_BYTES = 4096  # of a part that is no photo
 _PART_HEADERS, _PART_HEADER_BYTES = 8, 2048
