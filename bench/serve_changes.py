@@ -214,7 +214,7 @@ async def killed(port: int, kill: Any, written: Sequence[Written], turn: int, af
 
 
 async def writer(port: int, done: Written, number: int) -> None:
-    """Add classes, and delete every third one, until there is no answer."""
+    """Add classes, and delete every second one, until there is no answer."""
     connections = Connections(port)
     while True:
         number += 1
@@ -228,7 +228,7 @@ async def writer(port: int, done: Written, number: int) -> None:
         done.photos[name] = photos
         done.ids[name] = answer["class"]["id"], answer["photos"]
         done.revision = answer["revision"]
-        if number % 3 == 0:
+        if number % 2 == 0:
             done.doubtful.add(name)
             path = f"/v1/spaces/{done.space}/classes/{done.ids[name][0]}"
             reply = await connections.ask(f"DELETE {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
