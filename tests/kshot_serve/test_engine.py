@@ -255,6 +255,19 @@ def test_little_is_padded_on_a_cpu(model: Champion, monkeypatch: pytest.MonkeyPa
     assert gate.sizes == [4, 1, 8]
 
 
+def test_large_images_go_few_at_a_time_on_a_cpu(model: Champion, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(model.bundle.graphs, monkeypatch)
+    gate.open.set()
+
+    async def body(engine: Engine) -> None:
+        for halves in (10, 1):
+            monkeypatch.setattr("kshot_serve.engine._CACHED", halves * images(1).nbytes // 2)
+            await engine.embed(model, images(9), soon())
+
+    run(body)
+    assert gate.sizes == [4, 4, 1, *[1] * 9]
+
+
 def test_an_image_alone_waits_for_nobody_and_the_next_batch_is_what_came_meanwhile(
     model: Champion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
