@@ -193,7 +193,7 @@ def kills(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
                 lost, half, unacknowledged = lost + gone, half + torn, unacknowledged + extra
             if turn == options.kills:
                 break
-            asyncio.run(killed(server.port, server.process.kill, written, turn, dice.uniform(0.2, 2.0)))
+            asyncio.run(killed(server.port, server.kill, written, turn, dice.uniform(0.2, 2.0)))
             server.process.wait()
     acknowledged = sum(each.revision - 1 for each in written)
     figures = {

@@ -39,7 +39,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from serving_load import arguments, bar, build, fill, form, milliseconds, photo, request, saturate, serving, write
+from serving_load import (
+    arguments,
+    bar,
+    build,
+    family,
+    fill,
+    form,
+    milliseconds,
+    photo,
+    request,
+    saturate,
+    serving,
+    write,
+)
 
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule, decode
@@ -259,23 +272,6 @@ def loaded(
         }
 
     return run
-
-
-def family(pid: int) -> dict[int, float]:
-    """A process and its living descendants, with the seconds of processor that each has used."""
-    parents, used = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-        used[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    found, grown = {pid}, True
-    while grown:
-        more = {each for each, parent in parents.items() if parent in found} - found
-        found, grown = found | more, bool(more)
-    return {each: used[each] for each in found if each in used}
 
 
 def processor_of(pid: int) -> float:
