@@ -161,7 +161,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{place} is missing")
         else:
             what = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{place} = {fault['input']!r}: {what[0].lower()}{what[1:]}")
+            given = f"{place} = {fault['input']!r}: " if place else ""  # what is wrong with several names them itself
+            lines.append(f"{given}{what[0].lower()}{what[1:]}")
     return "\n".join(lines)
 
 

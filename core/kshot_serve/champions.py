@@ -44,6 +44,15 @@ async def _nothing(_: Champion) -> None:
     pass
 
 
+@dataclass(frozen=True, eq=False)
+class _Refused:
+    """A version that is not tried again until then, in time.monotonic's seconds."""
+
+    found: Found
+    why: KshotError
+    until: float
+
+
 class Champions:
     """Gives the champion of now; finds, checks and warms its successors."""
 
@@ -59,7 +68,7 @@ class Champions:
         self._shelf = Shelf(settings.folder / "champions")
         self._current: Champion | None = None
         self._serving: Found | None = None  # what the registry calls the current champion
-        self._refused: tuple[Found, KshotError, float] | None = None  # the newest that was, why, and until when
+        self._refused: _Refused | None = None  # the newest that was
         self._trouble: str | None = None
         self._stopping = False
         self._polling: asyncio.Task[None] | None = None
@@ -99,7 +108,7 @@ class Champions:
             await self._take(await _aside(self._engine.open, folder), found.name, found.version)
             self._serving = found
         if self._current is None and self._refused:
-            raise self._refused[1]
+            raise self._refused.why
         self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
@@ -120,8 +129,8 @@ class Champions:
         except RegistryError as error:
             self._report("the registry names no version, or does not answer", error)
             return
-        if self._refused and found == self._refused[0] and monotonic() < self._refused[2]:
-            self._report(f"version {found.version} was refused", self._refused[1])
+        if (refused := self._refused) and found == refused.found and monotonic() < refused.until:
+            self._report(f"version {found.version} was refused", refused.why)
             return
         try:
             if found != self._serving:
@@ -132,7 +141,7 @@ class Champions:
         except Exception as error:
             if isinstance(error, KshotError) and not _is_accident(error):
                 limits = isinstance(error, Problem) and error.reason == "limits"  # classes may be deleted meanwhile
-                self._refused = found, error, monotonic() + (_LIMITS_S if limits else math.inf)
+                self._refused = _Refused(found, error, monotonic() + (_LIMITS_S if limits else math.inf))
             self._metrics.swaps.labels("refused").inc()
             self._report(f"version {found.version} was refused", error)
 

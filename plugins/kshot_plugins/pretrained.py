@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kshot import Backbone, hookimpl
 from kshot.backbones import BackboneConfig
@@ -46,10 +46,11 @@ class Torchvision(Backbone):
 
     def _check(self, model: str) -> None:
         """Try it, in shapes only: some take images of one size, or give more than features while they train."""
-        trial, images = deepcopy(self).to("meta"), torch.zeros(2, *self.image, device="meta")
+        images = torch.zeros(2, *self.image, device="meta")
+        held = {name: held.to("meta") for name, held in (*self.named_parameters(), *self.named_buffers())}
         try:
-            for mode in (True, False):
-                if (made := trial.train(mode)(images).shape) != (2, self.features):
+            for training in (False, True):
+                if (made := functional_call(self.train(training), held, (images,)).shape) != (2, self.features):
                     raise ValueError(f"it gives {tuple(made)} for two of them, and features are (2, {self.features})")
         except Exception as error:
             raise KshotError(

@@ -62,6 +62,12 @@ def test_a_fault_says_where_it_is_and_what_would_fit(tmp_path, overrides, messag
         Recipe.load(write(tmp_path), overrides)
 
 
+def test_settings_that_do_not_go_together_are_named(tmp_path):
+    text = TEXT.replace('"maml"\nrate = 0.1', '"metasgd"\nlowest = 0.2')
+    with pytest.raises(KshotError, match=r"^\[learner\] of 'metasgd': lowest = 0.2 is above highest = 0.1$"):
+        Recipe.load(write(tmp_path, text))
+
+
 def test_what_is_taken_as_it_is_may_be_tested_on_all_that_nothing_was_chosen_on(tmp_path):
     recipe = Recipe.load(write(tmp_path), {"dataset.test": "train+test", "training.steps": "0"})
     assert recipe.dataset.test == "train+test"
