@@ -152,7 +152,9 @@ class ImageSet:
         chosen = [c for c in self.classes if c.split in parts]
         starts = np.array([c.start for c in chosen], dtype=np.int64)
         counts = np.array([c.count for c in chosen], dtype=np.int64)
-        classes = ClassImages([np.asarray(self.images)], starts, counts, tuple(c.name for c in chosen))
+        classes = ClassImages(
+            [np.asarray(self.images)], starts, counts, tuple(c.name for c in chosen), keys=(self.index.images_sha256,)
+        )
         return classes.rotated() if rotations else classes
 
     def hashes(self, splits: str) -> dict[str, str]:
@@ -181,15 +183,17 @@ class ClassImages:
         counts: np.ndarray,  # (classes,) int64: images per class
         names: tuple[str, ...],
         turns: np.ndarray | None = None,  # (classes,) quarter turns, counter-clockwise
-        groups: tuple[int, ...] = (),  # how many classes each of the joined data sets brings, in order
+        classes_per_data_set: tuple[int, ...] = (),  # how many each of the joined data sets brings, in order
+        keys: tuple[str | None, ...] = (None,),  # of each joined data set: the sha256 of its packed images, if known
     ) -> None:
         self._images = tuple(images)
         self._starts = starts
         self._turns = np.zeros_like(starts) if turns is None else turns
         self.counts = counts
         self.names = names
-        self.groups = groups or (len(counts),)
-        self._home = np.repeat(np.arange(len(self.groups)), self.groups)  # (classes,) which of the images
+        self.classes_per_data_set = classes_per_data_set or (len(counts),)
+        self.keys = keys
+        self._home = np.repeat(np.arange(len(images)), self.classes_per_data_set)  # (classes,) index into images
 
     @classmethod
     def from_arrays(cls, images_per_class: Sequence[np.ndarray], names: Sequence[str] | None = None) -> ClassImages:
@@ -205,7 +209,7 @@ class ClassImages:
 
     @classmethod
     def joined(cls, parts: Sequence[ClassImages]) -> ClassImages:
-        """The classes of several, one after the other. The images stay where they are; each part is a group."""
+        """The classes of several, one after the other. The images stay where they are."""
         if len(parts) == 1:
             return parts[0]
         if len(shapes := dict.fromkeys(part.shape for part in parts)) > 1:
@@ -216,7 +220,8 @@ class ClassImages:
             np.concatenate([part.counts for part in parts]),
             tuple(name for part in parts for name in part.names),
             np.concatenate([part._turns for part in parts]),
-            tuple(count for part in parts for count in part.groups),
+            tuple(count for part in parts for count in part.classes_per_data_set),
+            tuple(key for part in parts for key in part.keys),
         )
 
     def rotated(self) -> ClassImages:
@@ -225,11 +230,12 @@ class ClassImages:
             raise KshotError(f"only square images can be rotated as classes, and these are {self.shape}")
         if self._turns.any():
             raise KshotError("these classes are rotated already")
-        if len(self.groups) > 1:
+        if len(self._images) > 1:
             raise KshotError("rotate the classes of each data set before joining them")
         names = self.names + tuple(f"{name} rot{turn:03d}" for turn in (90, 180, 270) for name in self.names)
         turns = np.repeat(np.arange(4), len(self))
-        return ClassImages(self._images, np.tile(self._starts, 4), np.tile(self.counts, 4), names, turns)
+        starts, counts = np.tile(self._starts, 4), np.tile(self.counts, 4)
+        return ClassImages(self._images, starts, counts, names, turns, keys=self.keys)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -240,23 +246,37 @@ class ClassImages:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def gather(self, classes: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
+    @property
+    def packed_counts(self) -> tuple[int, ...]:
+        """How many packed images each joined data set has, whether or not they are of these classes."""
+        return tuple(len(images) for images in self._images)
+
+    def rows(self, classes: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the images with these numbers within these classes are packed: (home, row, turn), each (*batch,) int.
+
+        That is `row` in the packed images of joined data set number `home`, turned by so many quarters.
+        """
         classes, samples = np.broadcast_arrays(classes, samples)
         outside = (samples < 0) | (samples >= self.counts[classes])
         if outside.any():
             klass, sample = classes[outside][0], samples[outside][0]
             raise IndexError(f"image {sample} of class {klass}, which has {self.counts[klass]}")
-        rows, home = self._starts[classes] + samples, self._home[classes]  # (*batch,)
-        images = np.empty((*rows.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
+        return self._home[classes], self._starts[classes] + samples, self._turns[classes]
+
+    def gather(self, classes: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
+        return self.read(*self.rows(classes, samples))
+
+    def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        """The images at these places, as `rows` gives them: uint8 (*batch, C, H, W)."""
+        images = np.empty((*row.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
         for number, packed in enumerate(self._images):
             here = home == number
-            images[here] = packed[rows[here]]
-        turns = self._turns[classes]  # (*batch,)
-        for turn in (1, 2, 3):
-            turned = turns == turn
+            images[here] = packed[row[here]]
+        for quarters in (1, 2, 3):
+            turned = turn == quarters
             if turned.any():
-                images[turned] = np.rot90(images[turned], turn, axes=(-2, -1))
+                images[turned] = np.rot90(images[turned], quarters, axes=(-2, -1))
         return images
 
 

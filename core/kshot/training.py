@@ -116,7 +116,7 @@ def meta_train(
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
     torch.manual_seed(seed)
-    learner.prepare(train.groups)
+    learner.prepare(train.classes_per_data_set)
     learner.to(device)
     optimiser = _optimiser(learner, settings)
     run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)

@@ -24,7 +24,7 @@ def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, histor
         "recipe": recipe.model_dump(mode="json"),
         "data": {p.name: p.version for p, _ in data.parts(splits.train, splits.validation, splits.unlabelled)},
         "image": learner.backbone.image,
-        "base_classes": data.classes(splits.train).groups if trained else None,
+        "base_classes": data.classes(splits.train).classes_per_data_set if trained else None,
         "history": history,
     }
     weights = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}

@@ -108,11 +108,11 @@ def test_a_misspelt_reference_is_answered_with_how_one_is_written(reference, mes
         splits_of(reference, "zoo")
 
 
-def test_joined_classes_keep_their_images_their_groups_and_what_was_turned(folder):
+def test_joined_classes_keep_their_images_their_data_sets_and_what_was_turned(folder):
     zoo = ImageSet.open(folder)
     train, val = zoo.split("train", rotations=True), zoo.split("val")
     joined = ClassImages.joined([val, train])
-    assert (joined.groups, len(joined), joined.names) == ((1, 8), 9, val.names + train.names)
+    assert (joined.classes_per_data_set, len(joined), joined.names) == ((1, 8), 9, val.names + train.names)
     assert joined.counts.tolist() == [2, *train.counts.tolist()]
     images = joined.gather(np.array([[0], [3], [8]]), np.array([0, 1]))  # (3, 2, C, H, W)
     assert np.array_equal(images[0], val.gather(np.array([0, 0]), np.array([0, 1])))
@@ -121,6 +121,21 @@ def test_joined_classes_keep_their_images_their_groups_and_what_was_turned(folde
     assert ClassImages.joined([train]) is train
     with pytest.raises(KshotError, match="before joining"):
         ClassImages.joined([val, zoo.split("test")]).rotated()
+
+
+def test_rows_say_where_images_are_packed_and_how_they_are_turned(folder):
+    zoo = ImageSet.open(folder)
+    memory = ClassImages.from_arrays([np.zeros((5, *zoo.rule.shape), np.uint8)])
+    joined = ClassImages.joined([memory, zoo.split("train", rotations=True)])
+    assert joined.keys == (None, zoo.index.images_sha256)
+    assert joined.packed_counts == (5, len(zoo.images))
+    home, row, turn = joined.rows(np.array([[0], [8]]), np.array([0, 1]))  # (2, 2) each
+    start = next(c.start for c in zoo.classes if c.name == "cat")
+    assert (home.tolist(), row.tolist(), turn.tolist()) == (
+        [[0, 0], [1, 1]], [[0, 1], [start, start + 1]], [[0, 0], [3, 3]],
+    )  # fmt: skip
+    upright = joined.read(home[1], row[1], np.zeros(2, int))  # (2, C, H, W)
+    assert np.array_equal(upright, zoo.images[start : start + 2])
 
 
 def test_images_of_two_shapes_cannot_be_joined():

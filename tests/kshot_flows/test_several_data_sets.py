@@ -134,7 +134,7 @@ def test_a_bundle_with_another_name_and_a_score_by_other_rules_have_keys_of_thei
 def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
     recipe = shipped.load(str(home / "tiny.toml"), ["dataset.rotations=true", "dataset.train=train+stripes:train"])
     data = steps.version_data(recipe)
-    assert data.classes(recipe.dataset.train).groups == (40, 4)
+    assert data.classes(recipe.dataset.train).classes_per_data_set == (40, 4)
     assert data.split_of("test") == ("test", True)
     assert data.split_of("stripes:test") == ("test", False)
     assert data.identity_of("stripes:test") == data.others[0].version

@@ -107,7 +107,7 @@ def test_a_network_that_makes_no_features_of_such_images_is_refused(model, says)
 def test_training_moves_the_weights_and_no_statistics():
     images = colours()
     learner = recipe(size=32).build(images.shape)
-    learner.prepare(images.groups)
+    learner.prepare(images.classes_per_data_set)
     before = {name: value.clone() for name, value in learner.backbone.state_dict().items()}
     learner.train()
     batch = sample_episodes(images, Shape(5, 1, 2), 1, seed=0, step=0)
