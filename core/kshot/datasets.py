@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +21,8 @@ from kshot_runtime.images import ImageRule
 
 IMAGES, INDEX, SHEET = "images.npy", "index.json", "sheet.png"
 SPLITS = ("train", "val", "test")
+Protocol = Literal["random photos", "across groups"]
+"""Where an episode takes a class's queries from: any of its photos, or those of other groups than its support."""
 
 
 def splits_of(reference: str, own: str) -> dict[str, str]:
@@ -60,6 +64,7 @@ class FileEntry(_Part):
 
     name: str
     sha256: str
+    group: str | None = None  # photos that belong together: a visit, a camera, a patient
 
 
 class Skipped(_Part):
@@ -85,7 +90,7 @@ class Index(_Part):
     duplicates: tuple[tuple[str, ...], ...]  # groups of files that are the same to the byte
 
     def to_bytes(self) -> bytes:
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        return self.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
 
 
 class ImageSet:
@@ -152,10 +157,15 @@ class ImageSet:
         chosen = [c for c in self.classes if c.split in parts]
         starts = np.array([c.start for c in chosen], dtype=np.int64)
         counts = np.array([c.count for c in chosen], dtype=np.int64)
-        classes = ClassImages(
-            [np.asarray(self.images)], starts, counts, tuple(c.name for c in chosen), keys=(self.index.images_sha256,)
-        )
+        packed = PackedImages(np.asarray(self.images), self.index.images_sha256, self.groups)
+        classes = ClassImages([packed], starts, counts, tuple(c.name for c in chosen))
         return classes.rotated() if rotations else classes
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The number of each image's group (N,), where the import was told of groups; one name, one number."""
+        names = [f.group for f in self.index.files if f.group is not None]
+        return np.unique(names, return_inverse=True)[1] if len(names) == len(self.index.files) else None
 
     def hashes(self, splits: str) -> dict[str, str]:
         """The sha256 of each image's file in a split, or in several, with the file's name."""
@@ -173,31 +183,52 @@ class ImageSet:
             )
 
 
+class PackedImages(NamedTuple):
+    """The images of one data set, of all its classes."""
+
+    images: np.ndarray  # (N, C, H, W) uint8
+    key: str | None = None  # the sha256 of images.npy; None for images in memory
+    groups: np.ndarray | None = None  # (N,) int: the group of each image, where known
+
+
+class Groups(NamedTuple):
+    """The groups of some classes: a group is a run of its class's images, once these are sorted by group."""
+
+    order: np.ndarray  # (images,) class after class, each one's sample numbers sorted by group
+    klass: np.ndarray  # (groups,) int: in ascending order
+    start: np.ndarray  # (groups,) where the run begins among its class's images in `order`
+    size: np.ndarray  # (groups,) images in it
+
+
 class ClassImages:
     """Some classes as arrays: what episodes are drawn from. A rotated class is a class of its own."""
 
     def __init__(
         self,
-        images: Sequence[np.ndarray],  # of each joined data set: (N, C, H, W) uint8, all of one C, H, W
+        packed: Sequence[PackedImages],  # of each joined data set; images all of one C, H, W
         starts: np.ndarray,  # (classes,) int64: where each class begins in the images of its data set
         counts: np.ndarray,  # (classes,) int64: images per class
         names: tuple[str, ...],
         turns: np.ndarray | None = None,  # (classes,) quarter turns, counter-clockwise
         classes_per_data_set: tuple[int, ...] = (),  # how many each of the joined data sets brings, in order
-        keys: tuple[str | None, ...] = (None,),  # of each joined data set: the sha256 of its packed images, if known
     ) -> None:
-        self._images = tuple(images)
+        self._packed = tuple(packed)
         self._starts = starts
         self._turns = np.zeros_like(starts) if turns is None else turns
         self.counts = counts
         self.names = names
         self.classes_per_data_set = classes_per_data_set or (len(counts),)
-        self.keys = keys
-        self._home = np.repeat(np.arange(len(images)), self.classes_per_data_set)  # (classes,) index into images
+        self.protocol: Protocol = "random photos"
+        self._home = np.repeat(np.arange(len(packed)), self.classes_per_data_set)  # (classes,) index into packed
 
     @classmethod
-    def from_arrays(cls, images_per_class: Sequence[np.ndarray], names: Sequence[str] | None = None) -> ClassImages:
-        """One uint8 array (images, C, H, W) per class, all of one C, H, W."""
+    def from_arrays(
+        cls,
+        images_per_class: Sequence[np.ndarray],
+        names: Sequence[str] | None = None,
+        groups_per_class: Sequence[Sequence[int]] | None = None,
+    ) -> ClassImages:
+        """One uint8 array (images, C, H, W) per class, all of one C, H, W; and the group of each image, where known."""
         counts = np.array([len(images) for images in images_per_class], dtype=np.int64)
         names = [str(i) for i in range(len(counts))] if names is None else names
         if len(names) != len(counts):
@@ -205,7 +236,8 @@ class ClassImages:
         images = np.concatenate(images_per_class)  # (N, C, H, W)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"expected uint8 (images, C, H, W) per class, got {images.dtype} {images.shape}")
-        return cls([images], np.cumsum(counts) - counts, counts, tuple(names))
+        groups = None if groups_per_class is None else np.concatenate(groups_per_class)  # (N,)
+        return cls([PackedImages(images, groups=groups)], np.cumsum(counts) - counts, counts, tuple(names))
 
     @classmethod
     def joined(cls, parts: Sequence[ClassImages]) -> ClassImages:
@@ -215,14 +247,13 @@ class ClassImages:
         if len(shapes := dict.fromkeys(part.shape for part in parts)) > 1:
             raise KshotError(f"only images of one shape can be joined; these are {' and '.join(map(str, shapes))}")
         return cls(
-            [images for part in parts for images in part._images],
+            [packed for part in parts for packed in part._packed],
             np.concatenate([part._starts for part in parts]),
             np.concatenate([part.counts for part in parts]),
             tuple(name for part in parts for name in part.names),
             np.concatenate([part._turns for part in parts]),
             tuple(count for part in parts for count in part.classes_per_data_set),
-            tuple(key for part in parts for key in part.keys),
-        )
+        ).with_protocol(parts[0].protocol)
 
     def rotated(self) -> ClassImages:
         """These classes, then each again turned by 90, by 180 and by 270 degrees."""
@@ -230,26 +261,53 @@ class ClassImages:
             raise KshotError(f"only square images can be rotated as classes, and these are {self.shape}")
         if self._turns.any():
             raise KshotError("these classes are rotated already")
-        if len(self._images) > 1:
+        if len(self._packed) > 1:
             raise KshotError("rotate the classes of each data set before joining them")
         names = self.names + tuple(f"{name} rot{turn:03d}" for turn in (90, 180, 270) for name in self.names)
         turns = np.repeat(np.arange(4), len(self))
-        starts, counts = np.tile(self._starts, 4), np.tile(self.counts, 4)
-        return ClassImages(self._images, starts, counts, names, turns, keys=self.keys)
+        turned = ClassImages(self._packed, np.tile(self._starts, 4), np.tile(self.counts, 4), names, turns)
+        return turned.with_protocol(self.protocol)
+
+    def with_protocol(self, protocol: Protocol) -> ClassImages:
+        """The same classes, whose episodes are drawn in this way."""
+        view = copy.copy(self)
+        view.protocol = protocol
+        return view
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """One image: (C, H, W)."""
-        _, channels, height, width = self._images[0].shape
+        _, channels, height, width = self._packed[0].images.shape
         return channels, height, width
 
     def __len__(self) -> int:
         return len(self.counts)
 
     @property
+    def keys(self) -> tuple[str | None, ...]:
+        """The sha256 of each joined data set's packed images; None for images in memory."""
+        return tuple(packed.key for packed in self._packed)
+
+    @property
     def packed_counts(self) -> tuple[int, ...]:
         """How many packed images each joined data set has, whether or not they are of these classes."""
-        return tuple(len(images) for images in self._images)
+        return tuple(len(packed.images) for packed in self._packed)
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """The groups of these classes, if they are known of every image."""
+        known = [packed.groups for packed in self._packed if packed.groups is not None]
+        if len(known) < len(self._packed):
+            return None
+        classes, before = np.repeat(np.arange(len(self)), self.counts), np.cumsum(self.counts) - self.counts
+        samples = np.arange(len(classes)) - before[classes]
+        home, row, _ = self.rows(classes, samples)
+        offsets = np.cumsum(self.packed_counts) - self.packed_counts
+        group = np.concatenate(known)[offsets[home] + row]  # (images,)
+        order = np.lexsort((group, classes))  # leaves `classes` as it is
+        first = np.flatnonzero(np.diff(classes, prepend=-1) | np.diff(group[order], prepend=-1))  # (groups,)
+        klass = classes[first]
+        return Groups(samples[order], klass, first - before[klass], np.diff(first, append=len(classes)))
 
     def rows(self, classes: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the images with these numbers within these classes are packed: (home, row, turn), each (*batch,) int.
@@ -270,9 +328,9 @@ class ClassImages:
     def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
         """The images at these places, as `rows` gives them: uint8 (*batch, C, H, W)."""
         images = np.empty((*row.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
-        for number, packed in enumerate(self._images):
+        for number, packed in enumerate(self._packed):
             here = home == number
-            images[here] = packed[row[here]]
+            images[here] = packed.images[row[here]]
         for quarters in (1, 2, 3):
             turned = turn == quarters
             if turned.any():

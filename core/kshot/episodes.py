@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kshot.datasets import ClassImages
+from kshot.datasets import ClassImages, Groups
 from kshot_runtime.errors import KshotError
 
 Stream = Literal["train", "val", "test", "calibration"]
@@ -104,17 +104,24 @@ def draw_indices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which classes (count, ways) and which of their images (count, ways, shots + queries) each episode takes.
 
-    Without replacement, so support and query are disjoint. The draw depends on (seed, stream, step) alone: a run
+    Without replacement, so support and query are disjoint. Across groups, the support of a class comes from one of
+    its groups, drawn at random, and its queries from all others. The draw depends on (seed, stream, step) alone: a run
     that resumes at a step, or a worker that takes every n-th, gets what one uninterrupted worker would have drawn.
     """
-    per_class = check_shape(images, shape)
+    check_shape(images, shape)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAMS[stream], step])))
-    classes = _choose(random, count, len(images), shape.ways)  # (count, ways)
-    available = images.counts[classes]  # (count, ways)
-    keys = random.random((count, shape.ways, int(available.max())))
-    keys[np.arange(keys.shape[-1]) >= available[..., None]] = np.inf  # a smaller class has fewer images to choose from
-    samples = np.argsort(keys, axis=-1)[..., :per_class]  # (count, ways, shots + queries)
-    return classes, samples
+    classes = _distinct(random, np.full(count, len(images)), shape.ways)  # (count, ways)
+    total = images.counts[classes]  # (count, ways)
+    if images.protocol == "random photos":
+        return classes, _distinct(random, total, shape.shots + shape.queries)  # (count, ways, shots + queries)
+    groups, able = _able_to_support(images, shape)
+    first, last = (np.searchsorted(groups.klass[able], classes, side) for side in ("left", "right"))
+    chosen = able[random.integers(first, last)]  # (count, ways)
+    start, size = groups.start[chosen], groups.size[chosen]
+    support = start[..., None] + _distinct(random, size, shape.shots)
+    query = (start + size)[..., None] + _distinct(random, total - size, shape.queries)  # wraps to the first group
+    places = np.concatenate([support, query % total[..., None]], axis=-1)  # (count, ways, shots + queries)
+    return classes, groups.order[(np.cumsum(images.counts) - images.counts)[classes][..., None] + places]
 
 
 def sample_episodes(
@@ -141,39 +148,80 @@ def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> T
     return as_floats(pixels)
 
 
-def check_shape(images: ClassImages, shape: Shape) -> int:
-    """The images that an episode takes of each class, if every class has them and there are classes enough."""
+def check_shape(images: ClassImages, shape: Shape, settings: tuple[str, str] = ("ways={}", "queries={}")) -> None:
+    """Refuse a shape that cannot be drawn from these classes; an error names the one of `settings` that mends it."""
+    ways, queries = settings
     if shape.ways > len(images):
-        raise KshotError(f"{shape.ways} ways need as many classes; this split has {len(images)}. Ask for fewer ways.")
+        mend = f"Set {ways.format(len(images))}, or add classes." if len(images) > 1 else "Add classes."
+        raise KshotError(f"{shape.ways} ways need as many classes; this split has {len(images)}. {mend}")
     needed = shape.shots + shape.queries
     short = np.flatnonzero(images.counts < needed)
     if len(short):
-        first = int(short[0])
-        others = f" (and {len(short) - 1} more classes are short)" if len(short) > 1 else ""
+        spare = int(images.counts.min()) - shape.shots
         raise KshotError(
-            f"class {images.names[first]!r} has {images.counts[first]} images; "
-            f"{shape.shots} shots + {shape.queries} queries need {needed}{others}. "
-            f"Ask for fewer queries or shots, or add images."
+            f"class {images.names[short[0]]!r} has {images.counts[short[0]]} images; "
+            f"{shape.shots} shots + {shape.queries} queries need {needed}{_others(short)}. "
+            f"{f'Set {queries.format(spare)}' if spare > 0 else 'Ask for fewer shots'}, or add images."
         )
-    return needed
+    if images.protocol == "across groups":
+        groups, able = _able_to_support(images, shape)
+        short = np.setdiff1d(np.arange(len(images)), groups.klass[able])
+        if len(short):
+            sizes = groups.size[groups.klass == short[0]]
+            raise KshotError(
+                f"class {images.names[short[0]]!r} has {len(sizes)} groups of {sizes.min()} to {sizes.max()} images; "
+                f"{shape.shots} shots of one and {shape.queries} queries of the others are too many{_others(short)}. "
+                "Ask for fewer shots or queries, add images of other groups, or set dataset.across_groups=false."
+            )
 
 
-def _choose(random: np.random.Generator, count: int, population: int, size: int) -> np.ndarray:
-    """(count, size) distinct numbers below `population` in each row, in random order."""
-    if population < size * size:  # redrawing rows with a repeat would take long
-        return np.argsort(random.random((count, population)), axis=1)[:, :size]
-    rows = random.integers(population, size=(count, size))
-    while len(repeats := np.flatnonzero((np.diff(np.sort(rows, axis=1)) == 0).any(1))):
-        rows[repeats] = random.integers(population, size=(len(repeats), size))
-    return rows
+def protocols(images: ClassImages, shape: Shape) -> list[ClassImages]:
+    """The same classes under each protocol that episodes of `shape` can be drawn by, their own first."""
+    other = images.with_protocol("across groups" if images.protocol == "random photos" else "random photos")
+    try:
+        check_shape(other, shape)
+    except KshotError:
+        return [images]
+    return [images, other]
+
+
+def _able_to_support(images: ClassImages, shape: Shape) -> tuple[Groups, np.ndarray]:
+    """The groups of these classes, and which of them have photos enough for the support and leave enough to query."""
+    if (groups := images.groups) is None:
+        raise KshotError(
+            "episodes across groups need the group of every image, and these have none: import them again with "
+            "--group-by, or set dataset.across_groups=false"
+        )
+    others = images.counts[groups.klass] - groups.size
+    return groups, np.flatnonzero((groups.size >= shape.shots) & (others >= shape.queries))
+
+
+def _others(short: np.ndarray) -> str:
+    return f" (and {len(short) - 1} more classes are short)" if len(short) > 1 else ""
+
+
+def _distinct(random: np.random.Generator, populations: np.ndarray, size: int) -> np.ndarray:
+    """For each of populations (*batch,), `size` distinct numbers below it, in random order: (*batch, size).
+
+    By Floyd's algorithm: `size` random numbers, however large the population.
+    """
+    chosen = np.empty((*populations.shape, size), np.int64)
+    for i in range(size):
+        last = populations - size + i  # (*batch,)
+        drawn = random.integers(last + 1)
+        taken = (chosen[..., :i] == drawn[..., None]).any(-1)
+        chosen[..., i] = np.where(taken, last, drawn)
+    return random.permuted(chosen, axis=-1)
 
 
 def as_floats(pixels: np.ndarray) -> Tensor:
-    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape.
+    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape; features (*batch, D) stay as they are.
 
     Channels last: a convolution is several times faster in that layout on a CPU, and no slower on a GPU. It is
     copied into place because for one channel both layouts look alike to `contiguous`.
     """
+    if pixels.dtype != np.uint8:
+        return torch.from_numpy(pixels)
     source = torch.from_numpy(pixels.reshape(-1, *pixels.shape[-3:]))
     floats = torch.empty(source.shape, memory_format=torch.channels_last).copy_(source).div_(255)
     return floats.unflatten(0, pixels.shape[:-3])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, draw_indices, sample_episodes, sample_images
+from kshot.episodes import Shape, check_shape, draw_indices, protocols, sample_episodes, sample_images
 from kshot_runtime.errors import KshotError
 
 
@@ -85,10 +85,113 @@ def test_labels_are_shuffled_so_that_none_means_a_class():
     assert abs((classes[:, 0] < classes[:, 1]).mean() - 0.5) < 0.03
 
 
-def test_many_classes_and_few_ways_are_drawn_by_redrawing_repeats():
-    images = labelled_images([2] * 200)
-    classes, _ = draw_indices(images, Shape(10, 1, 1), 500, seed=0, step=0)
-    assert all(len(set(row)) == 10 for row in classes.tolist())
+def test_every_order_of_the_images_of_a_class_is_as_likely():
+    images = labelled_images([4] * 2)
+    _, samples = draw_indices(images, Shape(2, 1, 2), 12_000, seed=1, step=0)  # (12000, 2, 3)
+    orders, counts = np.unique(samples.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(orders) == 4 * 3 * 2
+    np.testing.assert_allclose(counts / 24_000, 1 / 24, atol=0.006)
+
+
+def test_a_large_class_costs_no_more_random_numbers_than_a_small_one(monkeypatch):
+    drawn = []
+
+    class Counting(np.random.Generator):
+        def integers(self, *arguments, **options):
+            drawn.append(super().integers(*arguments, **options))
+            return drawn[-1]
+
+    monkeypatch.setattr(np.random, "Generator", Counting)
+    images = labelled_images([6, 7, 8])
+    large = ClassImages.from_arrays([np.zeros((size, 1, 1, 1), np.uint8) for size in (100_000, 300_000, 50)])
+    for classes in (images, large):
+        drawn.clear()
+        _, samples = draw_indices(classes, Shape(3, 1, 5), 8, seed=0, step=0)
+        assert sum(numbers.size for numbers in drawn) == 8 * (3 + 3 * 6)
+    assert samples.max() > 100_000
+
+
+def grouped_images(groups_per_class: list[list[int]]) -> ClassImages:
+    """One-pixel images of three channels: their class, their number in it and their group."""
+    return ClassImages.from_arrays(
+        [
+            np.array([[c, i, g] for i, g in enumerate(groups)], np.uint8)[:, :, None, None]
+            for c, groups in enumerate(groups_per_class)
+        ],
+        groups_per_class=groups_per_class,
+    )
+
+
+def test_across_groups_support_comes_from_one_group_and_queries_from_all_others():
+    groups = [[0, 1, 0, 2, 1, 0, 2], [5, 5, 5, 3, 3, 4], [0, 0, 0, 1, 1, 1, 1]]
+    images = grouped_images(groups).with_protocol("across groups")
+    supports, queries = set(), set()
+    for step in range(40):
+        [episode] = sample_episodes(images, Shape(3, 2, 3), 1, seed=0, step=step)
+        support, query = ((part.flatten(1) * 255).round().int() for part in (episode.support, episode.query))
+        for label, klass in enumerate(episode.source.tolist()):
+            own, asked = support[episode.support_labels == label], query[episode.query_labels == label]
+            assert {*own[:, 0].tolist(), *asked[:, 0].tolist()} == {klass}
+            assert all(groups[c][i] == g for c, i, g in [*own.tolist(), *asked.tolist()])
+            assert len(own[:, 1].unique()) == 2
+            assert len(asked[:, 1].unique()) == 3
+            [group] = own[:, 2].unique().tolist()
+            assert group not in asked[:, 2]
+            supports.add((klass, group))
+            queries |= {(klass, other) for other in asked[:, 2].tolist()}
+    # (1, 4) has one image only, too few for a support, and the rest of (1, 5) and (0, ...) suffice for the queries
+    assert supports == {(0, 0), (0, 1), (0, 2), (1, 5), (1, 3), (2, 0), (2, 1)}
+    assert queries == supports | {(1, 4)}
+
+
+def test_groups_are_known_by_class_however_classes_are_joined_turned_and_split():
+    first, second = grouped_images([[0, 1, 0]]), grouped_images([[1, 1], [2, 0, 2]])
+    joined = ClassImages.joined([first.rotated(), second])
+    assert joined.groups.klass.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5]
+    assert joined.groups.start.tolist() == [0, 2, 0, 2, 0, 2, 0, 2, 0, 0, 1]
+    assert joined.groups.size.tolist() == [2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2]
+    assert joined.groups.order.tolist() == [0, 2, 1] * 4 + [0, 1] + [1, 0, 2]
+    assert ClassImages.joined([first, ClassImages.from_arrays([np.zeros((2, 3, 1, 1), np.uint8)])]).groups is None
+
+
+def test_the_protocols_are_those_that_the_groups_allow_and_the_own_comes_first():
+    images = grouped_images([[0, 1, 1], [1, 0, 0]])
+    assert [each.protocol for each in protocols(images, Shape(2, 1, 1))] == ["random photos", "across groups"]
+    across = images.with_protocol("across groups")
+    assert [each.protocol for each in protocols(across, Shape(2, 1, 1))] == ["across groups", "random photos"]
+    assert [each.protocol for each in protocols(grouped_images([[0, 1, 1], [0, 0, 0]]), Shape(2, 1, 1))] == [
+        "random photos"
+    ]
+    assert [each.protocol for each in protocols(labelled_images([3, 3]), Shape(2, 1, 1))] == ["random photos"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([[0, 0, 0, 0], [0, 1, 1, 1]], r"class '0' has 1 groups of 4 to 4 images; 1 shots of one and 2 queries"),
+        ([[0, 1, 1, 2], [0, 1, 2, 3], [0] * 4, [1] * 4], r"'2' has 1 groups .* \(and 1 more classes are short\)"),
+    ],
+)
+def test_classes_whose_groups_are_too_few_or_too_small_are_named(groups, message):
+    with pytest.raises(KshotError, match=message):
+        draw_indices(grouped_images(groups).with_protocol("across groups"), Shape(2, 1, 2), 1, seed=0, step=0)
+
+
+def test_episodes_across_groups_need_groups():
+    with pytest.raises(KshotError, match=r"import them again with --group-by, or set dataset.across_groups=false"):
+        check_shape(labelled_images([4, 4]).with_protocol("across groups"), Shape(2, 1, 1))
+
+
+def test_an_error_names_the_setting_that_mends_it():
+    images, settings = labelled_images([6, 7, 8]), ("training.validation_ways={}", "training.validation_queries={}")
+    with pytest.raises(KshotError, match=r"Set training.validation_ways=3, or add classes"):
+        check_shape(images, Shape(5, 1, 1), settings)
+    with pytest.raises(KshotError, match=r"Set training.validation_queries=5, or add images"):
+        check_shape(images, Shape(3, 1, 7), settings)
+    with pytest.raises(KshotError, match=r"Ask for fewer shots, or add images"):
+        check_shape(images, Shape(3, 6, 1), settings)
+    with pytest.raises(KshotError, match=r"this split has 1. Add classes"):
+        check_shape(labelled_images([6]), Shape(2, 1, 1), settings)
 
 
 def test_pixels_become_floats_in_0_to_1_laid_out_channels_last():
