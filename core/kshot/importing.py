@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from kshot import folders
 from kshot.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
 from kshot.sheets import contact_sheet
-from kshot.sources import Importer, Picture, Request, Split, list_images, random_split
+from kshot.sources import Importer, Picture, Request, Split, grouped, list_images, random_split
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageError, ImageRule, decode, render
 
@@ -52,6 +52,7 @@ class ImportReport:
     skipped: Sequence[Skipped]
     duplicates: Sequence[tuple[str, ...]]  # groups of files that are the same to the byte
     leaks: Sequence[tuple[str, ...]]  # those of them that lie in more than one split
+    groups: Mapping[str, int]  # how many groups each class has photos of, where groups are known
 
     @property
     def sheet(self) -> Path:
@@ -68,13 +69,16 @@ def import_dataset(
     split: str | None = None,
     seed: int = 0,
     min_images: int = 2,
+    group_by: str | None = None,
+    allow_leaks: bool = False,
     replace: bool = False,
 ) -> Iterator[Progress | ImportReport]:
     """Pack `source` (a folder, a zip, or a plugin's source by name) as `root/name`; yields progress, then the report.
 
     `rule` changes single fields of the source's own ImageRule. `from_dir` is where a named source's archives lie; if
     it is not given, they are looked for in the folder `$KSHOT_MIRROR/<source>`. For a folder or a zip that is not
-    split already, `split` is the share of its classes in train/val/test, such as `0.6/0.2/0.2`.
+    split already, `split` is the share of its classes in train/val/test, such as `0.6/0.2/0.2`. `group_by` says which
+    pictures belong together (see `kshot.sources.grouped`). Equal files in two splits are refused unless `allow_leaks`.
     """
     if not _NAME.fullmatch(name):
         raise KshotError(f"{name!r} cannot name a data set: take letters, digits, '-', '_' and '.', such as my-photos")
@@ -90,7 +94,7 @@ def import_dataset(
             raise KshotError(f"{root / name} exists already. Choose another name, or replace it: --replace")
         with _workplace(root, name) as place, importer.open(request) as listing:
             packing = _Packing(place, full_rule)
-            yield from packing.pack(listing.pictures, min_images)
+            yield from packing.pack(grouped(listing.pictures, group_by) if group_by else listing.pictures, min_images)
             if split and not importer.splits and all(known for _, known, _, _ in packing.classes):
                 raise KshotError(f"{source} is split already into train/, val/ and test/: leave --split out")
             classes = _split_by_class(packing.classes, fractions, seed)
@@ -106,6 +110,8 @@ def import_dataset(
                 skipped=tuple(sorted(listing.skipped + packing.skipped, key=lambda s: s.name)),
                 duplicates=tuple(_duplicates(packing.files)),
             )
+            if not allow_leaks:
+                _refuse_leaks(index)
             (place / INDEX).write_bytes(index.to_bytes())
             contact_sheet(ImageSet.open(place)).save(place / SHEET)
             folders.replace(root / name, place)
@@ -211,7 +217,7 @@ class _Packing:
         except OSError as error:
             self.skipped.append(Skipped(name=picture.name, why=f"cannot be read: {error.strerror}"))
         else:
-            return array, FileEntry(name=picture.name, sha256=digest.hexdigest())
+            return array, FileEntry(name=picture.name, sha256=digest.hexdigest(), group=picture.group)
         return None
 
     def _write_header(self, output: Any, count: int) -> None:
@@ -277,8 +283,24 @@ def _duplicates(files: Iterable[FileEntry]) -> list[tuple[str, ...]]:
     return sorted(tuple(sorted(names)) for names in by_content.values() if len(names) > 1)
 
 
-def _report(folder: Path, index: Index) -> ImportReport:
+def _leaks(index: Index) -> dict[tuple[str, ...], dict[Split, str]]:
+    """The files, equal to the byte, that lie in more than one split; for each of these splits one of the files."""
     split_of = {f.name: c.split for c in index.classes for f in index.files[c.start : c.start + c.count]}
+    by_split = {names: {split_of[name]: name for name in reversed(names)} for names in index.duplicates}
+    return {names: files for names, files in by_split.items() if len(files) > 1}
+
+
+def _refuse_leaks(index: Index) -> None:
+    if leaks := _leaks(index):
+        pairs = [" = ".join(f"{file} ({split})" for split, file in sorted(files.items())) for files in leaks.values()]
+        raise KshotError(
+            f"{len(leaks)} images are in more than one split, so that a test would see what was trained:"
+            + "".join(f"\n  {pair}" for pair in pairs[:5])
+            + "\nKeep one file of each, or import them all the same: --allow-leaks"
+        )
+
+
+def _report(folder: Path, index: Index) -> ImportReport:
     data_set = ImageSet.open(folder)
     return ImportReport(
         folder=folder,
@@ -287,7 +309,12 @@ def _report(folder: Path, index: Index) -> ImportReport:
         splits=data_set.splits,
         skipped=index.skipped,
         duplicates=index.duplicates,
-        leaks=[group for group in index.duplicates if len({split_of[name] for name in group}) > 1],
+        leaks=list(_leaks(index)),
+        groups={
+            c.name: len({f.group for f in index.files[c.start : c.start + c.count]})
+            for c in index.classes
+            if index.files[c.start].group is not None
+        },
     )
 
 

@@ -6,6 +6,7 @@ A zip is never unpacked: its members are read one at a time, and one that was ma
 from __future__ import annotations
 
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class Picture(NamedTuple):
     label: str  # its class
     split: Split | None  # None: split by class, by the source's fractions
     read: Callable[[], bytes | Image.Image]  # an encoded file, or pixels that need no decoding
+    group: str | None = None  # pictures that belong together: a visit, a camera, a patient
 
 
 @dataclass
@@ -88,6 +90,33 @@ def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) ->
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     chosen = [split for split, count in zip(order, counts, strict=True) for _ in range(count)]
     return dict(zip(shuffled, chosen, strict=True))
+
+
+def grouped(pictures: Sequence[Picture], group_by: str) -> list[Picture]:
+    """The pictures with their groups: the last folder, which is then no part of the class, or a part of the file name.
+
+    `group_by` is `folder`, or a glob of file names with the group in braces: `{visit}_*`. Where it may end in several
+    places, a group is as short as it can be.
+    """
+    named = re.fullmatch(r"([^{}]*)\{\w*\}([^{}]*)", group_by)
+    if group_by == "folder":
+        found = [picture.label.rpartition("/")[::2] for picture in pictures]  # class and group
+    elif named:
+        before, after = (re.escape(part).replace(r"\*", ".*?").replace(r"\?", ".") for part in named.groups())
+        matches = [re.fullmatch(f"{before}(.+?){after}", PurePosixPath(picture.name).name) for picture in pictures]
+        found = [(picture.label, match[1] if match else "") for picture, match in zip(pictures, matches, strict=True)]
+    else:
+        raise KshotError(
+            f"--group-by {group_by!r}: write folder, where each group is a folder in that of its class "
+            "(cats/visit1/a.jpg), or a pattern of file names with the group in braces, such as {visit}_*"
+        )
+    if without := [picture.name for picture, pair in zip(pictures, found, strict=True) if not all(pair)]:
+        where = "not in a folder of a group in that of a class" if group_by == "folder" else "not of that pattern"
+        raise KshotError(
+            f"--group-by {group_by!r}: {len(without)} of {len(pictures)} pictures are {where}, such as "
+            f"{', '.join(without[:5])}. Every picture needs a group: write a pattern that fits all, or move these."
+        )
+    return [picture._replace(label=label, group=group) for picture, (label, group) in zip(pictures, found, strict=True)]
 
 
 @contextmanager

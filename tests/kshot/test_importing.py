@@ -228,18 +228,78 @@ def test_one_class_only_is_refused_with_a_way_out(tmp_path, data):
     assert take(source, data, split="0/0/1").splits == {"test": 1}
 
 
-def test_equal_files_are_reported_and_those_across_splits_by_themselves(tmp_path, data):
+def test_equal_files_are_reported_and_those_across_splits_are_refused_unless_allowed(tmp_path, data):
     photos(tmp_path / "in" / "train", 2)
     photos(tmp_path / "in" / "val", 1, start=2)
     photos(tmp_path / "in" / "test", 1, start=3)
     (tmp_path / "in/train/class0/again.png").write_bytes(png(0))
     (tmp_path / "in/test/class3/leak.png").write_bytes(png(100))
-    report = take(tmp_path / "in", data)
+    with pytest.raises(KshotError, match="1 images are in more than one split") as refused:
+        take(tmp_path / "in", data)
+    assert "test/class3/leak.png (test) = train/class1/0.png (train)" in str(refused.value)
+    assert "--allow-leaks" in str(refused.value)
+    assert nothing_left(data)
+    report = take(tmp_path / "in", data, allow_leaks=True)
     assert report.duplicates == (
         ("test/class3/leak.png", "train/class1/0.png"),
         ("train/class0/0.png", "train/class0/again.png"),
     )
     assert report.leaks == [("test/class3/leak.png", "train/class1/0.png")]
+
+
+def visits(root: Path) -> Path:
+    """Three classes, the last a nested name, each with visits 1 and 2 of two images."""
+    for number, name in enumerate(("ant", "bee", "cat/tabby")):
+        for visit in (1, 2):
+            (folder := root / name / f"visit{visit}").mkdir(parents=True)
+            for image in (0, 1):
+                (folder / f"{image}.png").write_bytes(png(100 * number + 10 * visit + image))
+    return root
+
+
+def test_the_last_folder_is_the_group_where_the_user_says_so(tmp_path, data):
+    report = take(visits(tmp_path / "in"), data, group_by="folder")
+    assert report.groups == {"ant": 2, "bee": 2, "cat/tabby": 2}
+    mine = ImageSet.open(data / "mine")
+    assert [(f.name, f.group) for f in mine.index.files[7:9]] == [
+        ("bee/visit2/1.png", "visit2"),
+        ("cat/tabby/visit1/0.png", "visit1"),
+    ]
+    assert mine.split("train+val+test").groups.size.tolist() == [2] * 6
+    take(tmp_path / "in", data, "nested")
+    assert [c.name for c in ImageSet.open(data / "nested").classes][:2] == ["ant/visit1", "ant/visit2"]
+
+
+def test_a_part_of_the_file_name_is_the_group(tmp_path, data):
+    source = photos(tmp_path / "in")
+    for file in source.rglob("?.png"):
+        file.rename(file.with_name(f"{'train' if file.stem == '0' else 'test'}_x_{file.name}"))
+    report = take(source, data, group_by="{split}_*")
+    assert report.groups == {f"class{i}": 2 for i in range(5)}
+    assert [f.group for f in ImageSet.open(data / "mine").index.files[:3]] == ["test", "test", "train"]
+    take(source, data, "other", group_by="*_x_{number}.png")
+    assert [f.group for f in ImageSet.open(data / "other").index.files[:3]] == ["1", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "message"),
+    [
+        ("visit", r"--group-by 'visit': write folder, .* or a pattern"),
+        ("{visit}_{camera}", "write folder"),
+        ("{visit}_*", r"15 of 15 pictures are not of that pattern, such as class0/0.png, class0/1.png"),
+        ("folder", r"15 of 15 pictures are not in a folder of a group in that of a class, such as class0/0.png"),
+    ],
+)
+def test_a_picture_without_a_group_is_named_and_nothing_is_taken(tmp_path, data, group_by, message):
+    with pytest.raises(KshotError, match=message):
+        take(photos(tmp_path / "in"), data, group_by=group_by)
+    assert nothing_left(data)
+
+
+def test_an_index_without_groups_does_not_mention_them(tmp_path, data):
+    take(photos(tmp_path / "in"), data)
+    assert "group" not in (data / "mine" / INDEX).read_text()
+    assert ImageSet.open(data / "mine").split("train").groups is None
 
 
 def test_no_such_source_and_no_such_folder(tmp_path, data):

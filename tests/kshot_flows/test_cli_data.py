@@ -46,14 +46,22 @@ def test_photos_are_imported_listed_shown_and_verified(place):
     assert "pets: 6 images are as they were imported" in kshot_data("verify")
 
 
-def test_a_leak_between_splits_is_told(place):
+def test_a_leak_between_splits_is_refused_and_told_where_it_is_allowed(place):
     for split, name in (("train", "ant"), ("train", "bee"), ("test", "cat [tabby]")):
         Path("in", split).mkdir(parents=True, exist_ok=True)
         Path("photos", name).rename(Path("in", split, name))
     shutil.copy("in/train/ant/0.png", "in/test/cat [tabby]/9.png")
-    told = kshot_data("import", "in", "pets")
+    with pytest.raises(KshotError, match="more than one split"):
+        kshot_data("import", "in", "pets")
+    told = kshot_data("import", "in", "pets", "--allow-leaks")
     assert "Images in more than one split" in told
     assert "test/cat [tabby]/9.png, train/ant/0.png" in told
+
+
+def test_groups_are_imported_and_shown(place):
+    told = kshot_data("import", "photos", "pets", "--group-by", "{visit}.png")
+    assert "groups a class: 2 to 2" in told
+    assert "2: 0, 1" in kshot_data("show", "pets")
 
 
 def test_verify_tells_a_changed_file_and_fails(place):
