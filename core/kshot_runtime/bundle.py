@@ -6,7 +6,7 @@ import ctypes
 import io
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from kshot_runtime.images import decode
-from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, BundleError, Manifest, read
+from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, VIEWS, BundleError, By, Manifest, read
 
 Device = Literal["cpu", "cuda", "tensorrt", "auto"]
 Photo = bytes | bytearray | memoryview | str | Path | np.ndarray
@@ -104,8 +104,9 @@ class Graphs:
         self._embed = _session(contents[EMBED], device, threads, arena) if EMBED in contents else None
         self._adapt = _session(contents[ADAPT], device, adapt_threads or threads)
         self._classify = _session(contents[CLASSIFY], device, threads, arena)
+        self._views = _session(contents[VIEWS], device, threads) if VIEWS in contents else None
         self._fixed: dict[int, _FixedBatch] = {}
-        self._gives = [output.name for output in self._classify.get_outputs()]
+        self.gives = [output.name for output in self._classify.get_outputs()]
         self.device: str = _NAMES[self._classify.get_providers()[0]]
         self.takes_features = len(self._adapt.get_inputs()[0].shape) == 2
         self.state = [output.name for output in self._adapt.get_outputs()]
@@ -116,6 +117,11 @@ class Graphs:
         """Whether it makes features of an image by itself; they are else the support set's affair."""
         return self._embed is not None
 
+    @property
+    def makes_views(self) -> bool:
+        """Whether the features of a support image are the mean over views of it."""
+        return self._views is not None
+
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Features (N, D) float32 of images (N, C, H, W) uint8, each by itself."""
         if self._embed is None:
@@ -123,6 +129,24 @@ class Graphs:
         if len(images) in self._fixed:
             return self._fixed[len(images)].features(images)
         return _run(self._embed, ["features"], {"images": images})[0]
+
+    def views(self, images: np.ndarray) -> np.ndarray:
+        """The views (N, V, C, H, W) uint8 of support images (N, C, H, W) uint8; without views.onnx the images alone."""
+        if self._views is None:
+            return images[:, None]
+        [views] = _run(self._views, ["views"], {"images": images})
+        if views.dtype != np.uint8 or views.ndim != 5 or (len(views), *views.shape[2:]) != images.shape:
+            raise BundleError(f"{VIEWS} gives {views.dtype} {views.shape} of uint8 {images.shape}, not (N, V, C, H, W)")
+        return views
+
+    def embed_support(self, images: np.ndarray) -> np.ndarray:
+        """Features (N, D) float32 of support images (N, C, H, W) uint8: the mean over each one's views."""
+
+        def features(part: np.ndarray) -> np.ndarray:
+            views = self.views(part)
+            return mean_over_views(views, _in_parts(self.embed, flattened(views)))
+
+        return _in_parts(features, images)
 
     def fix(self, sizes: Iterable[int]) -> None:
         """Set memory of the device aside for embedding so many images at once, for good."""
@@ -134,7 +158,8 @@ class Graphs:
 
         Where the bundle takes features, support may be features (S, D); so may a query.
         """
-        support = self._embedded(support)
+        if self.takes_features and support.dtype == np.uint8:
+            support = self.embed_support(support)
         given = {"support": support, "labels": labels.astype(np.int64), "classes": classes.astype(np.int64)}
         if self.takes_steps:
             if steps is None:
@@ -144,20 +169,17 @@ class Graphs:
 
     def logits(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
         """Logits (Q, W) of query (Q, C, H, W) uint8."""
-        return _run(self._classify, ["logits"], {**state, "query": self._embedded(query)})[0]
+        return self.classify(state, query)["logits"]
 
-    def classify(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits (Q, W) of query (Q, C, H, W) uint8, and its features (Q, D), if the learner has any."""
-        query = self._embedded(query)
-        results = _run(self._classify, self._gives, {**state, "query": query})
-        found = dict(zip(self._gives, results, strict=True))
-        return found["logits"], query if self.takes_features else found.get("query_features")
+    def classify(self, state: Mapping[str, np.ndarray], query: np.ndarray) -> Tensors:
+        """Of query (Q, C, H, W) uint8 the `logits` (Q, W), and what else the graph gives.
 
-    def _embedded(self, images: np.ndarray) -> np.ndarray:
-        if not self.takes_features or images.dtype != np.uint8:
-            return images
-        parts = [self.embed(images[i : i + AT_ONCE]) for i in range(0, max(1, len(images)), AT_ONCE)]
-        return np.concatenate(parts)
+        That may be `query_features` (Q, D), and `ratio` or `nearest` (Q,): see `evidence`.
+        """
+        features = self.takes_features and query.dtype == np.uint8
+        given = {**state, "query": _in_parts(self.embed, query) if features else query}
+        found = dict(zip(self.gives, _run(self._classify, self.gives, given), strict=True))
+        return found | {"query_features": given["query"]} if self.takes_features else found
 
 
 class Bundle:
@@ -218,13 +240,13 @@ class Bundle:
                 f"this state was made by bundle {state.bundle}, and this is {self.manifest.id}: adapt again, "
                 "to the same photos"
             )
-        logits = self.logits(state.tensors, self.images(photos))
+        outputs = self._outputs(state.tensors, self.images(photos))
+        logits = outputs["logits"]
         calibration = self.manifest.calibration_for(len(state.classes), float(np.mean(state.counts)))
         probabilities = softmax(logits / (calibration.temperature if calibration else 1.0))
         known = np.ones(len(logits), bool)
-        if calibration is not None and calibration.threshold is not None and len(logits):
-            evidence = logits if calibration.by == "logit" else probabilities
-            known = evidence.max(1) >= calibration.threshold
+        if calibration is not None and calibration.threshold is not None:
+            known = evidence(outputs, calibration.by, calibration.temperature) >= calibration.threshold
         return Answers(probabilities, logits, state.classes, known)
 
     def images(self, photos: Sequence[Photo]) -> np.ndarray:
@@ -263,13 +285,17 @@ class Bundle:
 
     def logits(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
         """Logits (Q, W) of query (Q, C, H, W) uint8. No query's depend on its companions, so many go in parts."""
+        return self._outputs(tensors, query)["logits"]
+
+    def _outputs(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> Tensors:
         query = self._uint8(query)
         if missing := set(self.manifest.state) - set(tensors):
             raise BundleError(f"the state lacks {', '.join(sorted(missing))}")
-        parts = [query[i : i + AT_ONCE] for i in range(0, len(query), AT_ONCE)]
+        parts = [self.graphs.classify(tensors, query[i : i + AT_ONCE]) for i in range(0, len(query), AT_ONCE)]
         if not parts:
-            return np.empty((0, self._ways(tensors)), np.float32)
-        return np.concatenate([self.graphs.logits(tensors, part) for part in parts])
+            nothing = np.empty(0, np.float32)
+            return {"logits": nothing.reshape(0, self._ways(tensors)), "ratio": nothing, "nearest": nothing}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _ways(self, tensors: Mapping[str, np.ndarray]) -> int:
         for name, spec in self.manifest.state.items():
@@ -315,6 +341,32 @@ class Bundle:
             raise BundleError(f"{ADAPT} and the manifest disagree on what adapting takes")
         if self.graphs.takes_steps != (self.manifest.steps is not None):
             raise BundleError(f"{ADAPT} and the manifest disagree on whether there are inner steps")
+        asked = {fit.by for fit in self.manifest.calibration} & {"ratio", "nearest"}
+        if missing := asked - set(self.graphs.gives):
+            raise BundleError(f"{CLASSIFY} does not give {', '.join(sorted(missing))}, which a threshold is on")
+
+
+def evidence(outputs: Mapping[str, np.ndarray], by: By, temperature: float = 1.0) -> np.ndarray:
+    """What tells known queries from unknown ones (Q,), of the outputs of classify.onnx: large where known."""
+    if by in ("ratio", "nearest"):
+        return outputs[by]
+    logits = outputs["logits"] if by == "logit" else outputs["logits"] / temperature
+    largest: np.ndarray = logits.max(1)
+    if by == "logit":
+        return largest
+    powers: np.ndarray = np.exp(logits - largest[:, None]).sum(1)
+    return 1 / powers if by == "probability" else largest + np.log(powers)
+
+
+def flattened(views: np.ndarray) -> np.ndarray:
+    """Views (N, V, C, H, W) as images (N * V, C, H, W)."""
+    return views.reshape(-1, *views.shape[2:])
+
+
+def mean_over_views(views: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Features (N, D) of images, from those (N * V, D) of their views (N, V, C, H, W)."""
+    mean: np.ndarray = features.reshape(*views.shape[:2], features.shape[1]).mean(1)
+    return mean
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -385,6 +437,11 @@ def _run(session: onnxruntime.InferenceSession, outputs: list[str], given: Tenso
         shapes = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in given.items() if name in _ASKED)
         raise BundleError(f"the graph failed for {shapes}: {error}") from None
     return results
+
+
+def _in_parts(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+    """A function of images, applied to AT_ONCE of them at a time."""
+    return np.concatenate([function(images[i : i + AT_ONCE]) for i in range(0, max(1, len(images)), AT_ONCE)])
 
 
 def _no_gpu() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 import zipfile
@@ -15,10 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 
-MANIFEST, EMBED, ADAPT, CLASSIFY = "bundle.json", "embed.onnx", "adapt.onnx", "classify.onnx"
-SCHEMA_VERSION: Literal[2] = 2
+MANIFEST, EMBED, ADAPT, CLASSIFY, VIEWS = "bundle.json", "embed.onnx", "adapt.onnx", "classify.onnx", "views.onnx"
+SCHEMA_VERSION: Literal[3] = 3
 
-_LARGEST = {MANIFEST: 16 << 20, EMBED: 2 << 30, ADAPT: 2 << 30, CLASSIFY: 2 << 30}  # bytes; protobuf ends at 2 GiB
+_LARGEST = {MANIFEST: 16 << 20} | dict.fromkeys((EMBED, ADAPT, CLASSIFY, VIEWS), 2 << 30)  # bytes; protobuf's limit
 
 
 class BundleError(KshotError):
@@ -31,6 +32,8 @@ class _Part(BaseModel):
 
 Measured = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
 """A figure that may not have been measured: none, or NaN."""
+By = Literal["logit", "probability", "energy", "ratio", "nearest"]
+"""What tells known queries from unknown ones; `kshot_runtime.bundle.evidence` computes it."""
 
 
 class Plugin(_Part):
@@ -79,12 +82,22 @@ class Calibration(_Part):
     ways: int = Field(ge=2)
     shots: int = Field(ge=1)
     temperature: float = Field(1.0, gt=0, description="divide logits by it before the softmax")
-    by: Literal["logit", "probability"] = Field("probability", description="what the threshold is compared with")
-    threshold: Measured = Field(None, description="a query whose largest is below it belongs to none of the classes")
-    auroc: Measured = Field(None, description="of telling known classes from unknown ones by it")
+    by: By = Field(
+        "probability",
+        description="what the threshold is compared with: the largest logit; the largest probability at the "
+        "temperature; the logsumexp of the logits over the temperature; or the output of classify.onnx of this name, a "
+        "log-likelihood ratio or the cosine of the nearest support image",
+    )
+    threshold: Measured = Field(
+        None,
+        description="a query below it belongs to none of the classes; by default it balances both errors: as large a "
+        "share of known queries fails it as of unknown ones passes",
+    )
+    accepted: Measured = Field(None, description="share of known queries that pass the threshold")
     false_accepts: Measured = Field(None, description="share of unknown queries that pass the threshold")
+    auroc: Measured = Field(None, description="of telling known classes from unknown ones by it")
     ece: Measured = Field(None, description="expected calibration error at this temperature")
-    points: tuple[OperatingPoint, ...] = Field((), description="other thresholds, from lenient to strict")
+    points: tuple[OperatingPoint, ...] = Field((), description="thresholds to choose from, from lenient to strict")
 
 
 class Accuracy(_Part):
@@ -162,7 +175,7 @@ class Facts(_Part):
 class Manifest(Facts):
     """bundle.json: all that serving needs to know beside the two graphs, and where they come from."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     norm: str
     transductive: Literal[False] = False
     takes: Literal["features", "images"] = Field(
@@ -177,10 +190,10 @@ class Manifest(Facts):
 
     @model_validator(mode="after")
     def _names_its_files(self) -> Self:
-        needed = {ADAPT, CLASSIFY} | ({EMBED} if self.takes == "features" else set())
-        if not needed <= set(self.files) <= {EMBED, ADAPT, CLASSIFY}:
+        needed, extra = ({ADAPT, CLASSIFY, EMBED}, VIEWS) if self.takes == "features" else ({ADAPT, CLASSIFY}, EMBED)
+        if not needed <= set(self.files) <= {*needed, extra}:
             expected, came = ", ".join(sorted(needed)), ", ".join(sorted(self.files)) or "none"
-            raise ValueError(f"files must be {expected}, and may be {EMBED}; they are {came}")
+            raise ValueError(f"files must be {expected}, and may be {extra}; they are {came}")
         return self
 
     @classmethod
@@ -198,8 +211,12 @@ class Manifest(Facts):
         return hashlib.sha256("".join(self.files[name].sha256 for name in sorted(self.files)).encode()).hexdigest()[:16]
 
     def calibration_for(self, ways: int, shots: float) -> Calibration | None:
-        """The calibration measured nearest to this many classes and images of each; shots count first."""
-        return min(self.calibration, key=lambda c: (abs(c.shots - shots), abs(c.ways - ways)), default=None)
+        """The calibration measured nearest to this many classes and images of each, by ratios; shots count first."""
+
+        def distance(fit: Calibration) -> tuple[float, float]:
+            return abs(math.log(fit.shots / max(1, shots))), abs(math.log(fit.ways / max(1, ways)))
+
+        return min(self.calibration, key=distance, default=None)
 
 
 def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:

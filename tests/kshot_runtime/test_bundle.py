@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from kshot_plugins.conv4 import Conv4
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.protonet import ProtoNet
 from kshot_runtime import manifest as manifests
-from kshot_runtime.bundle import AT_ONCE, Bundle, State, softmax
+from kshot_runtime.bundle import AT_ONCE, Bundle, State, evidence, softmax
 from kshot_runtime.images import ImageError, ImageRule
 from kshot_runtime.manifest import (
     Accuracy,
@@ -248,6 +249,104 @@ def test_images_that_are_none_are_refused(protonet: Path, tmp_path: Path) -> Non
         bundle.images([tmp_path / "absent.jpg"])
 
 
+def test_the_calibration_is_the_one_measured_at_the_nearest_ratio_of_shots_and_then_of_ways(protonet: Path) -> None:
+    fits = tuple(Calibration(ways=ways, shots=shots) for ways in (5, 20) for shots in (1, 5))
+    manifest = Manifest.load(protonet).model_copy(update={"calibration": fits})
+    for ways, shots, nearest in (
+        (5, 1, (5, 1)),
+        (9, 2, (5, 1)),
+        (11, 3, (20, 5)),
+        (1000, 2.5, (20, 5)),
+        (2, 0, (5, 1)),
+    ):
+        fit = manifest.calibration_for(ways, shots)
+        assert fit is not None
+        assert (fit.ways, fit.shots) == nearest
+
+
+def test_evidence_is_what_its_name_says_of_the_outputs() -> None:
+    logits = np.array([[2.0, 0.0, 1.0], [-30.0, -31.0, -29.0]], np.float32)
+    outputs = {"logits": logits, "ratio": np.array([1.0, 2.0]), "nearest": np.array([0.5, 0.6])}
+    np.testing.assert_array_equal(evidence(outputs, "logit", 2.0), [2.0, -29.0])
+    np.testing.assert_allclose(evidence(outputs, "probability", 2.0), softmax(logits / 2).max(1), rtol=1e-6)
+    np.testing.assert_allclose(evidence(outputs, "energy", 2.0), np.log(np.exp(logits / 2).sum(1)), rtol=1e-6)
+    np.testing.assert_array_equal(evidence(outputs, "ratio"), [1.0, 2.0])
+    np.testing.assert_array_equal(evidence(outputs, "nearest"), [0.5, 0.6])
+
+
+def test_a_threshold_may_be_on_an_output_of_the_classifying_graph(copy: Path) -> None:
+    by_ratio = Calibration(ways=5, shots=1, by="ratio", threshold=0.0).model_dump()
+    respell(copy, lambda content: content.update(calibration=[by_ratio]))
+    with pytest.raises(BundleError, match=r"classify.onnx does not give ratio, which a threshold is on"):
+        Bundle.open(copy)
+    model = onnx.load(copy / "classify.onnx")
+    axis = onnx.helper.make_tensor("axis", onnx.TensorProto.INT64, [1], [1])
+    model.graph.initializer.append(axis)
+    model.graph.node.append(onnx.helper.make_node("ReduceMax", ["logits", "axis"], ["ratio"], keepdims=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("ratio", onnx.TensorProto.FLOAT, ["Q"]))
+    put(copy, "classify.onnx", model)
+    bundle = Bundle.open(copy)
+    state = bundle.adapt([photo("red"), photo("blue")], ["a", "b"])
+    answers = bundle.classify(state, [photo("red"), photo("grey")])
+    np.testing.assert_array_equal(answers.known, answers.logits.max(1) >= 0)
+    assert len(bundle.classify(state, [])) == 0
+
+
+MIRRORED = """
+<ir_version: 9, opset_import: ["": 18]>
+mirrored (uint8[N, 3, 16, 16] images) => (uint8[N, 2, 3, 16, 16] views) {
+    one = Constant <value_ints = [1]> ()
+    from = Constant <value_ints = [15]> ()
+    to = Constant <value_ints = [-100]> ()
+    back = Constant <value_ints = [-1]> ()
+    mirror = Slice (images, from, to, back, back)
+    first = Unsqueeze (images, one)
+    second = Unsqueeze (mirror, one)
+    views = Concat <axis = 1> (first, second)
+}
+"""
+
+
+def test_features_of_a_support_photo_are_the_mean_over_its_views_and_a_query_s_its_own(
+    protonet: Path, copy: Path
+) -> None:
+    put(copy, "views.onnx", onnx.parser.parse_model(MIRRORED))
+    plain, viewing = Bundle.open(protonet), Bundle.open(copy)
+    assert (plain.graphs.makes_views, viewing.graphs.makes_views) == (False, True)
+    assert plain.manifest.id != viewing.manifest.id
+    images = np.random.default_rng(0).integers(0, 256, (AT_ONCE + 3, 3, SIDE, SIDE), np.uint8)
+    np.testing.assert_array_equal(plain.graphs.embed_support(images[:3]), plain.graphs.embed(images[:3]))
+    mean = (plain.graphs.embed(images) + plain.graphs.embed(images[..., ::-1])) / 2
+    np.testing.assert_allclose(viewing.graphs.embed_support(images), mean, atol=1e-5)
+    ids = np.arange(3)
+    state = viewing.adapt_arrays(images[:3], ids, ids)
+    expected = plain.graphs.adapt(mean[:3], ids, ids)
+    np.testing.assert_allclose(state["prototypes"], expected["prototypes"], atol=1e-5)
+    np.testing.assert_allclose(viewing.logits(state, images[3:]), plain.logits(state, images[3:]), atol=1e-4)
+
+
+HALVED = """
+<ir_version: 9, opset_import: ["": 18]>
+halved (uint8[N, 3, 16, 16] images) => (uint8[N, 1, 3, 16, 8] views) {
+    zero = Constant <value_ints = [0]> ()
+    eight = Constant <value_ints = [8]> ()
+    three = Constant <value_ints = [3]> ()
+    one = Constant <value_ints = [1]> ()
+    half = Slice (images, zero, eight, three)
+    views = Unsqueeze (half, one)
+}
+"""
+
+
+def test_views_of_another_size_are_refused_and_so_are_views_where_images_are_taken(copy: Path) -> None:
+    put(copy, "views.onnx", onnx.parser.parse_model(HALVED))
+    with pytest.raises(BundleError, match=r"views.onnx gives uint8 \(1, 1, 3, 16, 8\) of uint8 \(1, 3, 16, 16\)"):
+        Bundle.open(copy).adapt([photo("red")], ["a"])
+    respell(copy, lambda content: content.update(takes="images"))
+    with pytest.raises(BundleError, match=r"files must be adapt.onnx, classify.onnx, and may be embed.onnx; they are"):
+        Bundle.open(copy)
+
+
 def test_asking_for_a_gpu_that_is_not_there_is_an_error_and_auto_takes_the_cpu(protonet: Path) -> None:
     if Path("/dev/nvidia0").exists() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("for a machine without a GPU, and onnxruntime-gpu")
@@ -267,11 +366,18 @@ def test_a_manifest_survives_its_file(protonet: Path) -> None:
     assert Calibration(ways=5, shots=1, auroc=float("nan")).auroc is None
 
 
-def respell(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+def respell(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "bundle.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def put(folder: Path, name: str, model: onnx.ModelProto) -> None:
+    """A graph in a bundle, with its right hash in the manifest."""
+    onnx.save(model, folder / name)
+    facts = FileFacts.of((folder / name).read_bytes()).model_dump()
+    respell(folder, lambda content: content["files"].update({name: facts}))
 
 
 @pytest.mark.parametrize(
@@ -281,17 +387,17 @@ def respell(folder: Path, change: Callable[[dict[str, object]], object]) -> None
         (lambda f: (f / "classify.onnx").unlink(), "lacks classify.onnx"),
         (lambda f: (f / "bundle.json").unlink(), "lacks bundle.json"),
         (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is not valid"),
-        (lambda f: respell(f, lambda c: c.update(schema_version=1)), "has schema 1, and this kshot reads 2"),
+        (lambda f: respell(f, lambda c: c.update(schema_version=1)), "has schema 1, and this kshot reads 3"),
         (
-            lambda f: respell(f, lambda c: c.update(schema_version=3, limits={"colours": 9})),
-            "has schema 3, and this kshot reads 2",
+            lambda f: respell(f, lambda c: c.update(schema_version=2, limits={"colours": 9})),
+            "has schema 2, and this kshot reads 3",
         ),
         (lambda f: respell(f, lambda c: c.update(colour="red")), "colour: Extra inputs are not permitted"),
         (lambda f: respell(f, lambda c: c.pop("state")), "state: Field required"),
         (lambda f: respell(f, lambda c: c.update(transductive=True)), "transductive: Input should be False"),
         (
             lambda f: respell(f, lambda c: c["files"].update({"../x": c["files"]["adapt.onnx"]})),
-            r"files must be adapt.onnx, classify.onnx, embed.onnx, and may be embed.onnx; they are \.\./x",
+            r"files must be adapt.onnx, classify.onnx, embed.onnx, and may be views.onnx; they are \.\./x",
         ),
         (lambda f: respell(f, lambda c: c["state"].pop("prototypes")), "not the state that the manifest describes"),
         (lambda f: respell(f, lambda c: c.update(steps=3)), "disagree on whether there are inner steps"),
