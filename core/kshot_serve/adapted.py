@@ -178,7 +178,7 @@ class States:
         for i in range(0, len(photos), _AT_ONCE):
             pixels = await self._pixels(manifest.image, photos[i : i + _AT_ONCE])
             if pixels and manifest.takes == "features":
-                vectors = await self._engine.embed(champion, np.stack(list(pixels.values())))
+                vectors = await self._engine.embed_support(champion, np.stack(list(pixels.values())))
                 features = dict(zip(pixels, map(np.ndarray.tobytes, vectors), strict=True))
                 await self._store.run_writing(self._store.keep, features_of(champion), features)
 
@@ -227,7 +227,7 @@ class States:
         alone = rows
         if manifest.takes == "images":
             until, key = monotonic() + _PATIENCE_S, (space, champion.id, snapshot.revision)
-            _, seen = await self._engine.classify(champion, tensors, key, rows, until)
+            seen = (await self._engine.classify(champion, tensors, key, rows, until)).get("query_features")
             if by_features(manifest.verification, len(classes)):
                 alone = await self._engine.embed(champion, rows, until)
         return Adapted(

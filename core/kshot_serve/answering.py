@@ -84,14 +84,17 @@ class Answering:
         self._settings = settings
         self._metrics = metrics
 
-    async def query(self, champion: Champion, uploads: Sequence[Upload], deadline: float = math.inf) -> Query:
+    async def query(
+        self, champion: Champion, uploads: Sequence[Upload], deadline: float = math.inf, *, as_support: bool = False
+    ) -> Query:
         """Photos as this champion takes them; decoded again if another served when they came."""
         if not uploads:
             raise Problem("no_photos", "give at least one photo")
         images = await self.images(champion, uploads)
         if champion.bundle.manifest.takes == "images":
             return Query(images, None)
-        return Query(images, await self._engine.embed(champion, images, deadline))
+        embed = self._engine.embed_support if as_support else self._engine.embed
+        return Query(images, await embed(champion, images, deadline))
 
     async def images(self, champion: Champion, uploads: Sequence[Upload]) -> np.ndarray:
         rule = champion.bundle.manifest.image
@@ -111,7 +114,7 @@ class Answering:
     ) -> tuple[np.ndarray, Verdicts, np.ndarray | None]:
         """Logits (N, W), what they mean, and the features that the adapted learner sees, if it makes any."""
         manifest = champion.bundle.manifest
-        logits, features = await self._engine.classify(champion, adapted.tensors, adapted.key, query.taken, deadline)
+        outputs = await self._engine.classify(champion, adapted.tensors, adapted.key, query.taken, deadline)
         alike = None
         if adapted.alone is not None and manifest.verification is not None:
             own = query.features
@@ -120,7 +123,8 @@ class Answering:
             alike = similarity(manifest.verification, own, adapted.alone).max(1)  # to the nearest of the class's photos
         calibration = manifest.calibration_for(len(adapted.classes), adapted.shots)
         accept = self._settings.accept if adapted.accept is None else adapted.accept
-        return logits, judge(logits, calibration, manifest.verification, accept, alike), features
+        verdicts = judge(outputs, calibration, manifest.verification, accept, alike)
+        return outputs["logits"], verdicts, outputs.get("query_features")
 
     async def classify(self, champion: Champion, adapted: Adapted, query: Query, deadline: float) -> Classified:
         logits, verdicts, features = await self.judge(champion, adapted, query, deadline)
@@ -142,8 +146,11 @@ class Answering:
         if verification is None:
             raise Problem("not_supported", "this model was not calibrated to tell whether two photos show one class")
         if verification.by == "logit":
-            one, other = (await self.query(champion, [a, b], deadline)).taken
-            logits = [await self._logit(champion, *pair, deadline) for pair in ((one, other), (other, one))]
+            queries = (await self.query(champion, [a, b], deadline)).taken
+            supports = queries
+            if champion.bundle.graphs.makes_views:
+                supports = (await self.query(champion, [a, b], deadline, as_support=True)).taken
+            logits = [await self._logit(champion, supports[i], queries[1 - i], deadline) for i in (0, 1)]
             alike = np.array([np.mean(logits)])
         else:
             first, second = await self.embed(champion, [a, b], deadline)
@@ -155,8 +162,8 @@ class Answering:
         """The logit of a photo after adapting to another as the only class."""
         zero = np.zeros(1, np.int64)
         state = await self._engine.adapt(champion, only[None], zero, zero)
-        logits, _ = await self._engine.classify(champion, state, object(), other[None], deadline)
-        return float(logits[0, 0])
+        outputs = await self._engine.classify(champion, state, object(), other[None], deadline)
+        return float(outputs["logits"][0, 0])
 
 
 def _answers(

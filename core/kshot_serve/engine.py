@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
-from kshot_runtime.bundle import Bundle, Tensors
+from kshot_runtime.bundle import Bundle, Tensors, flattened, mean_over_views
 from kshot_runtime.manifest import BundleError
 from kshot_serve.problems import Problem
 from kshot_serve.settings import EngineSettings
@@ -174,10 +174,16 @@ class Engine:
             )
         return features
 
+    async def embed_support(self, champion: Champion, images: np.ndarray, deadline: float = math.inf) -> np.ndarray:
+        """Features (N, D) of support images: the mean over each one's views, if the bundle makes any."""
+        _check(champion, images)
+        views = await self.in_thread(champion.bundle.graphs.views, images)
+        return mean_over_views(views, await self.embed(champion, flattened(views), deadline))
+
     async def classify(
         self, champion: Champion, adapted: Tensors, key: Hashable, query: np.ndarray, deadline: float = math.inf
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits (N, W) of a query, images or features as the bundle takes, and its features, if the learner has any.
+    ) -> Tensors:
+        """What classify.onnx gives of a query, images or features as the bundle takes: see Graphs.classify.
 
         Calls with the same key have the same state, and their images may share runs.
         """
@@ -189,22 +195,20 @@ class Engine:
             _check(champion, query)
 
             def run(rows: np.ndarray) -> Outputs:
-                logits, features = graphs.classify(adapted, rows)
-                return (logits,) if features is None else (logits, features)
+                found = graphs.classify(adapted, rows)
+                return tuple(found[name] for name in graphs.gives)
 
-            logits, *features = await self._batched((champion.id, "classify", key), run, query, deadline)
-        return logits, features[0] if features else None
+            found = await self._batched((champion.id, "classify", key), run, query, deadline)
+        return dict(zip(graphs.gives, found, strict=True))
 
-    async def _classify(
-        self, champion: Champion, adapted: Tensors, query: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    async def _classify(self, champion: Champion, adapted: Tensors, query: np.ndarray) -> Tensors:
         """On features: in a thread, but where it was seen to be too little work for that."""
         size = len(query) * sum(tensor.size for tensor in adapted.values())
         pace = self._paces.get(champion.id, math.inf)  # seconds for each of them, the best that was seen
         if size * pace < _AT_ONCE_S:
             return champion.bundle.graphs.classify(adapted, query)
 
-        def timed() -> tuple[float, tuple[np.ndarray, np.ndarray | None]]:
+        def timed() -> tuple[float, Tensors]:
             started = monotonic()
             found = champion.bundle.graphs.classify(adapted, query)
             return monotonic() - started, found
@@ -499,10 +503,13 @@ def warm(bundle: Bundle, buckets: Sequence[int]) -> None:
         for size in buckets:
             _same(graphs.embed(noise[:size]), query[:size])
     ways = min(2, manifest.limits.ways, manifest.limits.support)
+    graphs.views(noise[:ways])
     state = graphs.adapt(query[:ways], np.arange(ways), np.arange(ways), manifest.steps)
-    logits, _ = graphs.classify(state, query)
+    outputs = graphs.classify(state, query)
     for size in buckets:
-        _same(graphs.classify(state, query[:size])[0], logits[:size])
+        part = graphs.classify(state, query[:size])
+        for name in graphs.gives:
+            _same(part[name], outputs[name][:size])
 
 
 def _same(found: np.ndarray, expected: np.ndarray) -> None:

@@ -54,9 +54,11 @@ class Space:
     revision: int
     classes: int
     photos: int
-    accept: float | None
+    accept: float | None  # share of known photos to let pass; none: the balance of both errors
     created: datetime
     changed: datetime
+    accepted: float | None = None  # share of known photos that pass, on validation
+    false_accepts: float | None = None  # and of unknown ones
 
 
 @dataclass(frozen=True)

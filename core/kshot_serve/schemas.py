@@ -65,10 +65,12 @@ _MODEL = {"name": "pets", "version": "3", "bundle": "9f1c2b7a44d0e6f8"}
 
 
 class NewSpace(BaseModel):
-    model_config = example({"name": "pets", "accept": 0.95})
+    model_config = example({"name": "pets"})
 
     name: Name
-    accept: Accept | None = Field(None, description="share of known photos that its threshold lets pass")
+    accept: Accept | None = Field(
+        None, description="share of known photos that its threshold lets pass; null: the server's own"
+    )
 
 
 class ChangedSpace(BaseModel):
@@ -83,7 +85,8 @@ class ChangedSpace(BaseModel):
 class Space(BaseModel):
     model_config = example(
         {
-            "id": _SPACE, "name": "pets", "revision": 4, "classes": 2, "photos": 7, "accept": 0.95,
+            "id": _SPACE, "name": "pets", "revision": 4, "classes": 2, "photos": 7, "accept": 0.9,
+            "accepted": 0.9, "false_accepts": 0.04,
             "created": "2026-11-21T09:00:00+00:00", "changed": "2026-11-21T09:02:11+00:00", "model": _MODEL,
         }
     )  # fmt: skip
@@ -93,7 +96,9 @@ class Space(BaseModel):
     revision: int
     classes: int
     photos: int
-    accept: float | None
+    accept: float | None = Field(description="share of known photos to let pass; null: the model's balance of errors")
+    accepted: float | None = Field(description="share of known photos that pass the threshold, on validation classes")
+    false_accepts: float | None = Field(description="share of unknown photos that pass it; null: not measured")
     created: datetime
     changed: datetime
     model: Model | None = None

@@ -46,7 +46,9 @@ class Settings(_Part):
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     drain_s: float = Field(25.0, ge=0, description="longest time to answer what was accepted after SIGTERM")
     leave_s: float = Field(1.0, ge=0, description="of those, how long new requests are still taken while not ready")
-    accept: float = Field(0.95, ge=0.5, le=0.995, description="share of known photos a new space's threshold lets pass")
+    accept: float | None = Field(
+        None, ge=0.5, le=0.995, description="share of known photos that thresholds let pass; none: the bundle's balance"
+    )
     spaces: int = Field(100_000, ge=1, description="label spaces at most")
     space_mb: int = Field(512, ge=1, description="photos' bytes in one label space at most")
     photos: int = Field(32, ge=1, description="photos in one request at most")

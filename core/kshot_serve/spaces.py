@@ -23,6 +23,7 @@ from kshot_serve import archive
 from kshot_serve.adapted import States, features_of, needed, pixels_by
 from kshot_serve.answering import Answer, Answering, Classified, Query, Upload, Verified
 from kshot_serve.database import is_id
+from kshot_serve.decisions import closer, operating, unit
 from kshot_serve.naming import normal
 from kshot_serve.problems import Problem
 from kshot_serve.records import ORIGINAL, Class, Key, Photo, Revision, Snapshot, Space, digest
@@ -197,7 +198,7 @@ class Spaces:
         uploads = list(map(Upload, photos.values(), await asyncio.gather(*jobs)))
         kept: dict[str, dict[Key, bytes]] = {}
         if uploads:
-            query = await self._answering.query(champion, uploads)
+            query = await self._answering.query(champion, uploads, as_support=True)
             kept = dict(zip(photos, self._contents(champion, uploads, query), strict=True))
 
         def write() -> Space:
@@ -299,7 +300,7 @@ class Spaces:
         until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
         champion = self._champions.current
         await self.revision(space)  # before any work is done for one that is not there
-        query = await self._answering.query(champion, uploads, until)
+        query = await self._answering.query(champion, uploads, until, as_support=True)
         strange = await self._closer(champion, space, class_id, query, until)
 
         def write() -> Written:
@@ -367,27 +368,32 @@ class Spaces:
     async def _closer(
         self, champion: Champion, space: str, class_id: str | None, query: Query, until: float
     ) -> Sequence[str | None]:
-        """For each photo, the name of another class that it matches, as the label space was before.
+        """For each photo, the name of another class that it is clearly closer to than to its own class's other photos.
 
         Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
         a note could take longer than the write.
         """
         nothing = [None] * len(query.images)
+        features = query.features
         try:
-            if query.features is not None:
+            if features is not None:
                 adapted = await self._states.get(champion, space)
             elif (at_hand := self._states.at_hand(champion, space, 0)) is not None:
                 adapted = at_hand
+                outputs = await self._engine.classify(champion, adapted.tensors, adapted.key, query.images, until)
+                features = outputs.get("query_features")
             else:
                 return nothing
-            _, verdicts, _ = await self._answering.judge(champion, adapted, query, until)
         except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
             return nothing
-        tops = [adapted.classes[row.argmax()] for row in verdicts.probabilities]
-        return [
-            top.name if decision == "match" and top.id != class_id else None
-            for top, decision in zip(tops, verdicts.decisions, strict=True)
-        ]
+        if features is None or adapted.directions is None:
+            return nothing
+        ends = np.cumsum([len(each.photos) for each in adapted.classes])
+        rows = list(zip(adapted.classes, np.split(adapted.directions, ends[:-1]), strict=True))
+        own = next((part for each, part in rows if each.id == class_id), adapted.directions[:0])
+        others = [(each.name, part) for each, part in rows if each.id != class_id]
+        found = closer(unit(features), own, [part for _, part in others])
+        return [None if i is None else others[i][0] for i in found]
 
     # Questions ---------------------------------------------------------------------------------------------------
 
@@ -467,7 +473,14 @@ class Spaces:
         self._metrics.spaces.set(await self._store.run(self._store.count))
 
     def _shown(self, space: Space) -> Space:
-        return replace(space, accept=self._settings.accept if space.accept is None else space.accept)
+        """With what is in force: the share asked for, and what the threshold did on validation at such a size."""
+        space = replace(space, accept=self._settings.accept if space.accept is None else space.accept)
+        if not self._champions.ready:
+            return space
+        manifest, ways = self._champions.current.bundle.manifest, max(1, space.classes)
+        calibration = manifest.calibration_for(ways, space.photos / ways)
+        point = operating(calibration, manifest.verification, ways, space.accept)
+        return replace(space, accepted=point.accepted, false_accepts=point.false_accepts) if point else space
 
 
 def _named(name: str, what: str) -> str:

@@ -65,8 +65,13 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME", help="A further name that this server goes by; repeatable.")
     ] = None,
     accept: Annotated[
-        float, typer.Option(metavar="SHARE", help="Known photos that a new label space lets pass; the rest is unknown.")
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Known photos to let pass, 0.5 to 0.995; by default both errors are balanced.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle: a page for people at /, an API for programs at /v1, the Open Inference Protocol at /v2.
 

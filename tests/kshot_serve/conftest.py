@@ -81,9 +81,8 @@ def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **setting
         limits=manifests.Limits(ways=200, shots=100, support=2000),
         calibration=tuple(
             manifests.Calibration(
-                ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
-                threshold=fit.threshold, auroc=fit.auroc, false_accepts=fit.false_accepts, ece=fit.ece,
-                points=tuple(manifests.OperatingPoint(**asdict(point)) for point in fit.points),
+                ways=fit.shape.ways, shots=fit.shape.shots,
+                **{name: value for name, value in asdict(fit).items() if name in manifests.Calibration.model_fields},
             )
             for fit in fits
         ),

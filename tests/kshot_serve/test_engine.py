@@ -166,10 +166,10 @@ def test_images_of_one_state_share_a_run_and_each_state_answers_for_itself(
         ]
         await gate.somebody()
         gate.open.set()
-        for (logits, features), (same, also) in zip(await asyncio.gather(*calls), expected, strict=True):
-            np.testing.assert_allclose(logits, same, atol=1e-4)
-            assert features is not None
-            np.testing.assert_allclose(features, also, atol=1e-4)
+        for found, same in zip(await asyncio.gather(*calls), expected, strict=True):
+            assert list(found) == list(same) == ["logits", "query_features"]
+            for name, values in found.items():
+                np.testing.assert_allclose(values, same[name], atol=1e-4)
         assert gate.sizes == [1, 4, 8, 1]  # who came first; most of the other five; the second state's six; the last
 
     run(body)
@@ -179,10 +179,10 @@ def test_features_are_classified_as_they_are(model: Champion) -> None:
     async def body(engine: Engine) -> None:
         features = await engine.embed(model, images(6), soon())
         state = await engine.adapt(model, features[:3], np.arange(3), np.arange(3))
-        logits, same = await engine.classify(model, state, "space", features, soon())
-        assert logits.shape == (6, 3)
-        assert (logits[:3].argmax(1) == np.arange(3)).all()
-        assert same is features
+        found = await engine.classify(model, state, "space", features, soon())
+        assert found["logits"].shape == (6, 3)
+        assert (found["logits"][:3].argmax(1) == np.arange(3)).all()
+        assert found["query_features"] is features
 
     run(body)
 
@@ -200,10 +200,10 @@ def test_little_work_is_done_where_it_is_and_answers_alike(model: Champion, monk
     async def body(engine: Engine) -> None:
         features = await engine.embed(model, images(4))
         state = await engine.adapt(model, features[:2], np.arange(2), np.arange(2))
-        first, _ = await engine.classify(model, state, "a", features)
+        first = await engine.classify(model, state, "a", features)
         engine._paces[model.id] = 1e-9  # as if it had been seen to take next to nothing
-        again, _ = await engine.classify(model, state, "a", features)
-        np.testing.assert_array_equal(first, again)
+        again = await engine.classify(model, state, "a", features)
+        np.testing.assert_array_equal(first["logits"], again["logits"])
         engine._paces[model.id] = 1.0
         await engine.classify(model, state, "a", features)
 

@@ -75,7 +75,7 @@ function changed(because) {
   $('classes-title').textContent = space.classes.length ? `${counted(space.classes.length, 'class', 'classes')}` : 'Classes'
   $('steps').hidden = space.classes.length > 0
   classes.draw()
-  drawStrictness(space.accept)
+  drawStrictness(space.facts.accepted, space.facts.false_accepts)
   drawModel()
   asking.again(because)
 }
@@ -195,11 +195,13 @@ const when = (time) => new Date(time).toLocaleString(undefined, { dateStyle: 'sh
 const strict = $('strict')
 let turning = 0
 
-/** @param {number} accept */
-function drawStrictness(accept) {
-  const share = Math.round(1000 * accept) / 10
-  if (document.activeElement !== strict || !turning) strict.value = (100 - share).toFixed(1)
-  const words = `Takes ${share} of 100 photos that do show one of your classes.`
+/** What the threshold does, of 100 photos. @param {number | null} accepted known ones @param {number | null} [letIn] unknown ones */
+function drawStrictness(accepted, letIn = null) {
+  const of100 = (/** @type {number} */ share) => `${Math.round(1000 * share) / 10} of 100`
+  if (accepted !== null && !turning) strict.value = (100 - 100 * accepted).toFixed(1)
+  const words = accepted === null ? 'For these classes the model has no measured threshold.'
+    : `Takes ${of100(accepted)} photos that do show one of your classes` +
+      (letIn === null ? '.' : `, and ${of100(letIn)} that show none, as measured on validation classes.`)
   strict.setAttribute('aria-valuetext', words)
   $('strict-words').textContent = `${words} Stricter turns more strangers away, and more of your own.`
 }
@@ -218,7 +220,7 @@ $('strict-default').addEventListener('click', async () => {
   clearTimeout(turning)
   turning = 0
   await space?.setAccept(null).catch((error) => toast(error.message))
-  if (space) drawStrictness(space.accept)
+  if (space) drawStrictness(space.facts.accepted, space.facts.false_accepts)
 })
 
 // --- The model

@@ -22,7 +22,8 @@ export class Space extends EventTarget {
     this.id = id
     this.path = `/v1/spaces/${id}`
     this.name = ''
-    this.accept = 0.95
+    /** @type {number | null} */
+    this.accept = null // the model's balance of both errors
     this.revision = 0
     /** @type {Class[]} */
     this.classes = []
