@@ -6,7 +6,7 @@ import difflib
 import linecache
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -67,6 +67,8 @@ class Found:
 
     def _only(self, kind: str, noun: str, name: str) -> Provided:
         matches = [p for p in self.of(kind) if p.name == name]
+        for family in (p for p in self.of(kind) if p.name.endswith("/*") and name.startswith(p.name[:-1])):
+            matches.append(replace(family, name=name, value=family.value.named(name.removeprefix(family.name[:-1]))))
         if len(matches) == 1:
             return matches[0]
         if matches:

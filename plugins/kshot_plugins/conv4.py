@@ -12,10 +12,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, hookimpl
-from kshot.backbones import BackboneConfig
-from kshot.norms import Norm, make_norm
-from kshot_runtime.errors import KshotError
+from kshot import Backbone, BackboneConfig, KshotError, hookimpl, make_norm
 
 
 class Conv4(Backbone):
@@ -29,8 +26,8 @@ class Conv4(Backbone):
         )
         mean: bool = Field(False, description="average over positions instead of keeping them side by side")
 
-    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
-        super().__init__(image, norm, config)
+    def __init__(self, image: tuple[int, int, int], config: Config) -> None:
+        super().__init__(image, config)
         channels, height, width = image
         blocks: list[nn.Module] = []
         for i in range(4):
@@ -38,7 +35,7 @@ class Conv4(Backbone):
             stride = 2 if halve and config.downsample == "stride" else 1
             blocks += [
                 nn.Conv2d(channels if i == 0 else config.width, config.width, 3, stride, padding=1),
-                make_norm(norm, config.width),
+                make_norm(self.norm, config.width),
                 nn.ReLU(),
             ]
             if halve and config.downsample == "pool":

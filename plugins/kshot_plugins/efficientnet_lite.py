@@ -5,62 +5,46 @@ Tan and Le, 2019, in the variant for small devices (ReLU6, no squeeze-and-excita
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, KshotError, hookimpl
-from kshot.backbones import BackboneConfig
-from kshot.norms import Norm
+from kshot import Backbone, KshotError, PretrainedBackbone, Resize, hookimpl, pool
+
+_ENDS = (0, 2, 4, 7, 10, 14, 15)  # the last block of each inner stage
 
 
-class EfficientNetLite0(Backbone):
-    """Images of any size, grey ones too, to the 1280 features under its classifier.
+class EfficientNetLite0(PretrainedBackbone):
+    """Images of any size, grey ones too, to the 1280 features under its classifier, or to the means of eight stages.
 
     They are resized in here, and so in the graph of a bundle. Batch normalisation keeps ImageNet's statistics always.
     """
 
-    class Config(BackboneConfig):
+    class Config(PretrainedBackbone.Config):
         size: int = Field(224, ge=32, le=512, description="pixels a side that images are brought to; 224 in ImageNet")
-        frozen: bool = Field(False, description="keep the weights as they came, while meta-training too")
 
-    rows: Tensor
-    columns: Tensor
+    widths = ((16,), (24,), (40,), (80,), (112,), (192,), (320,), (1280,))
 
-    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
-        super().__init__(image, norm, config)
-        if norm != "running":
-            raise KshotError(f"efficientnet-lite0 brings its own normalisation: set norm = 'running', not {norm!r}")
-        _, height, width = image
-        self.resizes = (height, width) != (config.size, config.size)
+    def __init__(self, image: tuple[int, int, int], config: Config) -> None:
+        super().__init__(image, config)
+        self.resize = Resize(image, config.size)
         self.network = _network(config.size).requires_grad_(not config.frozen).eval()
-        self.features = 1280
-        self.register_buffer("rows", bicubic(height, config.size), persistent=False)
-        self.register_buffer("columns", bicubic(width, config.size).t().contiguous(), persistent=False)
+        if self.selected == "inner":  # no weights that nothing depends on
+            self.network._conv_head = self.network._bn1 = nn.Identity()
 
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.expand(-1, 3, -1, -1)
-        if self.resizes:
-            wide = (images @ self.columns).clamp(0, 1)  # (N, 3, height, size)
-            images = (self.rows @ wide).clamp(0, 1)  # (N, 3, size, size)
-        maps = self.network.extract_features((255 * images - 127) / 128)  # (N, 1280, size / 32, size / 32)
-        return maps.mean((2, 3))
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.network.eval()
-        return self
-
-
-def bicubic(before: int, after: int) -> Tensor:
-    """The matrix (after, before) by which Pillow's bicubic filter resizes one side; it averages where it shrinks."""
-    identity = Image.fromarray(np.eye(before, dtype=np.float32))
-    return torch.from_numpy(np.array(identity.resize((before, after), Image.Resampling.BICUBIC)))
+    def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        network, last = self.network, len(_ENDS)
+        ends = [_ENDS[stage] for stage in stages if stage < last]
+        maps = network._swish(network._bn0(network._conv_stem((255 * self.resize(images) - 127) / 128)))
+        parts = []
+        for i in range(_ENDS[min(stages[-1], last - 1)] + 1):
+            maps = network._blocks[i](maps)
+            if i in ends:
+                parts.append(pool(maps))
+        return [*parts, pool(network._swish(network._bn1(network._conv_head(maps))))] if last in stages else parts
 
 
 def _network(size: int) -> Any:

@@ -3,60 +3,99 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from kshot import Backbone, hookimpl
-from kshot.backbones import BackboneConfig
-from kshot.norms import Norm
-from kshot.vision import torchvision
-from kshot_runtime.errors import KshotError
+from kshot import Backbone, KshotError, PretrainedBackbone, hookimpl, pool, spread, torchvision
 
 
-class Torchvision(Backbone):
+class Torchvision(PretrainedBackbone):
     """A torchvision network up to its last linear layer, after normalising colours as ImageNet networks expect.
 
-    It sees images at the size at which they were imported; most networks were trained at 224.
+    It sees images at the size at which they were imported; most networks were trained at 224. Its inner stages are the
+    last maps of each resolution but the lowest; in a transformer the class tokens and patch means of five blocks.
     """
 
-    class Config(BackboneConfig):
+    class Config(PretrainedBackbone.Config):
         model: str = Field("resnet18", description="a name that torchvision.models.list_models() gives")
         weights: str = Field("none", description="'none', 'default' (downloaded or cached), or a state dict's file")
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
-        super().__init__(image, norm, config)
-        if norm != "running":
-            raise KshotError(f"torchvision networks bring their own normalisation: set norm = 'running', not {norm!r}")
-        self.network = _network(config)
-        self.features = _cut_last_linear(self.network, config.model)
+    def __init__(self, image: tuple[int, int, int], config: Config) -> None:
+        super().__init__(image, config)
+        self.learns_statistics = config.weights == "none" and not config.frozen
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-        self._check(config.model)
+        network = _network(config).requires_grad_(not config.frozen).eval()
+        self.ends = [_cut_last_linear(network, config.model)]
+        self.network = _cut(network, self.ends)
+        self.widths = self.measure(1)
+        if self.selected != "last":
+            self.ends[:0] = _inner_ends(network, self._normalised(torch.zeros(1, *image)), config.model)
+            self.network = _cut(network, self.ends if self.selected == "stages" else self.ends[:-1])
+            self.widths = [*self.measure(len(self.ends) - 1), *self.widths]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images.expand(-1, 3, -1, -1) - self.mean) / self.std)  # grey as colour
+    def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        outputs = self.network(self._normalised(images))
+        return [part for stage in stages for part in _parts(outputs[self.ends[stage]])]
 
-    def _check(self, model: str) -> None:
-        """Try it, in shapes only: some take images of one size, or give more than features while they train."""
-        images = torch.zeros(2, *self.image, device="meta")
-        held = {name: held.to("meta") for name, held in (*self.named_parameters(), *self.named_buffers())}
-        try:
-            for training in (False, True):
-                if (made := functional_call(self.train(training), held, (images,)).shape) != (2, self.features):
-                    raise ValueError(f"it gives {tuple(made)} for two of them, and features are (2, {self.features})")
-        except Exception as error:
-            raise KshotError(
-                f"torchvision's {model!r} makes no features of images {self.image}: {str(error).splitlines()[0]}. "
-                "Take another network, or images of the size that this one was made for."
-            ) from None
+    def train(self, mode: bool = True) -> Self:
+        return nn.Module.train(self, mode and self.learns_statistics)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # grey as colour
+
+
+def _cut(network: nn.Module, ends: list[str]) -> nn.Module:
+    """The network as a graph that gives the outputs of these modules by name, without what they do not depend on."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    cut: nn.Module = create_feature_extractor(network, ends, suppress_diff_warning=True)
+    return cut
+
+
+def _parts(output: Tensor) -> list[Tensor]:
+    """A map's mean (N, C); the class token and the patches' mean of tokens (N, 1 + patches, C); features as they are."""
+    if output.dim() == 3:
+        return [output[:, 0], output[:, 1:].mean(1)]
+    return [pool(output) if output.dim() == 4 else output]
+
+
+def _inner_ends(network: nn.Module, image: Tensor, model: str) -> list[str]:
+    """The modules that give the inner stages of a network, found by watching an image (1, 3, H, W) pass."""
+    maps: dict[str, dict[torch.Size, str]] = defaultdict(dict)  # by container: the last child at each resolution
+    tokens: dict[str, list[str]] = defaultdict(list)
+
+    def watch(name: str, output: Any) -> None:
+        container = name.rpartition(".")[0]
+        if isinstance(output, Tensor) and output.dim() == 3:
+            tokens[container].append(name)
+        elif isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] > 1:
+            maps[container][output.shape[2:]] = name
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        for name, module in network.named_modules()
+    ]
+    with torch.no_grad():
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    trunk, blocks = max(maps.values(), key=len), max(tokens.values(), key=len, default=[])  # the outermost of the longest
+    sides = [side for _, side in trunk]
+    if len(trunk) > 2 and sides == sorted(sides, reverse=True):
+        return list(trunk.values())[:-1]
+    if len(trunk) < 3 <= len(blocks):
+        return [blocks[i] for i in spread(len(blocks) - 1)]
+    raise KshotError(f"torchvision's {model!r} shows no stages of its own: set features = 'last', or take another network.")
 
 
 def _network(config: Torchvision.Config) -> nn.Module:
@@ -86,14 +125,14 @@ def _network(config: Torchvision.Config) -> nn.Module:
     return network
 
 
-def _cut_last_linear(network: nn.Module, model: str) -> int:
-    """Replace the network's last linear layer by nothing; its inputs are the features."""
+def _cut_last_linear(network: nn.Module, model: str) -> str:
+    """Replace the network's last linear layer, whose inputs are the features, by nothing; its name."""
     linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise KshotError(f"torchvision's {model!r} ends in no linear layer, whose inputs would be the features")
-    name, last = linear[-1]
+    name, _ = linear[-1]
     network.set_submodule(name, nn.Identity())
-    return last.in_features
+    return name
 
 
 @hookimpl

@@ -12,10 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, hookimpl
-from kshot.backbones import BackboneConfig
-from kshot.norms import Norm, make_norm
-from kshot_runtime.errors import KshotError
+from kshot import Backbone, BackboneConfig, KshotError, Norm, hookimpl, make_norm
 
 
 class _Block(nn.Module):
@@ -41,13 +38,13 @@ class ResNet12(Backbone):
     class Config(BackboneConfig):
         widths: tuple[int, int, int, int] = Field((64, 160, 320, 640), description="channels of the four blocks")
 
-    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Config) -> None:
-        super().__init__(image, norm, config)
+    def __init__(self, image: tuple[int, int, int], config: Config) -> None:
+        super().__init__(image, config)
         channels, height, width = image
         if min(height, width) < 16:
             raise KshotError(f"resnet12 halves an image four times, so it needs 16 pixels a side; this one is {image}")
         self.blocks = nn.Sequential(
-            *(_Block(i, w, norm) for i, w in zip((channels, *config.widths), config.widths, strict=False))
+            *(_Block(i, w, self.norm) for i, w in zip((channels, *config.widths), config.widths, strict=False))
         )
         self.features = config.widths[-1]
         for module in self.modules():
