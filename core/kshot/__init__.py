@@ -1,28 +1,70 @@
-"""Few-shot image classification: all that the author of an algorithm needs to import.
+"""Few-shot image classification: the whole vocabulary of a plugin's author. kshot's own plugins import nothing else.
 
-from kshot import InnerLoop, Learner, LearnerConfig, State, gradient, hookimpl
+from kshot import FeatureLearner, LearnerConfig, State, class_means, hookimpl
 """
 
 import kshot_runtime  # noqa: F401  (first: it switches onnxruntime's telemetry off)
-from kshot.backbones import Backbone
+from kshot.backbones import Backbone, BackboneConfig, PretrainedBackbone, Resize, pool, spread
+from kshot.datasets import Skipped
 from kshot.episodes import Episode, Episodes, Shape
-from kshot.gradients import gradient
+from kshot.gradients import gradient, value_and_gradient
 from kshot.hookspecs import hookimpl
-from kshot.learner import InnerLoop, Learner, LearnerConfig, State, cross_entropy, one_hot
+from kshot.learner import (
+    FeatureLearner,
+    FeatureLoop,
+    InnerLoop,
+    Learner,
+    LearnerConfig,
+    State,
+    without_statistics,
+)
+from kshot.norms import Norm, SupportNorm, make_norm
+from kshot.ops import class_means, cross_entropy, one_hot, solve, squared_distances, unit
+from kshot.recurrence import bidirectional_lstm
+from kshot.sources import Importer, Listing, Picture, Request, Split, list_images, random_split
+from kshot.vision import torchvision
 from kshot_runtime.errors import KshotError
+from kshot_runtime.images import ImageRule
 
 __all__ = [
     "Backbone",
+    "BackboneConfig",
     "Episode",
     "Episodes",
+    "FeatureLearner",
+    "FeatureLoop",
+    "ImageRule",
+    "Importer",
     "InnerLoop",
     "KshotError",
     "Learner",
     "LearnerConfig",
+    "Listing",
+    "Norm",
+    "Picture",
+    "PretrainedBackbone",
+    "Request",
+    "Resize",
     "Shape",
+    "Skipped",
+    "Split",
     "State",
+    "SupportNorm",
+    "bidirectional_lstm",
+    "class_means",
     "cross_entropy",
     "gradient",
     "hookimpl",
+    "list_images",
+    "make_norm",
     "one_hot",
+    "pool",
+    "random_split",
+    "solve",
+    "spread",
+    "squared_distances",
+    "torchvision",
+    "unit",
+    "value_and_gradient",
+    "without_statistics",
 ]

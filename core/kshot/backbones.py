@@ -1,14 +1,22 @@
-"""What turns images into features: the interface of a backbone, and how one is built by name."""
+"""Backbones turn images into features: their interface, and pretrained ones that offer the outputs of all stages."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from kshot.norms import Norm
+from kshot_runtime.errors import KshotError
 
 
 class BackboneConfig(BaseModel):
@@ -16,21 +24,156 @@ class BackboneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    norm: Norm | None = Field(
+        None, description="where normalisation takes its statistics from; the learner's first choice if unset"
+    )
+    start: str | None = Field(
+        None, description="weights to start from: the file of a state dict, a learner.pt, or models:/NAME/VERSION"
+    )
+
 
 class Backbone(nn.Module, ABC):
     """Images (N, C, H, W) in 0..1 to features (N, `features`). It normalises colours itself, if it wants to."""
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
+    norms: ClassVar[tuple[Norm, ...]] = ("running", "support", "batch", "group")
+    """The normalisations that it can be built with; the first is the default."""
     features: int
     """The width of the features."""
     grid: tuple[int, int, int] | None = None
     """(channels, height, width) of the map that the features are, flattened; None where they are no map."""
 
-    def __init__(self, image: tuple[int, int, int], norm: Norm, config: Any) -> None:
-        """For images of shape (channels, height, width), normalising by `norm`."""
+    def __init__(self, image: tuple[int, int, int], config: Any) -> None:
+        """For images of shape (channels, height, width)."""
         super().__init__()
         self.image = image
+        self.config = config
+        self.norm: Norm = config.norm or self.norms[0]
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, features) of images (N, C, H, W)."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether training leaves the features of an image as they are."""
+        return self.norm == "running" and not any(parameter.requires_grad for parameter in self.parameters())
+
+
+class PretrainedBackbone(Backbone):
+    """A pretrained network that offers the pooled outputs of its stages, each a row of numbers for an image.
+
+    Fine differences (texture, print, relief) live in the middle of a network. `features = "stages"` concatenates the
+    pooled outputs of all stages, each part brought to unit length; `"inner"` leaves out the last, `"last"` is the
+    last alone, as it is. What is left out is neither computed nor exported.
+    """
+
+    norms = ("running",)
+
+    class Config(BackboneConfig):
+        features: Literal["last", "stages", "inner", "auto"] = Field(
+            "last",
+            description="pooled outputs of the last stage, of all stages, of all but the last, or chosen on validation",
+        )
+        frozen: bool = Field(False, description="keep the weights as they came, while meta-training too")
+
+    widths: Sequence[Sequence[int]]
+    """Widths of the parts of each stage, the last stage last, such as ((32,), (64,), (1280,))."""
+
+    def __init__(self, image: tuple[int, int, int], config: Config) -> None:
+        super().__init__(image, config)
+        self.selected = config.features
+
+    @abstractmethod
+    def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """The parts (N, width) of these stages (ascending numbers), one after the other, for images (N, C, H, W)."""
+
+    @property
+    def stages(self) -> Sequence[int]:
+        """The stages whose outputs are the features."""
+        every = range(len(self.widths))
+        return {"last": every[-1:], "stages": every, "inner": every[:-1]}[self.selected]
+
+    @property
+    def features(self) -> int:  # type: ignore[override]  # follows from the stages
+        return sum(width for stage in self.stages for width in self.widths[stage])
+
+    def measure(self, stages: int) -> list[list[int]]:
+        """The `widths` of so many stages, found by trying in shapes only; a KshotError if the network takes no such image."""
+        try:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+                images = torch.zeros(2, *self.image)
+                return [[part.shape[1] for part in self.pooled(images, (stage,))] for stage in range(stages)]
+        except Exception as error:  # whatever a network of others raises
+            raise KshotError(
+                f"the network makes no features of images {self.image}: {str(error).splitlines()[0]}. "
+                "Take another network, or images of the size that this one was made for."
+            ) from None
+
+    def train(self, mode: bool = True) -> Self:
+        """Always as in evaluation: the statistics of pretraining stay, and nothing is dropped at random."""
+        return super().train(False)
+
+    def assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """Features (N, features) from the parts of the selected stages."""
+        if self.selected == "last" and len(parts) == 1:
+            return parts[0]
+        return torch.cat([F.normalize(part) for part in parts], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.assemble(self.pooled(images, self.stages))
+
+
+class Resize(nn.Module):
+    """Images (N, C, H, W) in 0..1, grey ones too, to (N, 3, size, size) as Pillow resizes them, by two constant matrices."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, image: tuple[int, int, int], size: int, kernel: str = "bicubic") -> None:
+        super().__init__()
+        self.leaves = image[1:] == (size, size)
+        self.register_buffer("rows", resize_matrix(image[1], size, kernel), persistent=False)
+        self.register_buffer("columns", resize_matrix(image[2], size, kernel).t().contiguous(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.expand(-1, 3, -1, -1)
+        if self.leaves:
+            return images
+        wide = (images @ self.columns).clamp(0, 1)  # (N, 3, height, size)
+        return (self.rows @ wide).clamp(0, 1)
+
+
+def resize_matrix(before: int, after: int, kernel: str = "bicubic") -> Tensor:
+    """The matrix (after, before) by which Pillow's filter of this name resizes a side; it averages where it shrinks."""
+    identity = Image.fromarray(np.eye(before, dtype=np.float32))
+    return torch.from_numpy(np.array(identity.resize((before, after), Image.Resampling[kernel.upper()])))
+
+
+def spread(count: int, chosen: int = 5) -> list[int]:
+    """At most so many of the numbers 0..count - 1, evenly spread, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (chosen - 1)) for i in range(chosen)})
+
+
+def pool(maps: Tensor) -> Tensor:
+    """The mean (N, C) of maps (N, C, H, W) over positions."""
+    return maps.mean((2, 3))
+
+
+def load_start(backbone: Backbone, file: Path) -> None:
+    """Put the weights of a file into a backbone: a state dict, or a learner.pt. A KshotError says what does not fit."""
+    try:
+        held = torch.load(file, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise KshotError(f"[backbone] start = {str(file)!r}: there is no such file") from None
+    except Exception as error:  # torch and pickle raise many kinds
+        raise KshotError(f"[backbone] start = {str(file)!r} holds no weights: {str(error).splitlines()[0]}") from None
+    weights = held.get("weights", held)
+    own = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")} or weights
+    try:
+        backbone.load_state_dict(own)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise KshotError(
+            f"[backbone] start = {str(file)!r} holds weights of another network: "
+            f"{' '.join(str(error).split())[:300]}. Take the backbone and settings that they were trained with."
+        ) from None

@@ -1,10 +1,11 @@
-"""How far to trust a learner, from validation episodes: a temperature, thresholds for "none of these", and when two
+"""How far to trust a learner, from validation episodes: a temperature, thresholds for unknown queries, and when two
 images show one class.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,16 +14,21 @@ import torch
 from torch.nn import functional as F
 
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, Stream
-from kshot.features import evaluating
-from kshot.learner import Learner
+from kshot.embeddings import embedded
+from kshot.episodes import Shape, Stream, sample_episodes
+from kshot.evaluation import evaluating
+from kshot.learner import FeatureLearner, Learner
 from kshot.norms import BY_ITSELF
+from kshot.statistics import auroc, calibration_error, fit_temperature, logistic
 
-KNOWN_ACCEPTED = 0.95  # share of known queries that the threshold lets pass, unless someone chooses another
-ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # the shares to choose from
-
+ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # shares of known queries to choose from
 
 Similarity = Literal["logit", "cosine", "distance"]
+By = Literal["logit", "probability", "energy", "ratio", "nearest"]
+"""A score that a query belongs to any class: the largest logit, the largest probability, the energy (logsumexp of the
+logits over the temperature), or one that the learner gives (`FeatureLearner.evidence`)."""
+Trial = tuple[Learner, ClassImages]
+"""A learner, and classes that it was not trained on."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,15 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to read the logits of one shape of episode. A query under the threshold belongs to none of the classes."""
+    """How to read the logits of one shape of episode. A query below the threshold belongs to none of the classes."""
 
     shape: Shape
     temperature: float  # divide logits by this before the softmax
-    by: Literal["logit", "probability"]  # what is compared with the threshold: the largest logit or probability
-    threshold: float
-    auroc: float  # of telling known from unknown classes by that
-    false_accepts: float  # share of unknown queries that pass where 95 % of the known do
+    by: By  # the score that is compared with the threshold
+    threshold: float  # where both errors are the same share: known queries refused, unknown ones let in
+    accepted: float  # share of known queries that pass it
+    false_accepts: float  # share of unknown queries that pass it
+    auroc: float  # of telling known from unknown classes by that score
     ece: float  # of the probabilities at this temperature
     episodes: int
     points: tuple[OperatingPoint, ...] = ()  # other thresholds, from lenient to strict
@@ -53,9 +60,10 @@ class Calibration:
 class OpenSet:
     """What a threshold from validation classes does on test episodes that hold as many unknown classes as known."""
 
-    accepted: float  # share of known queries that pass; 95 % of those on validation did
+    accepted: float  # share of known queries that pass
     false_accepts: float  # share of unknown queries that pass
     auroc: float  # of telling known from unknown classes, at any threshold
+    let_in: float  # share of unknown queries that pass where 95 % of the known do, the threshold set on these episodes
     episodes: int
 
 
@@ -72,38 +80,37 @@ class Verification:
 
 
 def calibrate(
-    learner: Learner, images: ClassImages, shape: Shape, episodes: int, *, seed: int, device: str = "cpu"
+    trials: Sequence[Trial], shape: Shape, episodes: int, *, seed: int, by: By | None = None, device: str = "cpu"
 ) -> Calibration:
     """Fit temperature and threshold on `episodes` validation episodes, each with unknown classes beside the known.
 
-    An episode has as many unknown classes as the split allows, up to `shape.ways`: their images are queries only.
-    The threshold is on the largest logit or the largest probability, whichever separates better.
+    An episode has as many unknown classes as its split allows, up to `shape.ways`: their images are queries only. With
+    several trials, say the folds of a cross-validation, each takes its share of the episodes. The threshold is on the
+    score that tells known from unknown best, or on the one asked for in `by`.
     """
-    known_logits, unknown_logits, labels = _answers(learner, images, shape, episodes, seed, "calibration", device)
-    temperature = fit_temperature(known_logits, labels)
-    probabilities = (torch.from_numpy(known_logits) / temperature).softmax(1).numpy()
+    parts = [
+        _answers(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
+        for learner, images in trials
+    ]
+    known, unknown = _concatenated(part[0] for part in parts), _concatenated(part[1] for part in parts)
+    labels = np.concatenate([part[2] for part in parts])
+    temperature = fit_temperature(known["logits"], labels)
+    probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
-    best: tuple[float, Literal["logit", "probability"], np.ndarray, np.ndarray] | None = None
-    for by in ("logit", "probability"):
-        known, strange = (_evidence(logits, by, temperature) for logits in (known_logits, unknown_logits))
-        area = auroc(known, strange) if len(strange) else math.nan
-        if best is None or area > best[0]:
-            best = area, by, known, strange
-    assert best is not None
-    area, by, known, strange = best
-    points = tuple(_operating_point(share, known, strange) for share in sorted(ACCEPTED, reverse=True))
-    usual = _operating_point(KNOWN_ACCEPTED, known, strange)
+    scores: dict[By, tuple[np.ndarray, np.ndarray]] = {
+        name: (evidence(known, name, temperature), evidence(unknown, name, temperature))
+        for name in scores_of(known)
+        if by in (None, name)
+    }
+    areas = {name: auroc(*pair) if len(pair[1]) else math.nan for name, pair in scores.items()}
+    best = max(areas, key=lambda name: -1 if math.isnan(areas[name]) else areas[name])
+    inside, outside = scores[best]
+    usual = _balanced(inside, outside)
     return Calibration(
-        shape,
-        temperature,
-        by,
-        usual.threshold,
-        area,
-        usual.false_accepts,
-        calibration_error(probabilities.max(1), right),
-        episodes,
-        points,
-    )
+        shape, temperature, best, usual.threshold, usual.accepted, usual.false_accepts, areas[best],
+        calibration_error(probabilities.max(1), right), episodes,
+        tuple(_operating_point(share, inside, outside) for share in sorted(ACCEPTED, reverse=True)),
+    )  # fmt: skip
 
 
 def open_set(
@@ -114,26 +121,26 @@ def open_set(
     if len(images) == shape.ways:
         return None
     answers = _answers(learner, images, shape, episodes, seed, "test", device)
-    known, strange = (_evidence(logits, fit.by, fit.temperature) for logits in answers[:2])
-    accepted, false_accepts = (float((values >= fit.threshold).mean()) for values in (known, strange))
-    return OpenSet(accepted, false_accepts, auroc(known, strange), episodes)
+    known, unknown = (evidence(side, fit.by, fit.temperature) for side in answers[:2])
+    accepted, false_accepts = (float((values >= fit.threshold).mean()) for values in (known, unknown))
+    let_in = _operating_point(0.95, known, unknown).false_accepts
+    return OpenSet(accepted, false_accepts, auroc(known, unknown), let_in, episodes)
 
 
-def verification(learner: Learner, images: ClassImages, pairs: int, *, seed: int, device: str = "cpu") -> Verification:
+def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str = "cpu") -> Verification:
     """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
     parts: dict[Similarity, list[np.ndarray]] = {}
-    shape = Shape(2, 1, 1)
-    with evaluating(learner, images, shape, device=device) as sample:
-        for step in range(pairs // 2):
-            [episode] = sample(shape, 1, seed=seed, step=step, stream="calibration")
-            first, same_then_other = episode.support[:1], episode.query
-            for by, alike in similarities(learner, first, same_then_other).items():
-                parts.setdefault(by, []).append(alike)
+    sampled = [(learner, embedded(learner, images, device=device)) for learner, images in trials]
+    for step in range(pairs // 2):
+        learner, images = sampled[step % len(sampled)]
+        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
+        for by, alike in similarities(learner, episode.support[:1], episode.query).items():
+            parts.setdefault(by, []).append(alike)
     same = np.tile([True, False], pairs // 2)
     values = {by: np.concatenate(part) for by, part in parts.items()}
     areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
     best = max(areas, key=lambda by: areas[by])
-    slope, offset = _logistic(values[best], same)
+    slope, offset = logistic(values[best], same)
     right = (slope * values[best] + offset >= 0) == same
     return Verification(best, slope, offset, areas[best], float(right.mean()), len(same))
 
@@ -142,105 +149,84 @@ def verification(learner: Learner, images: ClassImages, pairs: int, *, seed: int
 def similarities(learner: Learner, image: torch.Tensor, others: torch.Tensor) -> dict[Similarity, np.ndarray]:
     """How alike an image (1, C, H, W) and each of `others` (N, C, H, W) are, in up to three ways, (N,) each.
 
-    `logit`: what the learner gives to others after adapting to the image as its only class, if that tells anything;
-    `cosine` and `distance`: of the features, where an image's are its own (distance is Euclidean, and negative).
+    `logit`: the logit of each other image after adapting to the image as the only class; `cosine` and `distance` of the
+    features, where an image's are its own (distance is Euclidean, and negative). Features may come for images.
     """
-    was_training = learner.training
-    learner.eval()
     only = torch.zeros(1, dtype=torch.int64, device=image.device)
-    found: dict[Similarity, torch.Tensor] = {"logit": learner.classify(learner.adapt(image, only, only), others)[:, 0]}
-    if learner.config.norm in BY_ITSELF:
-        a, b = learner.embed(image), learner.embed(others)
-        found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
-    learner.train(was_training)
+    with evaluating(learner):
+        logits = learner.classify(learner.adapt(image, only, only), others)[:, 0]
+        found: dict[Similarity, torch.Tensor] = {"logit": logits}
+        if learner.backbone.norm in BY_ITSELF:
+            a, b = learner.embed(image), learner.embed(others)
+            found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
     return {by: value.double().cpu().numpy() for by, value in found.items()}
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy of logits (N, W) to labels (N,) (Guo et al., 2017)."""
-    rows, truth = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        value = F.cross_entropy(rows / log_temperature.clamp(-7, 7).exp(), truth)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    return float(log_temperature.detach().clamp(-7, 7).exp())
-
-
-def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their counts."""
-    bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
-    confidence = np.bincount(bin_of, confidences, minlength=bins)
-    accuracy = np.bincount(bin_of, right, minlength=bins)
-    return float(np.abs(confidence - accuracy).sum() / len(confidences))
-
-
-def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
-    """The chance that a known query scores higher than an unknown one (ties count half)."""
-    scores, ranks_of = np.unique(np.concatenate([known, unknown]), return_inverse=True)
-    counts = np.bincount(ranks_of, minlength=len(scores))
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each score, from 1
-    above = ranks[ranks_of[: len(known)]].sum() - len(known) * (len(known) + 1) / 2
-    return float(above / (len(known) * len(unknown)))
-
-
-def _operating_point(accepted: float, known: np.ndarray, strange: np.ndarray) -> OperatingPoint:
+def _operating_point(accepted: float, known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
     threshold = float(np.quantile(known, 1 - accepted))
-    return OperatingPoint(accepted, threshold, float((strange >= threshold).mean()) if len(strange) else math.nan)
+    return OperatingPoint(accepted, threshold, float((unknown >= threshold).mean()) if len(unknown) else math.nan)
 
 
-def _logistic(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of the logistic regression of truth (N,) on values (N,), with a light pull to zero."""
-    mean, scale = values.mean(), values.std() + 1e-12
-    x, y = torch.from_numpy((values - mean) / scale), torch.from_numpy(truth.astype(np.float64))
-    line = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        value = F.binary_cross_entropy_with_logits(line[0] * x + line[1], y) + 1e-4 * line.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    slope, offset = line.detach().tolist()
-    return slope / scale, offset - slope * mean / scale
+def _balanced(known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
+    """The threshold at which the share of known queries refused is that of unknown ones let in, as near as there is."""
+    if not len(unknown):
+        return _operating_point(0.95, known, unknown)
+    shares = np.linspace(0, 1, 1001)
+    refused, let_in = np.quantile(known, shares), np.quantile(unknown, 1 - shares)
+    share = int(np.argmin(np.abs(refused - let_in)))
+    threshold = float((refused[share] + let_in[share]) / 2)
+    return OperatingPoint(float((known >= threshold).mean()), threshold, float((unknown >= threshold).mean()))
 
 
-def _evidence(logits: np.ndarray, by: str, temperature: float) -> np.ndarray:
-    if by == "probability" and len(logits):
-        logits = (torch.from_numpy(logits) / temperature).softmax(1).numpy()
-    return logits.max(1) if len(logits) else np.empty(0)
+def scores_of(answers: Mapping[str, np.ndarray]) -> list[By]:
+    """The scores for unknown that these answers hold or give."""
+    given: tuple[By, ...] = ("ratio", "nearest")
+    return ["logit", "probability", "energy", *(name for name in given if name in answers)]
+
+
+def evidence(answers: Mapping[str, np.ndarray], by: By, temperature: float) -> np.ndarray:
+    """The score (Q,) of each query, from its logits (Q, W) and what else the learner gives."""
+    if by in answers:
+        return answers[by]
+    logits = torch.from_numpy(answers["logits"]).double()
+    if not len(logits):
+        return np.empty(0)
+    if by == "logit":
+        return logits.max(1).values.numpy()
+    scaled = logits / temperature
+    return (scaled.softmax(1).max(1).values if by == "probability" else scaled.logsumexp(1)).numpy()
 
 
 @torch.no_grad()
 def _answers(
     learner: Learner, images: ClassImages, shape: Shape, episodes: int, seed: int, stream: Stream, device: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits of known queries (N, ways), of unknown ones (M, ways), and the labels of the known (N,).
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """What known queries (N, ways) and unknown ones (M, ways) get, and the labels of the known (N,).
 
     An episode has as many unknown classes as there are, up to its ways: their images are queries only.
     """
     unknown = min(shape.ways, len(images) - shape.ways)
-    known_logits, unknown_logits, labels = [], [], []
     wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
-    with evaluating(learner, images, wider, device=device) as sample:
+    images = embedded(learner, images, device=device)
+    inside, outside, labels = [], [], []
+    with evaluating(learner):
         for step in range(episodes):
-            [episode] = sample(wider, 1, seed=seed, step=step, stream=stream)
+            [episode] = sample_episodes(images, wider, 1, seed=seed, step=step, stream=stream).to(device)
             in_support = episode.support_labels < shape.ways
             state = learner.adapt(
                 episode.support[in_support], episode.support_labels[in_support], episode.classes[: shape.ways]
             )
-            logits = learner.classify(state, episode.query).cpu().numpy()
+            found = {"logits": learner.classify(state, episode.query)}
+            if isinstance(learner, FeatureLearner):
+                found |= learner.evidence(state, learner.embed(episode.query, state))
             is_known = (episode.query_labels < shape.ways).cpu().numpy()
-            known_logits.append(logits[is_known])
-            unknown_logits.append(logits[~is_known])
+            given = {name: value.cpu().numpy() for name, value in found.items()}
+            inside.append({name: value[is_known] for name, value in given.items()})
+            outside.append({name: value[~is_known] for name, value in given.items()})
             labels.append(episode.query_labels.cpu().numpy()[is_known])
-    return np.concatenate(known_logits), np.concatenate(unknown_logits), np.concatenate(labels)
+    return _concatenated(inside), _concatenated(outside), np.concatenate(labels)
+
+
+def _concatenated(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    first, *others = parts
+    return {name: np.concatenate([value, *(part[name] for part in others)]) for name, value in first.items()}

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -273,6 +273,23 @@ class ClassImages:
         view = copy.copy(self)
         view.protocol = protocol
         return view
+
+    def limited(self, most: int) -> Self:
+        """The same classes with their first images only, at most so many of each."""
+        fewer = copy.copy(self)
+        fewer.counts = np.minimum(self.counts, most)
+        vars(fewer).pop("groups", None)  # it is cached
+        return fewer
+
+    def only(self, classes: Sequence[int] | np.ndarray) -> Self:
+        """Some of these classes, by their numbers."""
+        chosen = np.sort(np.asarray(classes, np.int64))
+        some = copy.copy(self)
+        some._starts, some.counts, some._turns = self._starts[chosen], self.counts[chosen], self._turns[chosen]
+        some.names, some._home = tuple(self.names[i] for i in chosen), self._home[chosen]
+        some.classes_per_data_set = tuple(np.bincount(some._home, minlength=len(self._packed)).tolist())
+        vars(some).pop("groups", None)
+        return some
 
     @property
     def shape(self) -> tuple[int, int, int]:

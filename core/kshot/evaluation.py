@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kshot.calibration import calibration_error
 from kshot.datasets import ClassImages
-from kshot.episodes import Episode, Shape, Stream
-from kshot.features import evaluating
-from kshot.learner import Learner
-from kshot.learner import transductive as without_statistics
+from kshot.embeddings import embedded
+from kshot.episodes import Episode, Shape, Stream, sample_episodes
+from kshot.learner import Learner, without_statistics
+from kshot.statistics import calibration_error, interval
 
 _AT_ONCE = 8  # episodes sampled together
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The mean of values (episodes,), and half its 95 % interval: 1.96 * sd / sqrt(n), with the sample's sd."""
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True)
@@ -80,12 +73,12 @@ def evaluate(
     """Score a learner on `episodes` episodes that (seed, stream) fix; another learner gets the very same ones.
 
     The learner is in eval mode meanwhile and keeps no graph. `transductive` normalises queries by their own batch
-    (see `kshot.learner.transductive`).
+    (see `kshot.learner.without_statistics`).
     """
     started = time.perf_counter()
     accuracies, confidences, right = [], [], []
     for episode, logits in answers(
-        learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device, brief=True
+        learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device
     ):
         confidence, prediction = (logits / temperature).softmax(1).max(1)
         correct = prediction == episode.query_labels
@@ -113,18 +106,28 @@ def answers(
     stream: Stream = "test",
     transductive: bool = False,
     device: str = "cpu",
-    brief: bool = False,
 ) -> Iterator[tuple[Episode, Tensor]]:
     """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it.
 
-    `brief`: an episode may hold features in the place of images, which is many times faster where the learner needs
-    no more (see `kshot.features`).
+    Episodes hold features in the place of images where the learner takes them (see `kshot.embeddings`).
     """
-    with evaluating(learner, images, shape, brief=brief, device=device) as sample:
+    images = embedded(learner, images, device=device)
+    with evaluating(learner):
         for step in range(math.ceil(episodes / _AT_ONCE)):
-            batch = sample(shape, _AT_ONCE, seed=seed, step=step, stream=stream)
+            batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
             for episode in batch.part(0, episodes - step * _AT_ONCE):
                 state = learner.adapt(episode.support, episode.support_labels, episode.classes)
                 if transductive:
                     state = without_statistics(state)
                 yield episode, learner.classify(state, episode.query)
+
+
+@contextmanager
+def evaluating(learner: Learner) -> Iterator[None]:
+    """A learner in eval mode for the block."""
+    was_training = learner.training
+    learner.eval()
+    try:
+        yield
+    finally:
+        learner.train(was_training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kshot import folders, parity
 from kshot.datasets import ClassImages
-from kshot.episodes import Shape, sample_episodes
-from kshot.features import as_it_is, embedding_by, sees_features_only
+from kshot.embeddings import embedded
+from kshot.episodes import Shape
 from kshot.graphs import adapt_model, classify_model, embed_model
-from kshot.learner import InnerLoop, Learner, State
+from kshot.learner import FeatureLearner, InnerLoop, Learner, State
 from kshot.norms import BY_ITSELF
 from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
@@ -27,7 +27,7 @@ from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, Facts, File
 
 __all__ = ["ExportError", "Facts", "Report", "export"]
 
-_TAKEN = {"support", "labels", "classes", "steps", "query", "query_features", "logits", "i"}
+_TAKEN = {"support", "labels", "classes", "steps", "query", "query_features", "logits", "ratio", "nearest", "i"}
 _TYPES = {torch.float32: "float32", torch.int64: "int64"}
 _INT = torch.int64
 
@@ -57,10 +57,12 @@ def export(
     shape: Shape,
     seed: int,
     episodes: int = 100,
+    store: Path | None = None,
 ) -> Report:
     """Write `learner` as a bundle to `folder`, which appears only if all checks pass, in the place of an older bundle.
 
-    The checks play `episodes` episodes of `shape` from the classes in `data`, those of the evaluation with this seed.
+    The checks take `episodes` episodes of `shape` from the classes in `data`. Features of images that lie in the
+    embedding store `store` are not computed again.
     """
     started, folder = time.perf_counter(), Path(folder)
     learner = deepcopy(learner).to("cpu", torch.float32).eval()
@@ -71,17 +73,16 @@ def export(
             f"{data.shape}: they must be one"
         )
     with _appearing(folder) as staging:
-        parity.check_learner(learner, data, shape, seed=seed)
-        tried = sample_episodes(data, shape, 1, seed=seed, step=0, stream="test")[0]
-        takes_features = sees_features_only(learner, tried)  # a server may then keep features, not images
-        models, state = _models(learner, image, takes_features)
+        models, state = _models(learner, image, [fit.by for fit in facts.calibration])
         contents = {name: _serialised(model, name) for name, model in models.items()}
-        compared = parity.compare(learner, Graphs(contents), data, shape, seed=seed, episodes=episodes)
+        compared = parity.compare(
+            learner, Graphs(contents), embedded(learner, data, store=store), shape, seed=seed, episodes=episodes
+        )
         manifest = Manifest(
             **dict(facts),
-            norm=learner.config.norm,
+            norm=learner.backbone.norm,
             steps=learner.steps if isinstance(learner, InnerLoop) else None,
-            takes="features" if takes_features else "images",
+            takes="features" if learner.takes_features else "images",
             features=learner.backbone.features,
             state={name: TensorSpec(shape=spec.shape, dtype=_TYPES[spec.dtype]) for name, spec in state.items()},
             parity=compared,
@@ -94,52 +95,43 @@ def export(
 
 
 def _models(
-    learner: Learner, image: tuple[int, int, int], takes_features: bool
+    learner: Learner, image: tuple[int, int, int], scores: Sequence[str]
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
-    """The graphs, and the shapes of the state that goes from adapting to classifying."""
-    embed = {}
-    if learner.config.norm in BY_ITSELF:
+    """The graphs, and the shapes of the state that goes from adapting to classifying; `scores` are asked of a query."""
+    models = {}
+    if learner.backbone.norm in BY_ITSELF:
         images = {"images": Spec(("Q", *image))}
-        piece = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
-        embed = {EMBED: embed_model(piece)}
-    if not takes_features:
-        models, state = _adapt_and_classify(learner, image)
-    else:
-        with embedding_by(learner, as_it_is):
-            models, state = _adapt_and_classify(learner, (learner.backbone.features,))
-    return {**embed, **models}, state
-
-
-def _adapt_and_classify(learner: Learner, each: tuple[int, ...]) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
-    """The two graphs for support and query of this shape each: an image's or a feature's."""
+        embed = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
+        models[EMBED] = embed_model(embed)
+    each = (learner.backbone.features,) if learner.takes_features else image
     episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
     if isinstance(learner, InnerLoop):
         begin, step, finish = _inner_loop(learner, episode)
-        state, adapt = finish.outputs, adapt_model(begin, step, finish)
+        state, models[ADAPT] = finish.outputs, adapt_model(begin, step, finish)
     else:
         only = trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode)
-        state, adapt = only.outputs, adapt_model(only)
+        state, models[ADAPT] = only.outputs, adapt_model(only)
     _check_state("adapt", learner, state)
-    query = {"query": Spec(("Q", *each))}
     classify = trace(
-        learner, "classify", lambda given: _classified(learner, _only(given, state), given["query"]), {**state, **query}
+        learner,
+        "classify",
+        lambda given: _classified(learner, _only(given, state), given["query"], scores),
+        {**state, "query": Spec(("Q", *each))},
     )
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
         raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
-    return {ADAPT: adapt, CLASSIFY: classify_model(classify, learner.backbone.features)}, state
+    return {**models, CLASSIFY: classify_model(classify)}, state
 
 
-def _classified(learner: Learner, state: State, query: Tensor) -> State:
-    """The logits, and the features that the learner made of the query on its way to them."""
-    embed, made = learner.embed, {}
-
-    def noting(images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        made["query_features"] = embed(images, state)
-        return made["query_features"]
-
-    with embedding_by(learner, noting):
-        logits = learner.classify(state, query)
-    return {"logits": logits, **{name: value for name, value in made.items() if value is not query}}
+def _classified(learner: Learner, state: State, query: Tensor, scores: Sequence[str]) -> State:
+    """Logits, the features of images, and of what else the learner says of a query the scores that are asked for."""
+    features = learner.embed(query, state)
+    found = {"logits": learner.classify(state, features)}
+    if features is not query:
+        found["query_features"] = features
+    if isinstance(learner, FeatureLearner):
+        found |= {name: score for name, score in learner.evidence(state, features).items() if name in scores}
+    return found
 
 
 def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> tuple[Piece, Piece, Piece]:

@@ -40,13 +40,11 @@ def adapt_model(begin: Piece, step: Piece | None = None, finish: Piece | None = 
     return model.finish(state, specs)
 
 
-def classify_model(classify: Piece, features: int) -> onnx.ModelProto:
-    """query and the state in, logits out, and the query's features (Q, features) where images came in."""
+def classify_model(classify: Piece) -> onnx.ModelProto:
+    """query and the state in; logits out, the query's features where images came in, and scores for unknown."""
     model = _Model("classify")
     outputs = model.place("classify", classify, model.inputs(classify, "query"))
-    wanted = {"logits": ("Q", "W"), "query_features": ("Q", features)}
-    specs = {name: spec for name, spec in classify.outputs.items() if spec.shape == wanted[name]}
-    return model.finish({name: outputs[name] for name in specs}, specs)
+    return model.finish(outputs, classify.outputs)
 
 
 class _Model:

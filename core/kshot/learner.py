@@ -1,42 +1,41 @@
 """The contract of an algorithm: a learner adapts to a support set and then classifies, and remembers nothing between.
 
-An author writes `adapt` and `classify`, or, for one that adapts in steps, `begin`, `step` and `classify` of an
-`InnerLoop`; training, evaluation, ONNX export, serving and the conformance kit follow from that.
+Most learners are heads on features (`FeatureLearner`): an author writes `fit` and `logits`, or for a head that is
+fitted in steps (`FeatureLoop`) `start`, `update` and `logits`. One that changes the backbone in steps (`InnerLoop`) has
+`begin`, `step` and `classify`; any other (`Learner`) `adapt` and `classify`. Training, evaluation, ONNX export, serving
+and the conformance kit follow.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from kshot.norms import BY_ITSELF, Norm, recorded
+from kshot.ops import cross_entropy, one_hot
 
 if TYPE_CHECKING:
     from kshot.backbones import Backbone
     from kshot.episodes import Episode, Episodes
 
 State = dict[str, Tensor]
-"""What adapting gives: named float32 tensors. Prototypes for a metric learner, fast weights for MAML."""
+"""The result of adapting: named float32 tensors. Prototypes for a metric learner, fast weights for MAML."""
 
 _WEIGHTS = "backbone."
 _STATISTICS = "statistics."
-
-EMBEDDING = (_WEIGHTS, _STATISTICS)
-"""How the names of those state entries begin that change what `embed` makes of an image."""
+_PREFIXES = (_WEIGHTS, _STATISTICS)  # of state entries that override backbone weights or statistics in `embed`
 
 
 class LearnerConfig(BaseModel):
     """A learner's settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    norm: Norm = Field("running", description="where the backbone's normalisation takes its statistics from")
 
 
 class Learner(nn.Module, ABC):
@@ -48,6 +47,10 @@ class Learner(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
+    norms: ClassVar[tuple[Norm, ...]] = ("running", "support", "batch", "group")
+    """The backbone's normalisations that it works with; the first is the default."""
+    prefers: ClassVar[Sequence[str]] = ("last",)
+    """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
 
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()
@@ -60,82 +63,170 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, state: State, query: Tensor) -> Tensor:
-        """Logits (Q, W) for query (Q, C, H, W), each row independent of the others."""
+        """Logits (Q, W) for query (Q, C, H, W), each row independent of the others.
+
+        A learner sees the query through `embed` only, which also lets features (Q, D) pass.
+        """
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """What the outer loop minimises over a batch of episodes: a scalar, by default the queries' cross-entropy."""
+        """The loss of the outer loop over a batch of episodes: a scalar, by default the queries' cross-entropy."""
         return torch.stack([self.query_loss(episode) for episode in episodes]).mean()
 
     def query_loss(self, episode: Episode) -> Tensor:
         """Cross-entropy of one episode's queries after adapting to its support set: a scalar."""
         state = self.adapt(episode.support, episode.support_labels, episode.classes)
-        if self.config.norm == "transductive":
-            state = transductive(state)
+        if self.backbone.norm == "batch":
+            state = without_statistics(state)
         targets = one_hot(episode.query_labels, episode.classes)
         return cross_entropy(self.classify(state, episode.query), targets)
 
     def stepped(self) -> None:
-        """After each outer step, which may have taken several calls of `meta_loss`: for learners that count them."""
+        """Called after each outer step, which may take several calls of `meta_loss`, for learners that count steps."""
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """Before meta-training: make what only that needs, say a head over all classes of the training split.
+        """Called before meta-training, to make what only training needs, such as a head over all base classes.
 
-        `classes` counts them, a number for each data set that the split joins (most often one).
+        `classes` counts them: a number for each data set that the training split joins (most often one).
         """
 
     @property
     def surrogate(self) -> bool:
-        """Whether `meta_loss` is no loss to descend, but has the outer update's direction for its gradient.
+        """Whether the gradient of `meta_loss` is the outer update's direction, but not the slope of a loss.
 
-        So it is for first-order approximations, for Reptile, and for the two sides of an adversarial game. The
-        conformance kit then does not compare that gradient with finite differences.
+        True of first-order approximations, of Reptile, and of the two sides of an adversarial game. The conformance
+        kit then does not compare that gradient with finite differences.
         """
         return False
 
+    @property
+    def takes_features(self) -> bool:
+        """Whether `adapt` and `classify` take features (N, D) in the place of images, each image's by itself."""
+        return False
+
     def embed(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features (N, D), with the backbone's weights and support statistics taken from `state` where it has them."""
-        held = (
-            {}
-            if state is None
-            else {
-                name.removeprefix(prefix): value
-                for name, value in state.items()
-                for prefix in EMBEDDING
-                if name.startswith(prefix)
-            }
-        )
+        """Features (N, D) of images (N, C, H, W); features (N, D) are returned as they are.
+
+        Weights and support statistics that `state` holds take the place of the backbone's own.
+        """
+        if images.dim() == 2:
+            return images
+        held = {
+            name.removeprefix(prefix): value
+            for name, value in (state or {}).items()
+            for prefix in _PREFIXES
+            if name.startswith(prefix)
+        }
         return functional_call(self.backbone, held, (images,)) if held else self.backbone(images)
 
     def measure(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
-        """Features (N, D) of a support set, and its statistics as state entries; none unless `norm` needs them."""
+        """Features (N, D) of a support set, and its statistics as state entries; none unless the norm needs them."""
         with recorded(self.backbone) as statistics:
             features = self.embed(images, state)
         return features, {_STATISTICS + name: value for name, value in statistics.items()}
 
-    def embed_episodes(self, episodes: Episodes) -> Iterator[tuple[Episode, Tensor, Tensor]]:
-        """Each episode with the features of its support set (S, D) and of its queries (Q, D): for a `meta_loss`.
+    def embed_episodes(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Features of the support sets (E, S, D) and of the queries (E, Q, D) of a batch of episodes.
 
-        One pass of the backbone over all images where `norm` allows it; batch statistics are then of all of them.
+        One pass of the backbone over all images where each image's features are its own; batch statistics are then of
+        all of them.
         """
-        if self.config.norm in BY_ITSELF:
-            images = torch.cat([episodes.support.flatten(0, 1), episodes.query.flatten(0, 1)])
-            shape, count = episodes.shape, len(episodes)
-            sizes = [shape.ways * shape.shots] * count + [shape.ways * shape.queries] * count
-            parts = self.embed(images).split(sizes)
-            yield from zip(episodes, parts[:count], parts[count:], strict=True)
-            return
+        if self.backbone.norm in BY_ITSELF:
+            images = torch.cat([episodes.support, episodes.query], 1)  # (E, S + Q, ...)
+            features = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            return features[:, : episodes.support.shape[1]], features[:, episodes.support.shape[1] :]
+        supports, queries = [], []
         for episode in episodes:
             features, statistics = self.measure(episode.support)
-            held = None if self.config.norm == "transductive" else statistics
-            yield episode, features, self.embed(episode.query, held)
+            supports.append(features)
+            queries.append(self.embed(episode.query, None if self.backbone.norm == "batch" else statistics))
+        return torch.stack(supports), torch.stack(queries)
 
     def weights(self) -> State:
         """The backbone's parameters as state entries: what an inner loop changes."""
         return {_WEIGHTS + name: parameter for name, parameter in self.backbone.named_parameters()}
 
 
+class FeatureLearner(Learner):
+    """A head on features: `fit` makes a state from a support set's features, `logits` classifies with it.
+
+    Where the backbone's norm gives each image features of its own, these are computed once, for evaluation, for the
+    training of heads on frozen backbones, and at the server, which keeps the features of support photos.
+    """
+
+    batched: ClassVar[bool] = True
+    """Whether `fit`, `logits` and `episode_loss` run under `torch.func.vmap`; if not, episodes take turns."""
+
+    @abstractmethod
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The state for support features (S, D), labels (S,) and class ids (W,)."""
+
+    @abstractmethod
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        """Logits (Q, W) of query features (Q, D), each row independent of the others."""
+
+    def evidence(self, state: State, features: Tensor) -> State:
+        """Other scores (Q,) by name that a query belongs to any class: `ratio`, a log-likelihood ratio, or `nearest`.
+
+        Calibration compares them with the largest logit and with the softmax, and takes what tells unknown best.
+        """
+        return {}
+
+    def learn_statistics(self, base: Iterable[Tensor]) -> None:
+        """Closed-form training: set buffers from the features (N, D) of each base class, by the settings in `config`.
+
+        `base` gives the classes one by one, and may be iterated again.
+        """
+
+    def choices(self) -> Sequence[Mapping[str, Any]]:
+        """Values of settings that the config leaves open, to choose from on validation episodes; the default first."""
+        return [{}]
+
+    @property
+    def takes_features(self) -> bool:
+        return self.backbone.norm in BY_ITSELF
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether it learns statistics of the base classes."""
+        return type(self).learn_statistics is not FeatureLearner.learn_statistics
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)
+        return {**self.fit(features, labels, classes), **statistics}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return self.logits(state, self.embed(query, state))
+
+    def meta_loss(self, episodes: Episodes) -> Tensor:
+        """The mean of `episode_loss` over a batch of episodes."""
+        first = episodes[0]  # labels are the same in every episode of a batch
+
+        def loss(support: Tensor, query: Tensor) -> Tensor:
+            return self.episode_loss(support, first.support_labels, query, first.query_labels, first.classes)
+
+        support, query = self.embed_episodes(episodes)
+        if self.batched:
+            return vmap(loss, randomness="different")(support, query).mean()
+        return torch.stack([loss(*pair) for pair in zip(support, query, strict=True)]).mean()
+
+    def episode_loss(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
+    ) -> Tensor:
+        """The loss of one episode from features (S, D) and (Q, D): a scalar, by default the queries' cross-entropy."""
+        logits = self.logits(self.fit(support, support_labels, classes), query)
+        return cross_entropy(logits, one_hot(query_labels, classes))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Statistics have the sizes of what they were learned from."""
+        for name, buffer in self.named_buffers(recurse=False):
+            held = state_dict.get(prefix + name)
+            if isinstance(held, Tensor) and held.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(held.shape, dtype=held.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class InnerLoop(Learner):
-    """A learner that adapts in steps. `adapt` is written: `begin`, then `step` as often as asked, then `finish`.
+    """A learner that adapts in steps: `adapt` is `begin`, then `step` for each step, then `finish`.
 
     The exporter traces `begin` and one `step`, and wraps the step in an ONNX Loop: the number of steps stays free.
     Gradients come from `kshot.gradient` only.
@@ -144,7 +235,7 @@ class InnerLoop(Learner):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Inner steps taken when nobody asks for another number: while meta-training, and after (`self.training`)."""
+        """The default number of inner steps: while meta-training, and afterwards (`self.training`)."""
 
     @abstractmethod
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
@@ -159,37 +250,44 @@ class InnerLoop(Learner):
         return state
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None) -> State:
-        """Learn from a support set in `steps` steps, `self.steps` unless told."""
+        """Learn from a support set in `steps` steps, by default `self.steps`."""
         state = self.begin(support, labels, classes)
         for i in range(self.steps if steps is None else steps):
             state = self.step(state, support, labels, classes, torch.tensor(i))
         return self.finish(state, support, labels, classes)
 
 
-def transductive(state: State) -> State:
+class FeatureLoop(InnerLoop, FeatureLearner):
+    """A head on features that is fitted in steps, say by gradient descent: `start`, then `update` for each step."""
+
+    @abstractmethod
+    def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The state before the first step, for support features (S, D), labels (S,) and class ids (W,)."""
+
+    @abstractmethod
+    def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The state after one more step, with the same names and shapes."""
+
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        state = self.start(features, labels, classes)
+        for _ in range(self.steps):
+            state = self.update(state, features, labels, classes)
+        return state
+
+    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        features, statistics = self.measure(support)  # carried along, so that the backbone runs once
+        return {"features": features, **self.start(features, labels, classes), **statistics}
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        return {**state, **self.update(state, state["features"], labels, classes)}
+
+    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {name: value for name, value in state.items() if name != "features"}
+
+
+def without_statistics(state: State) -> State:
     """The state without its support statistics: queries are then normalised by their own batch, as papers often do.
 
-    An answer then depends on its companions, so this is for comparing with published figures, never for serving.
+    An answer then depends on the other queries, so this is for comparing with published figures, never for serving.
     """
     return {name: value for name, value in state.items() if not name.startswith(_STATISTICS)}
-
-
-def one_hot(labels: Tensor, classes: Tensor) -> Tensor:
-    """(N, W) float: 1 where a label (N,) is the class of that column (W,). Labels need not be 0..W-1."""
-    return (labels[:, None] == classes[None, :]).float()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (N, W) to one-hot targets (N, W): a scalar."""
-    return -(targets.to(logits.dtype) * logits.log_softmax(1)).sum(1).mean()
-
-
-def class_means(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """Mean feature of each class: (W, D) from features (S, D). Shots may differ between classes."""
-    members = one_hot(labels, classes).to(features.dtype)  # (S, W)
-    return members.t() @ features / members.sum(0).clamp_min(1)[:, None]
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distances (A, B) between rows of a (A, D) and b (B, D), without the cdist that ONNX lacks."""
-    return ((a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.t()).clamp_min(0)

@@ -2,7 +2,7 @@
 
 running        averages kept while meta-training; a query depends on nothing else
 support        the support set's statistics, kept in the state; a query depends on the support set only
-transductive   as `support` when served; meta-training and the transductive figure use the queries' own batch
+batch          while meta-training each batch's own, queries included; `support` when served
 group          each image's own (GroupNorm)
 """
 
@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Norm = Literal["running", "support", "transductive", "group"]
+Norm = Literal["running", "support", "batch", "group"]
 
 BY_ITSELF: tuple[Norm, ...] = ("running", "group")
-"""Those under which what is made of an image depends on no other image."""
+"""Norms under which the features of an image depend on no other image."""
 
 _recorder: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar("recorder", default=None)
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from kshot.datasets import ClassImages
+from kshot.embeddings import ClassFeatures
 from kshot.episodes import Episode, Shape, sample_episodes
 from kshot.evaluation import answers
 from kshot.learner import InnerLoop, Learner, State
+from kshot.served import Served, to_bytes
 from kshot.tracing import ExportError, tensors
 from kshot_runtime.bundle import Graphs
 from kshot_runtime.manifest import BundleError, Parity
@@ -26,6 +28,8 @@ AGREEMENT = 0.999  # share of queries that torch and the graphs must put into th
 PRECISE = 1e-5  # as near to float64 as float32 need come, relative to the scale
 SLACK = 10  # how many times further from float64 than torch's own float32 is still its like
 COMPARED = 12  # episodes compared with float64; their median is judged
+EMBEDDED = 12  # images whose features are compared with float64
+MOST_IMAGES = 1000  # of those that episodes are drawn from where the graphs embed each by itself: it bounds the time
 GROSS = 1e-3  # a size that was baked in shows as more than this
 
 # Support images of each class, queries, steps: sizes other than the traced ones, uneven, smallest and large.
@@ -40,21 +44,24 @@ SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
 
 @dataclass(frozen=True)
 class Problem:
-    """Something to adapt to and to classify, in bytes."""
+    """Something to adapt to and to classify: images in bytes, or features."""
 
-    support: np.ndarray  # (S, C, H, W) uint8
+    support: np.ndarray  # (S, C, H, W) uint8, or (S, D) float32
     labels: np.ndarray  # (S,)
     classes: np.ndarray  # (W,)
-    query: np.ndarray  # (Q, C, H, W) uint8
+    query: np.ndarray  # (Q, C, H, W), or (Q, D)
 
     @classmethod
     def of(cls, episode: Episode) -> Problem:
         return cls(
-            _bytes(episode.support), episode.support_labels.numpy(), episode.classes.numpy(), _bytes(episode.query)
+            to_bytes(episode.support), episode.support_labels.numpy(), episode.classes.numpy(), to_bytes(episode.query)
         )
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        support, query = (torch.from_numpy(images).to(dtype) / 255 for images in (self.support, self.query))
+        support, query = (
+            torch.from_numpy(given).to(dtype) / (255 if given.dtype == np.uint8 else 1)
+            for given in (self.support, self.query)
+        )
         return support, torch.from_numpy(self.labels), torch.from_numpy(self.classes), query
 
 
@@ -86,15 +93,23 @@ def compare(
     learner: Learner, graphs: Graphs, images: ClassImages, shape: Shape, *, seed: int, episodes: int = 100
 ) -> Parity:
     """Run both on the same episodes; the figures, or an ExportError that says which check failed."""
-    precise = deepcopy(learner).double()
+    precise, backbone = deepcopy(learner).double(), learner.backbone
+    served = Served(graphs, backbone.image, backbone.features, backbone.norm, _steps(learner, None))
+    theirs = images
+    if isinstance(images, ClassFeatures):
+        _check_embed(learner, precise, graphs, images.images)
+        images = images.limited(max(shape.shots + shape.queries, MOST_IMAGES // len(images)))
+        images = images.with_protocol("random photos")
+        theirs = ClassFeatures(images, served.backbone)
+    check_learner(learner, images, shape, seed=seed)
     _check_sizes(learner, precise, graphs, images, seed=seed)
     batch = sample_episodes(images, shape, COMPARED, seed=seed, step=0, stream="test")
     problems = [Problem.of(episode) for episode in batch]
     one, torch_one = _precision("the state after one step", learner, precise, graphs, problems, 1, _state_difference)
     all_, torch_all = _precision("the logits", learner, precise, graphs, problems, None, _logit_difference)
     right, torch_right, agreed, furthest = [], [], [], 0.0
-    for episode, logits in answers(learner, images, shape, episodes, seed=seed):
-        found = _graphs(graphs, Problem.of(episode), _steps(learner, None))[1]
+    both = (answers(who, given, shape, episodes, seed=seed) for who, given in ((learner, images), (served, theirs)))
+    for (episode, logits), (_, found) in zip(*both, strict=True):
         _check_finite(learner, found, logits)
         furthest = max(furthest, float((found - logits).abs().max()))
         ours, torchs = found.argmax(1), logits.argmax(1)
@@ -121,6 +136,22 @@ def compare(
             "inner loop amplifies rounding: use fewer steps or a lower rate."
         )
     return parity
+
+
+def _check_embed(learner: Learner, precise: Learner, graphs: Graphs, images: ClassImages) -> None:
+    """The features of some images, against float64; and of one alone, since the graph must take any number."""
+    classes = np.linspace(0, len(images) - 1, EMBEDDED).astype(int)
+    pixels = images.gather(classes, np.arange(EMBEDDED) % images.counts[classes])
+    floats = torch.from_numpy(pixels) / 255
+    with torch.no_grad():
+        exact, single = precise.embed(floats.double()), learner.embed(floats)
+    found = np.concatenate([graphs.embed(pixels[:1]), graphs.embed(pixels[1:])])
+    error, rounding = _difference(torch.from_numpy(found), exact), _difference(single, exact)
+    if not error <= max(GROSS, SLACK * rounding):
+        raise ExportError(
+            f"embed of {learner.name!r}: the graph's features are {error:.2g} away from float64, and torch's own "
+            f"float32 {rounding:.2g}. The export of some operation of the backbone is inexact or wrong."
+        )
 
 
 def _check_sizes(learner: Learner, precise: Learner, graphs: Graphs, images: ClassImages, *, seed: int) -> None:
@@ -240,12 +271,6 @@ def _check_finite(learner: Learner, found: Tensor, expected: Tensor) -> None:
     for who, logits in (("torch", expected), ("the graphs", found)):
         if not logits.isfinite().all():
             raise ExportError(f"{learner.name!r} gives NaN or infinity for some queries, in {who}")
-
-
-def _bytes(images: Tensor) -> np.ndarray:
-    """Images in 0..1 as the bytes that they were made of."""
-    pixels: np.ndarray = (images * 255).round().to(torch.uint8).contiguous().numpy()
-    return pixels
 
 
 def _some(names: list[str]) -> str:

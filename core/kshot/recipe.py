@@ -6,13 +6,13 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kshot import plugins
-from kshot.backbones import Backbone
-from kshot.datasets import splits_of
+from kshot.backbones import Backbone, load_start
+from kshot.datasets import Protocol, splits_of
 from kshot.episodes import Shape
 from kshot.learner import Learner
 from kshot.training import Training
@@ -33,6 +33,9 @@ class DataSettings(_Settings):
     source: str | None = Field(None, description="the importer that makes it where it is missing")
     rotations: bool = Field(
         False, description="make each class of this data set four, one for every quarter turn, after splitting"
+    )
+    across_groups: bool = Field(
+        False, description="take the support and the queries of a class from different groups, where an import has any"
     )
     train: str = Field("train", description="classes to meta-train on")
     validation: str = Field("val", description="classes to choose the best weights on, and to calibrate on")
@@ -56,6 +59,11 @@ class DataSettings(_Settings):
         references = (self.train, self.validation, self.test, self.unlabelled)
         return tuple(dict.fromkeys([self.name, *(name for r in references if r for name in splits_of(r, self.name))]))
 
+    @property
+    def protocol(self) -> Protocol:
+        """How episodes are drawn."""
+        return "across groups" if self.across_groups else "random photos"
+
 
 class PluginSettings(BaseModel):
     """A plugin's name, and beside it whatever that plugin's own Config accepts."""
@@ -67,6 +75,29 @@ class PluginSettings(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class LearnerSettings(PluginSettings):
+    """A learner's name and settings, or the names of several of which the best is chosen on validation episodes."""
+
+    name: str | tuple[str, ...]  # type: ignore[assignment]  # wider than a backbone's
+
+    @model_validator(mode="after")
+    def _has_settings_of_one(self) -> Self:
+        if not self.names or (self.options and len(self.names) > 1):
+            raise ValueError(f"settings beside {len(self.names)} learners: give one learner, or none of its settings")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
+    def one(self) -> str:
+        """The learner's name, where it is one."""
+        if len(self.names) > 1:
+            raise KshotError(f"one of {', '.join(self.names)} has to be chosen first")
+        return self.names[0]
 
 
 class EvaluationSettings(_Settings):
@@ -91,7 +122,7 @@ class Recipe(_Settings):
     seed: int = Field(1, ge=0)
     dataset: DataSettings
     backbone: PluginSettings = PluginSettings(name="conv4")
-    learner: PluginSettings
+    learner: LearnerSettings
     training: Training = Training()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: dict[str, Any] = Field({}, description="what a version must hold to be promoted; kshot_flows.gate checks it")
@@ -117,34 +148,83 @@ class Recipe(_Settings):
 
     def check(self) -> None:
         """Find the plugins and let them judge their settings, and hold what is tested against what is seen before."""
-        self._learner_config()
-        self._backbone_config()
+        for variant in self.variants():
+            variant._learner_config()
+            variant._backbone_config()
+        if self.training.steps and len(self.variants()) > 1:
+            raise KshotError(
+                "several learners or kinds of features are chosen among without training: training.steps = 0"
+            )
         self._refuse_seen()
+
+    def variants(self) -> list[Recipe]:
+        """This recipe with each learner and kind of features that it leaves open."""
+        found = []
+        for name in self.learner.names:
+            learner = plugins.find().learner(name).value
+            options = self.backbone.options
+            kinds = learner.prefers if options.get("features") == "auto" else [options.get("features")]
+            for kind in kinds:
+                chosen = {**options, **({"features": kind} if kind else {})}
+                found.append(
+                    self.model_copy(
+                        update={
+                            "learner": LearnerSettings(name=name, **self.learner.options),
+                            "backbone": PluginSettings(name=self.backbone.name, **chosen),
+                        }
+                    )
+                )
+        return found
 
     def build(self, image: tuple[int, int, int]) -> Learner:
         """A fresh learner for images of shape (channels, height, width)."""
-        config, backbone = self._learner_config(), plugins.find().backbone(self.backbone.name).value
-        body: Backbone = backbone(image, config.norm, self._backbone_config())
-        learner: Learner = plugins.find().learner(self.learner.name).value(body, config)
+        return self.build_head(self.build_backbone(image))
+
+    def build_backbone(self, image: tuple[int, int, int]) -> Backbone:
+        """A fresh backbone for images of shape (channels, height, width)."""
+        settings, backbone = self._backbone_config(), plugins.find().backbone(self.backbone.name).value
+        body: Backbone = backbone(image, settings)
+        if settings.start:
+            load_start(body, Path(settings.start))
+        return body
+
+    def build_head(self, backbone: Backbone) -> Learner:
+        """A fresh learner on this backbone."""
+        learner: Learner = plugins.find().learner(self.learner.one).value(backbone, self._learner_config())
         return learner
 
     def _refuse_seen(self) -> None:
         """What is tested must be new: neither trained on, nor what the best weights are chosen on."""
         splits = self.dataset
-        trained = {"train": splits.train, "unlabelled": splits.unlabelled} if self.training.steps else {}
         tested = _single(splits.test, splits.name)
-        for what, reference in {**trained, "validation": splits.validation}.items():
-            if reference and (both := tested & _single(reference, splits.name)):
+        for what, reference in self.seen.items():
+            if both := tested & _single(reference, splits.name):
                 raise KshotError(
                     f"{min(both)} is in dataset.{what} = {reference!r} and in dataset.test = {splits.test!r}, "
                     "and what is tested must be new to the learner. Take another split for one of them."
                 )
 
     def _learner_config(self) -> Any:
-        return _configure(plugins.find().learner(self.learner.name).value.Config, self.learner, "learner")
+        return _configure(plugins.find().learner(self.learner.one).value.Config, self.learner, "learner")
 
     def _backbone_config(self) -> Any:
-        return _configure(plugins.find().backbone(self.backbone.name).value.Config, self.backbone, "backbone")
+        """The backbone's settings, with the norm that the learner likes best of those that both work with."""
+        learner, backbone = (
+            plugins.find().learner(self.learner.one).value,
+            plugins.find().backbone(self.backbone.name).value,
+        )
+        settings = _configure(backbone.Config, self.backbone, "backbone")
+        common = [norm for norm in learner.norms if norm in backbone.norms]
+        asked = settings.norm  # type: ignore[attr-defined]  # of every BackboneConfig
+        if not common or asked not in (None, *common):
+            remedy = (
+                f"Set it to {' or '.join(map(repr, common))}, or leave it out" if common else "Take another backbone"
+            )
+            raise KshotError(
+                f"[backbone] norm = {asked!r}: {self.learner.one} works with {', '.join(learner.norms)}, and "
+                f"{self.backbone.name} with {', '.join(backbone.norms)}. {remedy}."
+            )
+        return settings.model_copy(update={"norm": asked or common[0]})
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -172,6 +252,8 @@ def _single(reference: str, own: str) -> set[str]:
 
 
 def _configure(config: type[BaseModel], settings: PluginSettings, section: str) -> BaseModel:
+    if section == "learner" and "norm" in settings.options:
+        raise KshotError(f"norm is a setting of the backbone: move norm = {settings.options['norm']!r} to [backbone]")
     try:
         return config.model_validate(settings.options)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from kshot import memory
 from kshot.augmentation import Augmentation, augment
 from kshot.datasets import ClassImages
+from kshot.embeddings import embedded
 from kshot.episodes import Shape, check_shape, sample_episodes, sample_images
 from kshot.evaluation import Score, evaluate
 from kshot.learner import Learner
@@ -35,7 +36,11 @@ class Training(BaseModel):
     episodes_at_once: int | None = Field(None, ge=1, description="of these, how many share one backward pass")
     augment: Augmentation = Augmentation()
     unlabelled_images: int = Field(128, ge=1, description="of dataset.unlabelled, if it is set, in every outer step")
-    steps: int = Field(1000, ge=0, description="outer steps; 0 takes the learner as it is built, say pretrained")
+    steps: int = Field(1000, ge=0, description="outer steps; 0 takes the backbone as it is built, say pretrained")
+    folds: int = Field(
+        2, ge=2, description="parts of the classes by which heads, statistics and their settings are cross-validated"
+    )
+    refit: bool = Field(True, description="export statistics of all classes, those that were tested on too")
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd, Nesterov's; adam has its own")
     lr: float = Field(1e-3, gt=0)
@@ -86,8 +91,8 @@ class Progress:
 
 def meta_train(
     learner: Learner,
-    train: ClassImages | None,
-    validation: ClassImages | None,
+    train: ClassImages,
+    validation: ClassImages,
     settings: Training,
     *,
     folder: Path,
@@ -95,6 +100,7 @@ def meta_train(
     recipe: dict[str, Any] | None = None,
     device: str = "cpu",
     unlabelled: ClassImages | None = None,
+    store: Path | None = None,
 ) -> Iterator[Progress]:
     """Meta-train `learner` in place, yielding after every outer step; afterwards it holds the best validated weights.
 
@@ -103,21 +109,23 @@ def meta_train(
     optimiser, random state and position, and episodes depend on (seed, step) alone. A checkpoint of another `recipe`
     is refused. Batches are seeded by the outer step, so their order needs no state.
 
-    With `unlabelled`, some of its images come with every batch, without their labels. With 0 steps the learner is
-    taken as it is: validated once if there are classes for it, and written to a checkpoint; `train` is not looked at.
+    With `unlabelled`, some of its images come with every batch, without their labels. Features of a frozen backbone
+    are computed once, in memory or in the embedding store `store`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if settings.steps == 0:
-        _take_as_it_is(learner, validation, settings, folder, seed, recipe, device)
-        return
-    if train is None or validation is None:
-        raise KshotError("meta-training needs classes to train and to validate on; only training.steps = 0 needs none")
     for shape in settings.shapes:
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
     torch.manual_seed(seed)
+    if not any(parameter.requires_grad for parameter in learner.parameters()):  # a head for training only is no answer's
+        raise KshotError(
+            f"{learner.name!r} has nothing to train on this backbone: all weights that an answer uses are frozen. "
+            "Take it as it is with training.steps = 0, or let the backbone train."
+        )
     learner.prepare(train.classes_per_data_set)
     learner.to(device)
+    if learner.backbone.frozen and settings.augment == Augmentation():
+        train, validation = (embedded(learner, part, store=store, device=device) for part in (train, validation))
     optimiser = _optimiser(learner, settings)
     run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
     if (newest := folder / "last.pt").exists():
@@ -158,27 +166,6 @@ def meta_train(
             yield Progress(run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best)
     learner.load_state_dict(run.best_weights)
     learner.eval()
-
-
-def _take_as_it_is(
-    learner: Learner,
-    validation: ClassImages | None,
-    settings: Training,
-    folder: Path,
-    seed: int,
-    recipe: dict[str, Any] | None,
-    device: str,
-) -> None:
-    """Step 0 for good: one validation, where there are classes for it, and one checkpoint."""
-    learner.to(device).eval()
-    run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
-    if validation is not None:
-        started = time.perf_counter()
-        score = _validate(learner, validation, settings, seed, device)
-        run.seconds = time.perf_counter() - started
-        run.best, run.best_step = score.accuracy, 0
-        run.history.append({"step": 0, "validation": score.accuracy, "margin": score.margin})
-    save_atomically(asdict(run) | {"learner": learner.state_dict()}, folder / "last.pt")
 
 
 def _validate(learner: Learner, validation: ClassImages, settings: Training, seed: int, device: str) -> Score:
@@ -236,11 +223,6 @@ class _Run:
 
 def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
     parameters = [p for p in learner.parameters() if p.requires_grad]
-    if not parameters:
-        raise KshotError(
-            f"{learner.name!r} has nothing to train on this backbone: all weights are frozen. "
-            "Take it as it is with training.steps = 0, or let the backbone train."
-        )
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

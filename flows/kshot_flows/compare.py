@@ -144,7 +144,7 @@ def standings(played: Sequence[Played], shapes: Sequence[Shape]) -> Standings:
             shape: Measured.of(each[shape][:count], accuracies[0][shape][:count]) for shape, count in counts.items()
         }
         cost = Cost(adapt_ms, classify_ms, _parameters(one), sum(pin.file.stat().st_size for pin in one.bundle.files))
-        rows.append(Standing(one.entrant.label, one.entrant.recipe.learner.name, measured, cost))
+        rows.append(Standing(one.entrant.label, one.entrant.recipe.learner.one, measured, cost))
     return Standings(_tested_on(played[0].entrant.recipe), counts, tuple(rows), rounds)
 
 

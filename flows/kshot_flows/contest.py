@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from kshot.datasets import ClassImages
 from kshot.episodes import Shape
 from kshot.evaluation import evaluate
-from kshot.learner import Learner, LearnerConfig, State
+from kshot.norms import Norm
+from kshot.served import Served
 from kshot_flows import progress, registry, tracking
 from kshot_flows.gate import EpisodeSet, Evidence
 from kshot_flows.products import DataVersion, Exported, Scores
@@ -91,7 +90,9 @@ def _play(
         )
     fit = bundle.manifest.calibration_for(shape.ways, shape.shots)
     temperature = fit.temperature if fit else 1.0
-    played = evaluate(cast(Learner, _Served(bundle)), images, shape, count, seed=episodes.seed, temperature=temperature)
+    manifest = bundle.manifest
+    served = Served(bundle.graphs, images.shape, manifest.features, cast(Norm, manifest.norm), manifest.steps)
+    played = evaluate(served, images, shape, count, seed=episodes.seed, temperature=temperature)
     return Evidence(
         episodes=episodes,
         accuracies=played.accuracies,
@@ -99,34 +100,3 @@ def _play(
         auroc=fit.auroc if fit else None,
         version=version,
     )
-
-
-class _Served(nn.Module):
-    """A bundle that plays like a learner."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__()
-        self.bundle = bundle
-        self.config = LearnerConfig(norm=bundle.manifest.norm)
-
-    def embed(self, images: Tensor, state: State | None = None) -> Tensor:
-        return torch.from_numpy(self.bundle.graphs.embed(_bytes(images)))
-
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        steps = self.bundle.manifest.steps
-        state = self.bundle.graphs.adapt(_taken(support), labels.numpy(), classes.numpy(), steps)
-        return {name: torch.from_numpy(value) for name, value in state.items()}
-
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return torch.from_numpy(self.bundle.graphs.logits({k: v.numpy() for k, v in state.items()}, _taken(query)))
-
-
-def _taken(images: Tensor) -> np.ndarray:
-    """What the graphs take: images' bytes, or features as they are."""
-    return images.numpy() if images.ndim == 2 else _bytes(images)
-
-
-def _bytes(images: Tensor) -> np.ndarray:
-    """Images in 0..1 as the bytes that they were: uint8 (N, C, H, W)."""
-    pixels: np.ndarray = (images * 255).round().byte().contiguous().numpy()
-    return pixels

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 _LEARNING = (
     "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
 )  # fmt: skip
-_EVALUATING = ("kshot.evaluation", "kshot.calibration", "kshot.features")
+_EVALUATING = (
+    "kshot.calibration", "kshot.embeddings", "kshot.evaluation", "kshot.ops", "kshot.statistics",
+)  # fmt: skip
 _EXPORTING = (
-    "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.tracing", "kshot.decompositions",
+    "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.served", "kshot.tracing", "kshot.decompositions",
     "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
 )  # fmt: skip
 # In every key that has plugins, or, as how they are found and what is re-exported, deciding no number.
@@ -102,7 +104,7 @@ def code(*modules: str) -> str:
 
 def _plugins(recipe: Recipe) -> list[str]:
     found = plugins.find()
-    return [_plugin(found.learner(recipe.learner.name)), _plugin(found.backbone(recipe.backbone.name))]
+    return [_plugin(found.learner(recipe.learner.one)), _plugin(found.backbone(recipe.backbone.name))]
 
 
 def _plugin(provided: Provided) -> str:

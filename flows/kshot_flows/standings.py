@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kshot.episodes import Shape
-from kshot.evaluation import interval
+from kshot.statistics import interval
 
 Verdict = Literal["better", "worse", "no difference"]
 

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Learner, State, hookimpl, one_hot
+from kshot import Backbone, FeatureLoop, Learner, State, hookimpl, one_hot
 from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 
-class ANIL(GradientLearner):
+class ANIL(FeatureLoop, GradientLearner):
     """Only the head descends the support loss. The body learns in the outer loop, through the queries' features and,
     to second order, through the support features that made the head.
 
@@ -37,21 +37,16 @@ class ANIL(GradientLearner):
         rate = torch.tensor(config.rate).log()
         self.log_rate = nn.Parameter(rate) if config.learn_rate else nn.Buffer(rate)
 
-    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)  # (S, D), carried so that the backbone runs once
-        return {"features": features, **self.new_head(support, classes), **statistics}
+    def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return self.new_head(features, classes)
 
-    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+    def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         # The cross-entropy's gradient written out, in ops that autograd follows to the features whatever needs them.
-        features = state["features"]
         errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
         gradients = dict(zip(HEAD, (errors.t() @ features, errors.sum(0)), strict=True))
         # A row learns from its own class, a share 1/W of the mean loss: the rate makes up for that.
         rate = self.log_rate.exp() * classes.shape[0]
-        return {**state, **{name: state[name] - rate * gradients[name] for name in HEAD}}
-
-    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return {name: value for name, value in state.items() if name != "features"}
+        return {name: state[name] - rate * gradients[name] for name in HEAD}
 
 
 @hookimpl

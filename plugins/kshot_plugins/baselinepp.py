@@ -15,23 +15,24 @@ from torch.nn import functional as F
 from kshot import (
     Backbone,
     Episodes,
-    InnerLoop,
+    FeatureLoop,
     Learner,
     LearnerConfig,
     State,
+    class_means,
     cross_entropy,
     gradient,
     hookimpl,
     one_hot,
+    unit,
 )
-from kshot.learner import class_means
 
 
-class BaselinePlusPlus(InnerLoop):
+class BaselinePlusPlus(FeatureLoop):
     """Logits are cosines between a feature and a row for each class, times a scale.
 
     Where the paper draws an episode's rows at random, they start at the class means of the support set's directions:
-    the answer then hangs on nothing but the support set, and no step at all is nearest mean by angle.
+    the answer then depends on the support set only, and no step at all is nearest mean by angle.
 
     Good for features from a class-trained or pretrained backbone whose length means little. It starts where nearest
     mean by angle stands, and gradient steps improve on that where there are several shots.
@@ -67,31 +68,26 @@ class BaselinePlusPlus(InnerLoop):
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
         images, labels = episodes.pooled()
-        return F.cross_entropy(self._logits(self.embed(images), self.base), labels)
+        return F.cross_entropy(self._cosines(self.embed(images), self.base), labels)
 
-    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        directions = F.normalize(features, dim=1)  # (S, D), carried so that the backbone runs once
-        return {"features": directions, "head": class_means(directions, labels, classes), **statistics}
+    def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"head": class_means(unit(features), labels, classes)}
 
-    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+    def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         targets = one_hot(labels, classes)
 
         def loss(fast: State) -> Tensor:
-            return cross_entropy(self._logits(state["features"], fast["head"]), targets)
+            return cross_entropy(self.logits(fast, features), targets)
 
-        descent = gradient(loss, {"head": state["head"]})["head"]
-        return {**state, "head": state["head"] - self.config.rate * (-2 * self.log_scale).exp() * descent}
+        descent = gradient(loss, state)["head"]
+        return {"head": state["head"] - self.config.rate * (-2 * self.log_scale).exp() * descent}
 
-    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return {name: value for name, value in state.items() if name != "features"}
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self._cosines(features, state["head"])
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self._logits(self.embed(query, state), state["head"])
-
-    def _logits(self, features: Tensor, rows: Tensor) -> Tensor:
-        """(N, W) from features (N, D) and a row for each class (W, D)."""
-        return self.log_scale.exp() * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).t()
+    def _cosines(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Scaled cosines (N, W) of features (N, D) to a row for each class (W, D)."""
+        return self.log_scale.exp() * unit(features) @ unit(rows).t()
 
 
 @hookimpl

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kshot import Learner, LearnerConfig, State
-from kshot.learner import class_means
+from kshot import FeatureLearner, LearnerConfig, State, class_means, unit
 
 
 class BaseHead(nn.Module):
@@ -36,7 +34,7 @@ class BaseHead(nn.Module):
         return logits
 
 
-class ByAngle(Learner):
+class ByAngle(FeatureLearner):
     """A new class is where the mean of its unit features points; logits are cosines to it, times a scale."""
 
     class Config(LearnerConfig):
@@ -47,10 +45,8 @@ class ByAngle(Learner):
     def prepare(self, classes: Sequence[int]) -> None:
         self.base = BaseHead(self.backbone.features, classes)
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        directions = class_means(F.normalize(features, dim=1), labels, classes)  # (W, D)
-        return {"directions": F.normalize(directions, dim=1), **statistics}
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"directions": unit(class_means(unit(features), labels, classes))}  # (W, D)
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.config.scale * F.normalize(self.embed(query, state), dim=1) @ state["directions"].t()
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.config.scale * unit(features) @ state["directions"].t()

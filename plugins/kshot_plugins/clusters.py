@@ -7,14 +7,23 @@ https://arxiv.org/abs/1905.05301
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means, squared_distances
+from kshot import (
+    Backbone,
+    Episodes,
+    Learner,
+    LearnerConfig,
+    State,
+    class_means,
+    cross_entropy,
+    hookimpl,
+    one_hot,
+    squared_distances,
+)
 
 
 class Clusters(Learner):
@@ -22,8 +31,7 @@ class Clusters(Learner):
 
     An episode's embedding is the mean of its prototypes, so queries, label names and uneven shots have no say in it.
     An expert is the generalist plus a difference of its own: from every episode it learns what episodes share, and
-    from those of its cluster the rest. Where a cluster has too few episodes, the generalist answers. Each expert would
-    need running averages of its own, so `norm` is one that has none.
+    from those of its cluster the rest. Where a cluster has too few episodes, the generalist answers.
 
     Good for episodes of plainly different kinds, say scans and photos, whose support sets tell the kind. Where all
     episodes are of one kind, one backbone as large as all experts together may well do better.
@@ -31,10 +39,9 @@ class Clusters(Learner):
 
     name = "clusters"
 
+    norms = ("group", "support")  # no running averages, of which each expert would need its own
+
     class Config(LearnerConfig):
-        norm: Literal["support", "group"] = Field(
-            "group", description="where the backbone's normalisation takes its statistics from"
-        )
         clusters: int = Field(4, ge=1, description="experts beside the generalist, each as large as it")
         min_share: float = Field(
             0.05, ge=0, le=1, description="share of the window under which a cluster leaves answers to the generalist"
@@ -84,7 +91,7 @@ class Clusters(Learner):
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Mean query cross-entropy of the generalist on every episode, and of the expert that the episode goes to."""
         losses, embeddings = [], []
-        for episode, support, query in self.embed_episodes(episodes):
+        for episode, support, query in zip(episodes, *self.embed_episodes(episodes), strict=True):
             prototypes = class_means(support, episode.support_labels, episode.classes)
             targets = one_hot(episode.query_labels, episode.classes)
             losses.append(cross_entropy(-squared_distances(query, prototypes), targets))

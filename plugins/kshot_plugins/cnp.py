@@ -12,11 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means
+from kshot import Backbone, FeatureLearner, Learner, LearnerConfig, State, class_means, hookimpl
 
 
-class CNP(Learner):
+class CNP(FeatureLearner):
     """A class is the mean of its encoded support images, its slot; the decoder turns a query and all slots into logits.
 
     The paper sets the slots side by side in a fixed order, which binds it to one number of ways and to an order that
@@ -44,12 +43,11 @@ class CNP(Learner):
         self.context = nn.Linear(width, width, bias=False)
         self.score = nn.Linear(width, 1, bias=False)  # a bias would be every class's, and cancel in the softmax
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"slots": class_means(self.encoder(features), labels, classes), **statistics}
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"slots": class_means(self.encoder(features), labels, classes)}
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.decode(self.encoder(self.embed(query, state)), state["slots"])
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.decode(self.encoder(features), state["slots"])
 
     def decode(self, query: Tensor, slots: Tensor) -> Tensor:
         """Logits (Q, W) of encoded queries (Q, R) against slots (W, R)."""
@@ -58,15 +56,6 @@ class CNP(Learner):
         hidden = F.relu(self.compare(pairs))  # (Q, W, R); its mean over the slots is the context
         hidden = F.relu(self.refine(hidden) + self.context(hidden.mean(1, keepdim=True)))
         return self.score(hidden).squeeze(2)
-
-    def meta_loss(self, episodes: Episodes) -> Tensor:
-        """The queries' cross-entropy, with one pass of the backbone over every image where normalisation allows it."""
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            slots = class_means(self.encoder(support), episode.support_labels, episode.classes)
-            logits = self.decode(self.encoder(query), slots)
-            losses.append(cross_entropy(logits, one_hot(episode.query_labels, episode.classes)))
-        return torch.stack(losses).mean()
 
 
 @hookimpl

@@ -11,14 +11,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kshot import Episodes, InnerLoop, Learner, LearnerConfig, State, cross_entropy, gradient, hookimpl, one_hot
+from kshot import Episodes, FeatureLoop, Learner, LearnerConfig, State, cross_entropy, gradient, hookimpl, one_hot, unit
 from kshot_plugins.class_training import BaseHead
 
 
-class FineTune(InnerLoop):
+class FineTune(FeatureLoop):
     """Meta-training is ordinary classification of the base classes; adapting is gradient descent on a fresh head.
 
-    The head starts at zero and its loss is convex, so nothing in an answer hangs on chance.
+    The head starts at zero and its loss is convex, so adapting is deterministic.
 
     Good for a baseline, for many shots, and for a backbone whose features need no adapting, a pretrained one above all.
     With one shot and a small backbone it falls behind what trains on episodes.
@@ -46,34 +46,26 @@ class FineTune(InnerLoop):
         images, labels = episodes.pooled()
         return F.cross_entropy(self.base(self.embed(images)), labels)
 
-    def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
+    def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        ways = classes.shape[0]
         return {
-            "features": self._scaled(features),  # (S, D), carried so that the backbone runs once
-            "head.weight": features.new_zeros(classes.shape[0], self.backbone.features),
-            "head.bias": features.new_zeros(classes.shape[0]),
-            **statistics,
+            "head.weight": features.new_zeros(ways, self.backbone.features),
+            "head.bias": features.new_zeros(ways),
         }
 
-    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+    def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         targets = one_hot(labels, classes)
         head = {name: state[name] for name in ("head.weight", "head.bias")}
 
         def loss(head: State) -> Tensor:
-            logits = state["features"] @ head["head.weight"].t() + head["head.bias"]
-            return cross_entropy(logits, targets) + self.config.weight_decay / 2 * head["head.weight"].square().sum()
+            weight_decay = self.config.weight_decay / 2 * head["head.weight"].square().sum()
+            return cross_entropy(self.logits(head, features), targets) + weight_decay
 
         gradients = gradient(loss, head)
-        return {**state, **{name: value - self.config.rate * gradients[name] for name, value in head.items()}}
+        return {name: value - self.config.rate * gradients[name] for name, value in head.items()}
 
-    def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return {name: value for name, value in state.items() if name != "features"}
-
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self._scaled(self.embed(query, state)) @ state["head.weight"].t() + state["head.bias"]
-
-    def _scaled(self, features: Tensor) -> Tensor:
-        return self.config.scale * F.normalize(features, dim=1)
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.config.scale * unit(features) @ state["head.weight"].t() + state["head.bias"]
 
 
 @hookimpl

@@ -16,10 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kshot import hookimpl
-from kshot.datasets import Skipped
-from kshot.sources import Importer, Listing, Picture, Request, Split
-from kshot_runtime.images import ImageRule
+from kshot import ImageRule, Importer, Listing, Picture, Request, Skipped, Split, hookimpl
 
 SIDE = 28
 IMAGES = 20  # of each letter

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from kshot import InnerLoop, LearnerConfig, State, cross_entropy, one_hot
-from kshot.norms import Norm
 
 HEAD = ("head.weight", "head.bias")
 
@@ -20,8 +19,9 @@ HEAD = ("head.weight", "head.bias")
 class GradientLearner(InnerLoop):
     """All weights are fast weights: `begin` gives them, and a learner's own `step` says how they move."""
 
+    norms = ("support", "batch", "group", "running")
+
     class Config(LearnerConfig):
-        norm: Norm = "support"
         steps: int = Field(1, ge=0, description="inner steps while meta-training")
         eval_steps: int | None = Field(None, ge=0, description="inner steps afterwards; `steps` if unset")
 

@@ -10,15 +10,23 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.recurrence import read_both_ways
+from kshot import (
+    Backbone,
+    FeatureLearner,
+    Learner,
+    LearnerConfig,
+    State,
+    bidirectional_lstm,
+    hookimpl,
+    one_hot,
+    unit,
+)
 
 _NOTHING = 1e-37  # of a class without images: its logit is finite, and far under all others
 
 
-class MatchingNet(Learner):
+class MatchingNet(FeatureLearner):
     """Logits are the log of the probabilities that attention gives the classes, whatever their shots.
 
     Cosines alone, as in the paper, make a blunt attention: among 20 images, the one image that is alike gets e of
@@ -52,12 +60,15 @@ class MatchingNet(Learner):
             self.lstm = nn.LSTM(width, width, bidirectional=True)
             self.gates = nn.Linear(3 * width, 4 * width)
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"context": self.in_context(features), "members": one_hot(labels, classes), **statistics}
+    @property
+    def batched(self) -> bool:  # type: ignore[override]  # an LSTM is not
+        return not self.config.fce
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.attend(self.embed(query, state), state["context"], state["members"])
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"context": self.in_context(features), "members": one_hot(labels, classes)}
+
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.attend(features, state["context"], state["members"])
 
     def in_context(self, features: Tensor) -> Tensor:
         """Support features (S, D), each in the light of all: the paper's g."""
@@ -65,7 +76,7 @@ class MatchingNet(Learner):
             return features
         sums = features.sum(1)
         order = sums.argsort()
-        read = read_both_ways(self.lstm, features[order]).sum(1)[order.argsort()]
+        read = bidirectional_lstm(self.lstm, features[order]).sum(1)[order.argsort()]
         alike = ((sums[:, None] - sums).abs() <= 1e-4 * sums.abs().mean()).to(read.dtype)  # (S, S)
         return features + alike / alike.sum(1, keepdim=True) @ read  # a tie cannot tell which of the images came first
 
@@ -84,19 +95,10 @@ class MatchingNet(Learner):
     def attend(self, query: Tensor, support: Tensor, members: Tensor) -> Tensor:
         """Logits (Q, W) of query features (Q, D), from support features (S, D) and their classes (S, W)."""
         query = self.read(query, support)
-        scores = self.config.scale * F.normalize(query, dim=1) @ F.normalize(support, dim=1).t()  # (Q, S)
+        scores = self.config.scale * unit(query) @ unit(support).t()  # (Q, S)
         # Cosines lie in -1..1, so no power falls under exp(-2 * scale) and their sums are as exact as logsumexp.
         powers = (scores - scores.amax(1, keepdim=True)).exp()
         return (powers @ members.to(powers.dtype) + _NOTHING).log() - powers.sum(1, keepdim=True).log()
-
-    def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy of the queries, as ever; one pass of the backbone over all images."""
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            members = one_hot(episode.support_labels, episode.classes)
-            logits = self.attend(query, self.in_context(support), members)
-            losses.append(cross_entropy(logits, one_hot(episode.query_labels, episode.classes)))
-        return torch.stack(losses).mean()
 
 
 @hookimpl

@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means
+from kshot import Backbone, Episodes, FeatureLearner, Learner, LearnerConfig, State, class_means, hookimpl, unit
 from kshot_plugins.class_training import BaseHead
 
 
-class MetaBaseline(Learner):
+class MetaBaseline(FeatureLearner):
     """Logits are cosines between a feature and the classes' mean features, times a learned temperature.
 
     The outer steps are counted in a buffer, which tells the two stages apart: a run that resumes goes on in its own.
@@ -50,25 +49,16 @@ class MetaBaseline(Learner):
         if bool(self.taken < self.config.pretrain):
             images, labels = episodes.pooled()
             return F.cross_entropy(self.base(self.embed(images)), labels)
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            means = class_means(support, episode.support_labels, episode.classes)
-            losses.append(cross_entropy(self._logits(means, query), one_hot(episode.query_labels, episode.classes)))
-        return torch.stack(losses).mean()
+        return super().meta_loss(episodes)
 
     def stepped(self) -> None:
         self.taken += 1
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"means": class_means(features, labels, classes), **statistics}
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"means": class_means(features, labels, classes)}
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self._logits(state["means"], self.embed(query, state))
-
-    def _logits(self, means: Tensor, query: Tensor) -> Tensor:
-        """(Q, W) from mean features (W, D) and queries' features (Q, D)."""
-        return self.temperature * F.normalize(query, dim=1) @ F.normalize(means, dim=1).t()
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.temperature * unit(features) @ unit(state["means"]).t()
 
 
 @hookimpl

@@ -14,11 +14,23 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Episode, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means, squared_distances, transductive
+from kshot import (
+    Episode,
+    Episodes,
+    FeatureLearner,
+    Learner,
+    LearnerConfig,
+    State,
+    class_means,
+    cross_entropy,
+    hookimpl,
+    one_hot,
+    squared_distances,
+    without_statistics,
+)
 
 
-class MetaGAN(Learner):
+class MetaGAN(FeatureLearner):
     """Prototypical networks meta-trained in a game against a generator; what is served is the network alone.
 
     The paper plays the game around relation networks and MAML; around prototypes it is the same, and trains faster.
@@ -42,12 +54,11 @@ class MetaGAN(Learner):
 
     config: Config
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"prototypes": class_means(features, labels, classes), **statistics}
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"prototypes": class_means(features, labels, classes)}
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return -squared_distances(self.embed(query, state), state["prototypes"])
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return -squared_distances(features, state["prototypes"])
 
     def prepare(self, classes: Sequence[int]) -> None:
         """The generator, and the fake class's threshold: parts of the game, and none of a bundle."""
@@ -66,8 +77,8 @@ class MetaGAN(Learner):
     def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The discriminator's, which tells classes apart and real from fake, and the generator's, which fools it."""
         state = self.adapt(episode.support, episode.support_labels, episode.classes)
-        if self.config.norm == "transductive":
-            state = transductive(state)
+        if self.backbone.norm == "batch":
+            state = without_statistics(state)
         threshold = self.log_threshold.exp()
         fakes = self.make(state["prototypes"].detach())
         # Running averages are of real images: copies take their place while fakes, a batch of their own, pass.

@@ -12,8 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Learner, State, hookimpl
-from kshot.gradients import value_and_gradient
+from kshot import Backbone, Learner, State, hookimpl, value_and_gradient
 from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 _INPUT, _FORGET = "input_gate.", "forget_gate."

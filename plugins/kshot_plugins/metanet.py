@@ -11,9 +11,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Episode, KshotError, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means
-from kshot.norms import BY_ITSELF, SupportNorm, make_norm
+from kshot import (
+    Backbone,
+    Episode,
+    KshotError,
+    Learner,
+    LearnerConfig,
+    State,
+    SupportNorm,
+    class_means,
+    cross_entropy,
+    hookimpl,
+    make_norm,
+    one_hot,
+)
 
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, SupportNorm)
 
@@ -77,7 +88,7 @@ class MetaNet(Learner):
 
     def query_loss(self, episode: Episode) -> Tensor:
         """One pass of the modulated backbone over support and query: batch statistics are then of all of them."""
-        if self.config.norm not in BY_ITSELF:
+        if self.backbone.norm in ("support", "batch"):
             return super().query_loss(episode)
         images = torch.cat([episode.support, episode.query])
         features = self.embed(images, self.modulate(episode.support))

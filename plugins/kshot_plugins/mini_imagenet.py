@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-from kshot import KshotError, hookimpl
-from kshot.sources import Importer, Listing, Picture, Request, Split, list_images
-from kshot_runtime.images import ImageRule
+from kshot import ImageRule, Importer, KshotError, Listing, Picture, Request, Split, hookimpl, list_images
 
 
 @hookimpl

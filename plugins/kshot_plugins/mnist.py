@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kshot import KshotError, hookimpl
-from kshot.sources import Importer, Listing, Picture, Request, Split
-from kshot_runtime.images import ImageRule
+from kshot import ImageRule, Importer, KshotError, Listing, Picture, Request, Split, hookimpl
 
 
 @hookimpl

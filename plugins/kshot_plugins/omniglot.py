@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kshot import KshotError, hookimpl
-from kshot.sources import Importer, Listing, Picture, Request, Split, list_images, random_split
-from kshot_runtime.images import ImageRule
+from kshot import ImageRule, Importer, KshotError, Listing, Picture, Request, Split, hookimpl, list_images, random_split
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 # The official archives by md5, and by their decoded pixels: a mirror may have compressed the PNG files again.

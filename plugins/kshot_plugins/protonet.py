@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kshot import Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means, squared_distances
+from kshot import FeatureLearner, Learner, State, class_means, hookimpl, squared_distances
 
 
-class ProtoNet(Learner):
+class ProtoNet(FeatureLearner):
     """Classes are their mean features; logits are negative squared Euclidean distances, as in the paper.
 
     Good for a first try at anything: any ways and shots, classes that come and go, and adapting that takes one pass of
@@ -23,24 +21,11 @@ class ProtoNet(Learner):
 
     name = "protonet"
 
-    class Config(LearnerConfig):
-        pass
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"prototypes": class_means(features, labels, classes)}
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"prototypes": class_means(features, labels, classes), **statistics}
-
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return -squared_distances(self.embed(query, state), state["prototypes"])
-
-    def meta_loss(self, episodes: Episodes) -> Tensor:
-        """One pass of the backbone over every image, as the authors train: batch statistics are then of all of them."""
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            prototypes = class_means(support, episode.support_labels, episode.classes)
-            targets = one_hot(episode.query_labels, episode.classes)
-            losses.append(cross_entropy(-squared_distances(query, prototypes), targets))
-        return torch.stack(losses).mean()
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return -squared_distances(features, state["prototypes"])
 
 
 @hookimpl

@@ -8,17 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, cross_entropy, hookimpl, one_hot
-from kshot.learner import class_means
-from kshot.norms import Norm, make_norm
+from kshot import (
+    Backbone,
+    FeatureLearner,
+    Learner,
+    LearnerConfig,
+    Norm,
+    State,
+    class_means,
+    cross_entropy,
+    hookimpl,
+    make_norm,
+    one_hot,
+)
 
 
-class RelationNet(Learner):
+class RelationNet(FeatureLearner):
     """A relation score for every pair of query and class; its sigmoid is what the paper fits to 1 or 0.
 
     Logits are the scores before the sigmoid: log-odds that the pair belongs together, so that among classes of which
@@ -49,8 +58,8 @@ class RelationNet(Learner):
         # first one runs once for every class and every query, and not for every pair.
         self.of_class = nn.Conv2d(channels, config.width, 3, padding=1, bias=False)
         self.of_query = nn.Conv2d(channels, config.width, 3, padding=1, bias=False)
-        # Statistics over the pairs of one call would let queries decide about each other: averages, or each pair's own.
-        norm: Norm = "running" if config.norm == "running" else "group"
+        # Batch statistics over pairs would make a query's score depend on the other queries: averages, or GroupNorm.
+        norm: Norm = "running" if backbone.norm == "running" else "group"
         layers: list[nn.Module] = []
         for block in range(2):
             if block:
@@ -62,30 +71,27 @@ class RelationNet(Learner):
         layers += [nn.Flatten(), nn.Linear(config.width * height * width, config.hidden), nn.ReLU()]
         self.relate = nn.Sequential(*layers, nn.Linear(config.hidden, 1))
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"class_features": class_means(features, labels, classes), **statistics}
+    @property
+    def batched(self) -> bool:  # type: ignore[override]  # running averages are not
+        return self.backbone.norm != "running"
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.scores(self.embed(query, state), state["class_features"])
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"class_features": class_means(features, labels, classes)}
 
-    def scores(self, query: Tensor, classes: Tensor) -> Tensor:
-        """Relation scores (Q, W), before the sigmoid, of features (Q, D) and those of the classes (W, D)."""
-        of_query = self.of_query(query.unflatten(1, self.grid))  # (Q, width, h, w)
-        of_class = self.of_class(classes.unflatten(1, self.grid))  # (W, width, h, w)
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        of_query = self.of_query(features.unflatten(1, self.grid))  # (Q, width, h, w)
+        of_class = self.of_class(state["class_features"].unflatten(1, self.grid))  # (W, width, h, w)
         pairs = of_query[:, None] + of_class[None, :]  # (Q, W, width, h, w)
         return self.relate(pairs.flatten(0, 1)).view(pairs.shape[:2])
 
-    def meta_loss(self, episodes: Episodes) -> Tensor:
+    def episode_loss(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
+    ) -> Tensor:
         """The mean loss of all pairs of a query and a class."""
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            classes = class_means(support, episode.support_labels, episode.classes)
-            scores = self.scores(query, classes)
-            targets = one_hot(episode.query_labels, episode.classes).to(scores.dtype)
-            mse = self.config.loss == "mse"
-            losses.append(F.mse_loss(scores.sigmoid(), targets) if mse else cross_entropy(scores, targets))
-        return torch.stack(losses).mean()
+        scores = self.logits(self.fit(support, support_labels, classes), query)
+        targets = one_hot(query_labels, classes).to(scores.dtype)
+        mse = self.config.loss == "mse"
+        return F.mse_loss(scores.sigmoid(), targets) if mse else cross_entropy(scores, targets)
 
 
 @hookimpl

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, KshotError, Learner, LearnerConfig, State, hookimpl, one_hot
-from kshot.norms import BY_ITSELF
+from kshot import Backbone, FeatureLearner, KshotError, Learner, LearnerConfig, State, hookimpl, one_hot
 
 
-class Siamese(Learner):
+class Siamese(FeatureLearner):
     """A pair's score is the log-odds that both images show one class; a class scores the mean over its images.
 
     Same and different pairs weigh the same in the loss, so a score tells how much likelier the pair is if the class is
@@ -27,23 +26,19 @@ class Siamese(Learner):
 
     name = "siamese"
 
-    class Config(LearnerConfig):
-        pass
-
-    def __init__(self, backbone: Backbone, config: Config) -> None:
+    def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__(backbone, config)
         self.score = nn.Linear(backbone.features, 1)
         # No pair scores above the bias, which two equal images get; a bias that starts at 0 takes very long to rise.
         nn.init.constant_(self.score.bias, 5.0)
         nn.init.constant_(self.score.weight, -8 / backbone.features)
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         members = one_hot(labels, classes).to(features.dtype)  # (S, W)
-        return {"embeddings": features, "shares": members / members.sum(0).clamp_min(1), **statistics}
+        return {"embeddings": features, "shares": members / members.sum(0).clamp_min(1)}
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.compare(self.embed(query, state)[:, None], state["embeddings"]) @ state["shares"]
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.compare(features[:, None], state["embeddings"]) @ state["shares"]
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         """Scores (...) of pairs of features (..., D): a weighted sum of how far apart they are in each."""
@@ -56,25 +51,24 @@ class Siamese(Learner):
         This is where one class and two are as likely beforehand. A bundle can tell it too: adapt to image a as the
         only class, classify b, and take the sigmoid of the logit.
         """
-        if self.config.norm not in BY_ITSELF:
+        if not self.takes_features:
             raise KshotError(
-                f"two images alone have no support set for the norm {self.config.norm!r} to take statistics from. "
+                f"two images alone have no support set for the norm {self.backbone.norm!r} to take statistics from. "
                 "Verify with a learner that was trained with the norm 'running' or 'group'."
             )
         if a.shape != b.shape:
             raise KshotError(f"{tuple(a.shape)} and {tuple(b.shape)} do not pair: give two batches of as many images")
         return self.compare(self.embed(a), self.embed(b)).sigmoid()
 
-    def meta_loss(self, episodes: Episodes) -> Tensor:
+    def episode_loss(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
+    ) -> Tensor:
         """Binary cross-entropy of all pairs of a support and a query image, half for same and half for different."""
-        losses = []
-        for episode, support, query in self.embed_episodes(episodes):
-            scores = self.compare(query[:, None], support)  # (Q, S)
-            same = (episode.query_labels[:, None] == episode.support_labels).to(scores.dtype)
-            share = same.mean()
-            weight = 0.5 * (same / share + (1 - same) / (1 - share))
-            losses.append(F.binary_cross_entropy_with_logits(scores, same, weight))
-        return torch.stack(losses).mean()
+        scores = self.compare(query[:, None], support)  # (Q, S)
+        same = (query_labels[:, None] == support_labels).to(scores.dtype)
+        share = same.mean()
+        weight = 0.5 * (same / share + (1 - same) / (1 - share))
+        return F.binary_cross_entropy_with_logits(scores, same, weight)
 
 
 @hookimpl

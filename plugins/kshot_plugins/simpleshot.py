@@ -13,12 +13,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kshot import Backbone, Episodes, Learner, LearnerConfig, State, hookimpl
-from kshot.learner import class_means, squared_distances
+from kshot import (
+    Backbone,
+    Episodes,
+    FeatureLearner,
+    Learner,
+    LearnerConfig,
+    State,
+    class_means,
+    hookimpl,
+    squared_distances,
+    unit,
+)
 from kshot_plugins.class_training import BaseHead
 
 
-class SimpleShot(Learner):
+class SimpleShot(FeatureLearner):
     """Logits are negative squared distances to the class means of transformed features.
 
     What features are centred by is the base classes' mean, never an episode's. Features change while the backbone
@@ -61,17 +71,16 @@ class SimpleShot(Learner):
             self.centre += (mean - self.centre) / self.batches.clamp(max=self.config.memory)
         return F.cross_entropy(self.base(features), labels)
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)
-        return {"means": class_means(self._transformed(features), labels, classes), **statistics}
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"means": class_means(self._transformed(features), labels, classes)}
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return -squared_distances(self._transformed(self.embed(query, state)), state["means"])
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return -squared_distances(self._transformed(features), state["means"])
 
     def _transformed(self, features: Tensor) -> Tensor:
         if self.config.transform == "un":
             return features
-        return F.normalize(features - self.centre if self.config.transform == "cl2n" else features, dim=1)
+        return unit(features - self.centre if self.config.transform == "cl2n" else features)
 
 
 @hookimpl

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
-from kshot import Learner, LearnerConfig, State, hookimpl
-from kshot.learner import class_means
+from kshot import FeatureLearner, Learner, LearnerConfig, State, class_means, hookimpl, unit
 
 
-class Nearest(Learner):
+class Nearest(FeatureLearner):
     """A class is the mean direction of its images' features, and logits are cosines to it.
 
     Good for a first look at new data: it trains in a minute or two, and has one setting only.
@@ -28,17 +26,15 @@ class Nearest(Learner):
 
     # Of S support images, Q queries, W ways and D features. Nothing is remembered from one call to the next.
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """From images (S, C, H, W), their labels (S,) and the ids of the classes (W,), all that `classify` needs."""
-        features, statistics = self.measure(support)  # (S, D); statistics only with the setting norm = "support"
-        return {"means": class_means(F.normalize(features), labels, classes), **statistics}  # (W, D)
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """From features (S, D), their labels (S,) and the ids of the classes (W,), all that `logits` needs."""
+        return {"means": class_means(unit(features), labels, classes)}  # (W, D)
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        """Logits (Q, W) of images (Q, C, H, W)."""
-        features = F.normalize(self.embed(query, state))  # (Q, D)
-        return self.config.scale * features @ F.normalize(state["means"]).t()
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        """Logits (Q, W) of features (Q, D)."""
+        return self.config.scale * unit(features) @ unit(state["means"]).t()
 
-    # Training minimises the queries' cross-entropy. If yours is another loss: def meta_loss(self, episodes).
+    # Training minimises the queries' cross-entropy. If yours is another loss: def episode_loss.
 
 
 @hookimpl

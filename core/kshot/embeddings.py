@@ -1,0 +1,276 @@
+"""The embedding store: features of the images of a data set under a backbone, each computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kshot import memory
+from kshot.backbones import Backbone, PretrainedBackbone
+from kshot.datasets import ClassImages
+from kshot.episodes import as_floats
+from kshot.learner import Learner
+from kshot_runtime.errors import KshotError
+
+_AT_ONCE = 64  # images in a forward pass: of 84 x 84 pixels, a layer's maps then take 115 MB; on a CPU fewer if larger
+_PIXELS = 64 * 84 * 84  # of a forward pass on a CPU
+_KEPT = 256  # images between two writes to disk, which is what a kill can lose
+_MOST_BYTES = 20 << 30  # of all features in a store; what was not used for longest goes first
+_UNSEEN = {"features", "frozen", "start"}  # settings of a backbone that leave the outputs of its stages as they are
+
+Watch = Callable[[int, int], None]
+"""Called with the number of images that have been embedded, and how many there are to embed."""
+
+
+def embedded(
+    learner: Learner, images: ClassImages, *, store: Path | None = None, device: str = "cpu", watch: Watch | None = None
+) -> ClassImages:
+    """`images` as features of the learner's backbone, if it takes features; else as they are.
+
+    Features are computed when they are first asked for, and kept in memory, or on disk in the folder `store`.
+    """
+    if isinstance(images, ClassFeatures):
+        if images.backbone is not learner.backbone:
+            raise ValueError("these features are of another backbone than the learner's")
+        return images
+    return ClassFeatures(images, learner.backbone, store, device, watch) if learner.takes_features else images
+
+
+class ClassFeatures(ClassImages):
+    """Some classes as the features of their images: `gather` gives float32 (*batch, D) in the place of pixels."""
+
+    def __init__(
+        self,
+        images: ClassImages,
+        backbone: Backbone,
+        store: Path | None = None,
+        device: str = "cpu",
+        watch: Watch | None = None,
+    ) -> None:
+        vars(self).update(vars(images))
+        self.images: ClassImages = images.images if isinstance(images, ClassFeatures) else images
+        self.backbone = backbone
+        self._device, self._watch = device, watch or (lambda done, total: None)
+        name = backbone_key(backbone) if store else ""
+        width = sum(map(sum, backbone.widths)) if isinstance(backbone, PretrainedBackbone) else backbone.features
+        self._tables = {
+            (home, turn): _OnDisk(store / f"{key[:24]}-{name[:24]}", turn, count, width)
+            if store and key
+            else _InMemory(count, width)
+            for home, (key, count) in enumerate(zip(self.keys, self.packed_counts, strict=True))
+            for turn in range(4)
+        }
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]  # a row of numbers is no image
+        """One row of features: (D,)."""
+        return (self.backbone.features,)
+
+    def complete(self) -> Self:
+        """Compute all features of these classes that are not there yet; itself."""
+        classes = np.repeat(np.arange(len(self)), self.counts)
+        samples = np.arange(len(classes)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
+        for _ in self._by_table(*self.rows(classes, samples)):
+            pass
+        return self
+
+    def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        """The features of the images at these places: float32 (*batch, D)."""
+        found = np.empty((*row.shape, self.backbone.features), np.float32)
+        for here, table in self._by_table(home, row, turn):
+            found[here] = self._selected(table.values[row[here]])
+        return found
+
+    def _by_table(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> Iterator[tuple[np.ndarray, _Table]]:
+        """Each table that holds some of these rows, by then computed, with a mask of which."""
+        for (number, quarters), table in self._tables.items():
+            here = (home == number) & (turn == quarters)
+            if here.any():
+                table.ensure(np.unique(row[here]), partial(self._embed, number, quarters))
+                yield here, table
+
+    def class_by_class(self) -> Sequence[Tensor]:
+        """The features (N, D) of each class."""
+        return _ByClass(self)
+
+    def _selected(self, raw: np.ndarray) -> np.ndarray:
+        """Features (N, D) of the rows of a table, which hold the outputs of all stages (N, width)."""
+        if not isinstance(self.backbone, PretrainedBackbone):
+            return raw
+        widths, wanted = self.backbone.widths, set(self.backbone.stages)
+        parts = torch.from_numpy(raw).split([width for stage in widths for width in stage], 1)
+        owner = [stage for stage, part in enumerate(widths) for _ in part]
+        chosen = [part for stage, part in zip(owner, parts, strict=True) if stage in wanted]
+        return self.backbone.assemble(chosen).numpy()
+
+    @torch.no_grad()
+    def _embed(self, home: int, turn: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """What a table keeps of its images with these numbers (N,): (n, width) for some after some."""
+        was_training, (_, height, width) = self.backbone.training, self.images.shape
+        at_once = _AT_ONCE if self._device != "cpu" else max(4, min(_AT_ONCE, _PIXELS // (height * width)))
+        self.backbone.eval()
+        try:
+            with memory.kept():
+                for start in range(0, len(rows), at_once):
+                    part = rows[start : start + at_once]
+                    pixels = self.images.read(np.full(len(part), home), part, np.full(len(part), turn))
+                    floats = as_floats(pixels).to(self._device)
+                    if isinstance(self.backbone, PretrainedBackbone):
+                        every = range(len(self.backbone.widths))
+                        made = torch.cat(self.backbone.pooled(floats, every), 1)
+                    else:
+                        made = self.backbone(floats)
+                    yield made.float().cpu().numpy()
+                    self._watch(min(start + at_once, len(rows)), len(rows))
+        finally:
+            self.backbone.train(was_training)
+
+
+class _ByClass(Sequence[Tensor]):
+    def __init__(self, classes: ClassFeatures) -> None:
+        self._classes = classes
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __getitem__(self, number: int) -> Tensor:  # type: ignore[override]  # no slices
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        samples = np.arange(self._classes.counts[number])
+        return torch.from_numpy(self._classes.gather(np.full(len(samples), number), samples))
+
+
+Compute = Callable[[np.ndarray], Iterator[np.ndarray]]
+"""Gives the rows (n, width) of a table with these numbers (N,), some after some."""
+
+
+class _Table(Protocol):
+    """Features of some images."""
+
+    values: np.ndarray  # (images, width); a row means something once it has been ensured
+
+    def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
+        """Compute those of these rows (N,), in ascending order, that are not there yet."""
+
+
+class _InMemory:
+    """Features of `count` images, for as long as this object lives."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self._done = np.zeros(count, bool)
+        self.values = np.empty((count, width), np.float32)  # takes no memory before it is written to
+
+    def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
+        new, start = numbers[~self._done[numbers]], 0
+        for part in compute(new) if len(new) else ():
+            self.values[new[start : start + len(part)]] = part
+            start += len(part)
+        self._done[new] = True
+
+
+class _OnDisk:
+    """Features of `count` images in a file, with a byte for each that says whether it is there; processes share them.
+
+    Plain writes: on a full disk these fail, where a memory map would crash. Features are on disk before their bytes
+    say so, so a kill loses what was not yet written, and nothing half written is read.
+    """
+
+    def __init__(self, folder: Path, turn: int, count: int, width: int) -> None:
+        self._folder, self._count, self._width = folder, count, width
+        self._file, self._flags = folder / f"features-{turn}.f32", folder / f"done-{turn}.u8"
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        return self._opened[0]
+
+    def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
+        done = self._opened[1]
+        if not done[numbers].all():
+            with FileLock(self._folder / "lock"):
+                new = numbers[done[numbers] == 0]  # another process may have come first
+                self._write(new, compute(new))
+
+    @cached_property
+    def _opened(self) -> tuple[np.ndarray, np.ndarray]:
+        """The features (count, width) and the bytes (count,), made anew where a file is missing or of a wrong size."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / "lock"):
+                sizes = {self._flags: self._count, self._file: 4 * self._count * self._width}
+                if any(not file.exists() or file.stat().st_size != size for file, size in sizes.items()):
+                    _make_room(self._folder.parent, self._folder)
+                    for file, size in sizes.items():
+                        with file.open("wb") as empty:
+                            empty.truncate(size)  # a hole, which takes no room before it is written to
+            os.utime(self._folder)
+        except OSError as error:
+            raise _no_room(self._folder, error) from None
+        return (
+            np.memmap(self._file, np.float32, "r", shape=(self._count, self._width)),
+            np.memmap(self._flags, np.uint8, "r", shape=self._count),
+        )
+
+    def _write(self, numbers: np.ndarray, parts: Iterator[np.ndarray]) -> None:
+        start, held = 0, list[np.ndarray]()
+        for part in parts:
+            held.append(part)
+            if (count := sum(map(len, held))) >= _KEPT or start + count == len(numbers):
+                self._put(numbers[start : start + count], np.concatenate(held))
+                start, held = start + count, []
+
+    def _put(self, numbers: np.ndarray, values: np.ndarray) -> None:
+        try:
+            with self._file.open("r+b") as file:
+                for number, row in zip(numbers, np.ascontiguousarray(values, np.float32), strict=True):
+                    file.seek(4 * self._width * int(number))
+                    file.write(row.data)
+                file.flush()
+                os.fsync(file.fileno())
+            with self._flags.open("r+b") as file:
+                for number in numbers:
+                    file.seek(int(number))
+                    file.write(b"\1")
+        except OSError as error:
+            raise _no_room(self._folder, error) from None
+
+
+def backbone_key(backbone: Backbone) -> str:
+    """sha256 of all that decides a backbone's outputs: its weights, its settings, the image's size and its code."""
+    digest = hashlib.sha256(type(backbone).__qualname__.encode())
+    with suppress(OSError, TypeError):
+        digest.update(Path(inspect.getfile(type(backbone))).read_bytes())
+    settings = backbone.config.model_dump(mode="json", exclude=_UNSEEN)
+    digest.update(json.dumps([settings, backbone.norm, backbone.image], sort_keys=True).encode())
+    for name, value in sorted({**backbone.state_dict(), **dict(backbone.named_buffers())}.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _make_room(store: Path, but: Path) -> None:
+    """Delete what was not used for longest where a store has become too large."""
+    folders = sorted((f for f in store.iterdir() if f.is_dir() and f != but), key=lambda f: f.stat().st_mtime)
+    sizes = [sum(file.stat().st_blocks * 512 for file in folder.iterdir()) for folder in folders]
+    for folder, left in zip(folders, np.cumsum(sizes[::-1])[::-1], strict=True):
+        if left > _MOST_BYTES:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _no_room(folder: Path, error: OSError) -> KshotError:
+    return KshotError(
+        f"features cannot be kept in {folder}: {error.strerror or error}. What was computed before is kept; free some "
+        "space, or delete that folder, and run the same command again."
+    )

@@ -1,0 +1,53 @@
+"""The tensor functions that learners are written with. All of them export to ONNX and run under `torch.func.vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def one_hot(labels: Tensor, classes: Tensor) -> Tensor:
+    """(N, W) float: 1 where a label (N,) is the class of that column (W,). Labels need not be 0..W-1."""
+    return (labels[:, None] == classes[None, :]).float()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, W) to one-hot targets (N, W): a scalar."""
+    return -(targets.to(logits.dtype) * logits.log_softmax(1)).sum(1).mean()
+
+
+def class_means(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Mean feature of each class: (W, D) from features (S, D). Shots may differ between classes."""
+    members = one_hot(labels, classes).to(features.dtype)  # (S, W)
+    return members.t() @ features / members.sum(0).clamp_min(1)[:, None]
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances (A, B) between rows of a (A, D) and b (B, D), without the cdist that ONNX lacks."""
+    return ((a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.t()).clamp_min(0)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (N, D) of length 1; a row of zeros stays."""
+    return F.normalize(rows, dim=1)
+
+
+def solve(matrix: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
+    """x (N, M) with A x = b for a symmetric positive definite A (N, N), given as the function x -> A x.
+
+    Conjugate gradients, one run for each column of b (N, M) and all of them at once: exact after as many steps as A has
+    distinct eigenvalues. ONNX has no solve.
+    """
+    x, residual = b * 0, b
+    direction, square = residual, (residual * residual).sum(0)  # (N, M), (M,)
+    tiny = 1e-12 * square.clamp_min(1e-30)  # a column that has converged stays as it is
+    for _ in range(steps):
+        along = matrix(direction)
+        length = square / (direction * along).sum(0).clamp_min(1e-30)
+        length = length * (square > tiny).to(length.dtype)
+        x, residual = x + length * direction, residual - length * along
+        before, square = square, (residual * residual).sum(0)
+        direction = residual + square / before.clamp_min(1e-30) * direction
+    return x

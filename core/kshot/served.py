@@ -1,0 +1,52 @@
+"""A bundle's graphs as a learner: evaluated and compared by the same code, on the same episodes, as torch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kshot.backbones import Backbone, BackboneConfig
+from kshot.learner import Learner, LearnerConfig, State
+from kshot.norms import Norm
+from kshot_runtime.bundle import Graphs
+
+
+class Served(Learner):
+    """Adapts and classifies by ONNX graphs, which take the bytes that images were made of."""
+
+    name = "served"
+
+    def __init__(
+        self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm, steps: int | None
+    ) -> None:
+        super().__init__(_Embedding(graphs, image, features, norm), LearnerConfig())
+        self.graphs, self.steps = graphs, steps
+
+    @property
+    def takes_features(self) -> bool:
+        return self.graphs.takes_features
+
+    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        state = self.graphs.adapt(to_bytes(support), labels.numpy(), classes.numpy(), self.steps)
+        return {name: torch.from_numpy(value) for name, value in state.items()}
+
+    def classify(self, state: State, query: Tensor) -> Tensor:
+        return torch.from_numpy(self.graphs.logits({k: v.numpy() for k, v in state.items()}, to_bytes(query)))
+
+
+class _Embedding(Backbone):
+    def __init__(self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm) -> None:
+        super().__init__(image, BackboneConfig(norm=norm))
+        self.graphs, self.features = graphs, features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.graphs.embed(to_bytes(images)))
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images in 0..1 as the bytes that they were made of, uint8 (N, C, H, W); features (N, D) as they are."""
+    if images.dim() == 2:
+        return images.numpy()
+    pixels: np.ndarray = (images * 255).round().to(torch.uint8).contiguous().numpy()
+    return pixels
