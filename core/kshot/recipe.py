@@ -193,6 +193,12 @@ class Recipe(_Settings):
         learner: Learner = plugins.find().learner(self.learner.one).value(backbone, self._learner_config())
         return learner
 
+    @property
+    def seen(self) -> dict[str, str]:
+        """The splits that the learner sees before it is tested, by the setting of `dataset` that names them."""
+        settings = ("train", "unlabelled", "validation") if self.training.steps else ("validation",)
+        return {setting: split for setting in settings if (split := getattr(self.dataset, setting))}
+
     def _refuse_seen(self) -> None:
         """What is tested must be new: neither trained on, nor what the best weights are chosen on."""
         splits = self.dataset

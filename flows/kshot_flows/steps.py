@@ -282,20 +282,19 @@ def _refuse_unlike(found: Sequence[ImageSet]) -> None:
 
 
 def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
-    """What is tested must be new to the learner, even without its label."""
-    if recipe.dataset.unlabelled is None:
-        return
-    tested, seen = (
-        {sha256: f"{packed.name}: {name}" for packed, splits in data.parts(reference)
-         for sha256, name in packed.open().hashes(splits).items()}
-        for reference in (recipe.dataset.test, recipe.dataset.unlabelled)
-    )  # fmt: skip
-    if both := tested.keys() & seen.keys():
-        raise KshotError(
-            f"{len(both)} of the {len(seen)} unlabelled images ({recipe.dataset.unlabelled}) are test images "
-            f"({recipe.dataset.test}) too, such as {min(tested[sha256] for sha256 in both)}. What is tested must be "
-            "new to the learner: name other images in dataset.unlabelled."
-        )
+    """What is tested must be new to the learner. Within one data set, its import has seen to that."""
+    for packed, splits in data.parts(recipe.dataset.test):
+        for setting, reference in recipe.seen.items():
+            for other, seen in data.parts(reference):
+                if other == packed:
+                    continue
+                tested = packed.open().hashes(splits)
+                if both := tested.keys() & other.open().hashes(seen).keys():
+                    raise KshotError(
+                        f"{len(both)} of the {len(tested)} images of {packed.name}:{splits} in dataset.test are in "
+                        f"dataset.{setting} = {reference!r} too, such as {min(tested[each] for each in both)} of "
+                        f"{packed.name}. What is tested must be new to the learner: take other images for one of them."
+                    )
 
 
 def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
@@ -307,20 +306,28 @@ def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
 
 
 def _evaluated_on(recipe: Recipe, data: DataVersion) -> tuple[ClassImages, ClassImages | None]:
-    """The test classes, and those to calibrate on: all shapes of the recipe's episodes can be drawn from them."""
-    test, validation = data.classes(recipe.dataset.test), _validation(recipe, data)
+    """The test classes, and those to calibrate on: all episodes can be drawn, and no test image was seen."""
+    _refuse_seen(recipe, data)  # again, as a cached data step knows nothing of training.steps
+    splits, training = recipe.dataset, recipe.training
+    test, validation = data.classes(splits.test), _validation(recipe, data)
     for shape in recipe.evaluation.shapes:
-        _fits(test, shape, recipe.dataset.test)
+        _fits(test, shape, splits.test, "evaluation.ways=[{}]", "evaluation.queries={}")
         if validation is not None:
-            _fits(validation, _calibrated_at(shape, validation), recipe.dataset.validation)
+            size = _calibrated_at(shape, validation)
+            _fits(validation, size, splits.validation, "evaluation.ways=[{}]", "evaluation.queries={}")
+    if validation is not None:
+        size = training.validation_shape
+        _fits(validation, size, splits.validation, "training.validation_ways={}", "training.validation_queries={}")
+    for shape in training.shapes if training.steps else ():
+        _fits(data.classes(splits.train), shape, splits.train, "training.ways={}", "training.queries={}")
     return test, validation
 
 
-def _fits(images: ClassImages, shape: Shape, split: str) -> None:
+def _fits(images: ClassImages, shape: Shape, split: str, ways: str, queries: str) -> None:
     try:
-        check_shape(images, shape)
+        check_shape(images, shape, (ways, queries))
     except KshotError as error:
-        raise KshotError(f"[evaluation] asks for {shape} of {split!r}: {error}") from None
+        raise KshotError(f"[{ways.partition('.')[0]}] asks for {shape} of {split!r}: {error}") from None
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:

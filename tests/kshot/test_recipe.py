@@ -75,6 +75,11 @@ def test_what_is_taken_as_it_is_may_be_tested_on_all_that_nothing_was_chosen_on(
         Recipe.load(write(tmp_path), {"dataset.test": "val+test", "training.steps": "0"})
 
 
+def test_episodes_are_of_random_photos_unless_they_go_across_groups(tmp_path):
+    assert Recipe.load(write(tmp_path)).dataset.protocol == "random photos"
+    assert Recipe.load(write(tmp_path), {"dataset.across_groups": "true"}).dataset.protocol == "across groups"
+
+
 def test_a_recipe_names_its_own_data_set_first_and_every_other_once(tmp_path):
     splits = {"train": "zoo:train+farm:train", "test": "farm:test", "unlabelled": "farm:val"}
     recipe = Recipe.load(write(tmp_path), {f"dataset.{key}": value for key, value in splits.items()})

@@ -144,8 +144,15 @@ def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("evaluation.ways=[3, 7]", r"\[evaluation\] asks for 7-way .* of 'test': 7 ways need as many classes"),
-        ("evaluation.queries=8", r"\[evaluation\] .* 1 shots \+ 8 queries need 9 "),
+        (
+            "evaluation.ways=[3, 7]",
+            r"\[evaluation\] asks for 7-way .* of 'test': 7 ways .* Set evaluation.ways=\[6\], or",
+        ),
+        ("evaluation.queries=8", r"\[evaluation\] .* 1 shots \+ 8 queries need 9 .* Set evaluation.queries=7, or"),
+        ("training.ways=50", r"\[training\] asks for 50-way .* of 'train': .* Set training.ways=10, or"),
+        ("training.queries=8", r"Set training.queries=7, or"),
+        ("training.validation_ways=7", r"\[training\] .* of 'val': .* Set training.validation_ways=6, or"),
+        ("training.validation_queries=8", r"Set training.validation_queries=7, or"),
     ],
 )
 def test_test_episodes_that_cannot_be_drawn_are_told_before_anything_is_trained(
@@ -178,9 +185,35 @@ def test_an_image_that_is_tested_on_is_not_shown_without_its_label_either(home: 
     add(home / "data", "pool", {"train": 5}, seed=2)  # the same pictures under another name
     recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=copy:test", "dataset.unlabelled=pool:train"])
     with pytest.raises(
-        KshotError, match=r"40 of the 40 unlabelled images \(pool:train\) are test images .* copy: test/test-0/0"
+        KshotError,
+        match=r"40 of the 40 images of copy:test in dataset.test are in dataset.unlabelled = 'pool:train' too",
     ):
         steps.version_data(recipe)
+
+
+def test_an_image_that_is_trained_or_validated_on_under_another_name_is_not_tested_on(home: Path) -> None:
+    add(home / "data", "a", {"train": 4, "val": 3, "test": 4}, seed=2)
+    for name, seed in (("mixed", 1), ("other", 3)):  # one folder, split twice by chance
+        shutil.copytree(home / "a-pictures", home / f"{name}-pictures")
+        for number, folder in enumerate(sorted((home / f"{name}-pictures").glob("*/*"))):
+            folder.rename(home / f"{name}-pictures" / f"class{number}")
+        for split in ("train", "val", "test"):
+            (home / f"{name}-pictures" / split).rmdir()
+        pictures, rule = str(home / f"{name}-pictures"), {"size": 16, "channels": 1}
+        finish(import_dataset(pictures, name, home / "data", rule=rule, seed=seed, split="0.4/0.3/0.3"))
+    names = "dataset.train=mixed:train", "dataset.validation=stripes:val", "dataset.test=other:test"
+    with pytest.raises(
+        KshotError, match=r"of the .* images of other:test in dataset.test are in dataset.train = 'mixed:"
+    ):
+        steps.version_data(shipped.load(str(home / "tiny.toml"), names))
+    untrained = shipped.load(str(home / "tiny.toml"), [*names, "training.steps=0"])
+    data = steps.version_data(untrained)  # its training classes are not looked at
+    with pytest.raises(KshotError, match=r"dataset.train = 'mixed:train' too, such as class\d+/0.png of other"):
+        steps.meta_train(shipped.load(str(home / "tiny.toml"), names), data)
+    with pytest.raises(KshotError, match=r"in dataset.validation = 'mixed:train' too"):
+        steps.version_data(
+            shipped.load(str(home / "tiny.toml"), ["dataset.validation=mixed:train", "dataset.test=other:test"])
+        )
 
 
 def test_a_data_set_that_is_named_and_not_there_is_missed_by_its_name(home: Path) -> None:
