@@ -193,18 +193,13 @@ class Recipe(_Settings):
         learner: Learner = plugins.find().learner(self.learner.one).value(backbone, self._learner_config())
         return learner
 
-    @property
-    def seen(self) -> dict[str, str]:
-        """The splits that the learner sees before it is tested, by the setting of `dataset` that names them."""
-        settings = ("train", "unlabelled", "validation") if self.training.steps else ("validation",)
-        return {setting: split for setting in settings if (split := getattr(self.dataset, setting))}
-
     def _refuse_seen(self) -> None:
         """What is tested must be new: neither trained on, nor what the best weights are chosen on."""
         splits = self.dataset
+        trained = {"train": splits.train, "unlabelled": splits.unlabelled} if self.training.steps else {}
         tested = _single(splits.test, splits.name)
-        for what, reference in self.seen.items():
-            if both := tested & _single(reference, splits.name):
+        for what, reference in {**trained, "validation": splits.validation}.items():
+            if reference and (both := tested & _single(reference, splits.name)):
                 raise KshotError(
                     f"{min(both)} is in dataset.{what} = {reference!r} and in dataset.test = {splits.test!r}, "
                     "and what is tested must be new to the learner. Take another split for one of them."

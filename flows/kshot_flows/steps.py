@@ -284,16 +284,14 @@ def _refuse_unlike(found: Sequence[ImageSet]) -> None:
 def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
     """What is tested must be new to the learner. Within one data set, its import has seen to that."""
     for packed, splits in data.parts(recipe.dataset.test):
-        for setting, reference in recipe.seen.items():
-            for other, seen in data.parts(reference):
-                if other == packed:
-                    continue
-                tested = packed.open().hashes(splits)
-                if both := tested.keys() & other.open().hashes(seen).keys():
+        tested = packed.open().hashes(splits)
+        for setting in ("train", "validation", "unlabelled"):
+            for other, seen in data.parts(getattr(recipe.dataset, setting)):
+                if other != packed and (both := tested.keys() & other.open().hashes(seen).keys()):
                     raise KshotError(
                         f"{len(both)} of the {len(tested)} images of {packed.name}:{splits} in dataset.test are in "
-                        f"dataset.{setting} = {reference!r} too, such as {min(tested[each] for each in both)} of "
-                        f"{packed.name}. What is tested must be new to the learner: take other images for one of them."
+                        f"{other.name}:{seen} of dataset.{setting} too, such as {min(tested[each] for each in both)}. "
+                        "What is tested must be new to the learner: take other images for one of them."
                     )
 
 
@@ -307,7 +305,6 @@ def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
 
 def _evaluated_on(recipe: Recipe, data: DataVersion) -> tuple[ClassImages, ClassImages | None]:
     """The test classes, and those to calibrate on: all episodes can be drawn, and no test image was seen."""
-    _refuse_seen(recipe, data)  # again, as a cached data step knows nothing of training.steps
     splits, training = recipe.dataset, recipe.training
     test, validation = data.classes(splits.test), _validation(recipe, data)
     for shape in recipe.evaluation.shapes:
