@@ -157,16 +157,28 @@ def compare(
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that come along. Copy one to make your own."""
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to make your own of it.", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come along, or print one.
+
+    Make your own of one: [cyan]kshot recipes photos-finetune > my.toml[/cyan], and then [cyan]kshot run my.toml[/cyan]
+    """
     from rich.console import Console
 
     from kshot_flows import shipped
 
-    listed = table("recipe", "what it is", "file")
-    for name, path in shipped.recipes().items():
-        listed.add_row(name, shipped.about(path), os.path.relpath(path))
-    Console(markup=False).print(listed)
+    if name is not None:
+        typer.echo(shipped.find(name).read_text(), nl=False)
+        return
+    listed, out = table("recipe", "what it is"), Console(markup=False, highlight=False)
+    for each, path in shipped.recipes().items():
+        listed.add_row(each, shipped.about(path))
+    out.print(listed)
+    ways = f"kshot recipes {each} > my.toml", f"cp {shlex.quote(str(path))} my.toml"
+    out.print(f"Make your own of one: {', or '.join(ways)}", soft_wrap=True)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The command line: quick to answer, with messages that say what to do next, and no traceback for a user's mistake."""
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, version
@@ -103,6 +104,18 @@ def test_recipes_are_listed_with_a_line_each() -> None:
     shown = CliRunner().invoke(cli.app, ["recipes"]).output
     assert all(name in shown for name in shipped.recipes())
     assert "Prototypical networks" in shown
+
+
+def test_a_recipe_can_be_printed_or_copied_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [line] = [line for line in CliRunner().invoke(cli.app, ["recipes"]).output.splitlines() if "my.toml" in line]
+    _, printed, copied = re.split("own of one: |, or ", line)
+    file = Path(shlex.split(copied)[1])
+    assert (file.is_absolute(), copied.split()[0], copied.split()[-1]) == (True, "cp", "my.toml")
+    command = shlex.split(printed.removesuffix(" > my.toml"))
+    assert CliRunner().invoke(cli.app, command[1:]).output == file.read_text()
+    with pytest.raises(KshotError, match="did you mean 'photos-finetune'"):
+        CliRunner().invoke(cli.app, ["recipes", "photo-finetune"], catch_exceptions=False)
 
 
 def test_algorithms_shows_where_each_comes_from_and_its_idea() -> None:
