@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class ClassFeatures(ClassImages):
             found[here] = self._selected(table.values[row[here]])
         return found
 
-    def _by_table(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> Iterator[tuple[np.ndarray, _Table]]:
+    def _by_table(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> Iterator[tuple[np.ndarray, _InMemory | _OnDisk]]:
         """Each table that holds some of these rows, by then computed, with a mask of which."""
         for (number, quarters), table in self._tables.items():
             here = (home == number) & (turn == quarters)
@@ -157,15 +157,6 @@ Compute = Callable[[np.ndarray], Iterator[np.ndarray]]
 """Gives the rows (n, width) of a table with these numbers (N,), some after some."""
 
 
-class _Table(Protocol):
-    """Features of some images."""
-
-    values: np.ndarray  # (images, width); a row means something once it has been ensured
-
-    def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
-        """Compute those of these rows (N,), in ascending order, that are not there yet."""
-
-
 class _InMemory:
     """Features of `count` images, for as long as this object lives."""
 
@@ -174,6 +165,7 @@ class _InMemory:
         self.values = np.empty((count, width), np.float32)  # takes no memory before it is written to
 
     def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
+        """Compute those of these rows (N,), in ascending order, that are not there yet."""
         new, start = numbers[~self._done[numbers]], 0
         for part in compute(new) if len(new) else ():
             self.values[new[start : start + len(part)]] = part
@@ -192,11 +184,13 @@ class _OnDisk:
         self._folder, self._count, self._width = folder, count, width
         self._file, self._flags = folder / f"features-{turn}.f32", folder / f"done-{turn}.u8"
 
-    @cached_property
+    @property
     def values(self) -> np.ndarray:
+        """The features (count, width); a row means something once it has been ensured."""
         return self._opened[0]
 
     def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
+        """As `_InMemory.ensure`; other processes wait meanwhile, and then find them."""
         done = self._opened[1]
         if not done[numbers].all():
             with FileLock(self._folder / "lock"):

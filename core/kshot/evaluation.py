@@ -113,13 +113,20 @@ def answers(
     """
     images = embedded(learner, images, device=device)
     with evaluating(learner):
-        for step in range(math.ceil(episodes / _AT_ONCE)):
-            batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
-            for episode in batch.part(0, episodes - step * _AT_ONCE):
-                state = learner.adapt(episode.support, episode.support_labels, episode.classes)
-                if transductive:
-                    state = without_statistics(state)
-                yield episode, learner.classify(state, episode.query)
+        for episode in drawn(images, shape, episodes, seed=seed, stream=stream, device=device):
+            state = learner.adapt(episode.support, episode.support_labels, episode.classes)
+            if transductive:
+                state = without_statistics(state)
+            yield episode, learner.classify(state, episode.query)
+
+
+def drawn(
+    images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", device: str = "cpu"
+) -> Iterator[Episode]:
+    """The evaluation's episodes, one by one: of images, or of their features."""
+    for step in range(math.ceil(episodes / _AT_ONCE)):
+        batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
+        yield from batch.part(0, episodes - step * _AT_ONCE)
 
 
 @contextmanager

@@ -70,11 +70,9 @@ Answer = tuple[State, Tensor]
 
 
 def check_learner(learner: Learner, images: ClassImages, shape: Shape, *, seed: int) -> None:
-    """Refuse a learner that has NaN in it, changes while it adapts or classifies, or answers by chance."""
+    """Refuse a learner that changes while it adapts or classifies, or answers by chance."""
     problem = Problem.of(sample_episodes(images, shape, 1, seed=seed, step=0, stream="test")[0])
     before = {name: tensor.clone() for name, tensor in tensors(learner).items()}
-    if bad := [name for name, tensor in before.items() if not tensor.isfinite().all()]:
-        raise ExportError(f"{learner.name!r} holds NaN or infinity in {_some(bad)}: it has not been trained well")
     state, logits = _torch(learner, problem)
     again, logits_again = _torch(learner, problem)
     after = tensors(learner)
@@ -93,6 +91,7 @@ def compare(
     learner: Learner, graphs: Graphs, images: ClassImages, shape: Shape, *, seed: int, episodes: int = 100
 ) -> Parity:
     """Run both on the same episodes; the figures, or an ExportError that says which check failed."""
+    _check_weights(learner)
     precise, backbone = deepcopy(learner).double(), learner.backbone
     served = Served(graphs, backbone.image, backbone.features, backbone.norm, _steps(learner, None))
     theirs = images
@@ -136,6 +135,11 @@ def compare(
             "inner loop amplifies rounding: use fewer steps or a lower rate."
         )
     return parity
+
+
+def _check_weights(learner: Learner) -> None:
+    if bad := [name for name, tensor in tensors(learner).items() if not tensor.isfinite().all()]:
+        raise ExportError(f"{learner.name!r} holds NaN or infinity in {_some(bad)}: it has not been trained well")
 
 
 def _check_embed(learner: Learner, precise: Learner, graphs: Graphs, images: ClassImages) -> None:

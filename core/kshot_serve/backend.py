@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import sys
 
 from starlette.requests import Request
 
@@ -11,7 +13,8 @@ from kshot_runtime.errors import KshotError
 from kshot_serve.access import Keys
 from kshot_serve.champions import Champions
 from kshot_serve.engine import Engine
-from kshot_serve.intake import Bodies
+from kshot_serve.filling import Filling
+from kshot_serve.intake import Bodies, read_uploads
 from kshot_serve.problems import Problem
 from kshot_serve.settings import Settings
 from kshot_serve.spaces import Spaces
@@ -42,6 +45,7 @@ class Backend:
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
         self.keys = Keys(self.store)
         self.bodies = Bodies(settings.bodies_mb * 1_000_000)
+        self._fillings = [Filling(source) for source in settings.fill]
         self.leaving = self.draining = False
         self.idle = True  # once it has stopped: whether no thread still loads or adapts, for nobody any more
 
@@ -49,8 +53,33 @@ class Backend:
         """Answer, and load the model meanwhile: `loading` ends when it has been tried."""
         await self.engine.start()
         await self.spaces.start()
-        self.loading = asyncio.create_task(self.champions.start())
+        self.loading = asyncio.create_task(self._load())
         self.loading.add_done_callback(_told)
+
+    async def _load(self) -> None:
+        await self.champions.start()
+        for filling in self._fillings:
+            await self._fill(filling)
+
+    async def _fill(self, filling: Filling) -> None:
+        """Make or update the label space of this name; standard error tells how far it is, and what was left out."""
+        model, space = self.champions.current.bundle.manifest, await self.spaces.named(filling.name)
+        _, classes = await self.spaces.classes(space.id)
+        known = {each.name: [photo.sha256 for photo in each.photos] for each in classes}
+        limits = model.limits.model_dump(include={"ways", "shots", "support"})
+        for name, batch in filling.batches(known, **limits, photos=self.settings.photos):
+            sound = []
+            for file, upload in zip(batch, await read_uploads(list(batch.values()), self, model.image), strict=True):
+                if isinstance(upload, Problem):
+                    filling.skipped.append(f"{file}: {upload.message}")
+                else:
+                    sound.append(upload)
+            if sound:
+                written = await self.spaces.add(space.id, name, sound, who="--space", deadline=math.inf)
+                filling.added += len(written.photos)
+            if sys.stderr.isatty():
+                sys.stderr.write(f"{filling}\r")
+        sys.stderr.write("\n  ".join([str(filling), *filling.skipped]) + "\n")
 
     async def stop(self) -> None:
         """Finish what was accepted, and end."""

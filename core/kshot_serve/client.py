@@ -5,17 +5,19 @@
 >>> pets.add("cat", ["tom.jpg", "kitty.png"])          # usable at once
 >>> pets.add("dog", ["rex.jpg"])
 >>> pets.classify("mystery.jpg").name                  # None: none of these
+>>> print(client.space("fruit").fill("fruit.zip"))     # a folder or zip, with a folder of photos for each class
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kshot_runtime.errors import KshotError
+from kshot_serve.filling import Filling
 from kshot_serve.naming import normal
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ Photo = bytes | str | Path
 """An encoded photo, or the path of one."""
 
 _AGAIN = frozenset({"busy", "draining", "not_ready"})  # refused before anything was done
+_ABOUT_A_PHOTO = frozenset({"not_an_image", "photo_too_large", "body_too_large"})
 _TRIES = 5
 
 
@@ -129,6 +132,34 @@ class Space:
         if known is None:
             return self._call("POST", "/classes", data={"name": name}, files=files).json()["notes"]
         return self._call("POST", f"/classes/{known}/photos", files=files).json()["notes"]
+
+    def fill(self, source: str | Path, progress: Callable[[Filling], object] = lambda _: None) -> Filling:
+        """Add the photos of a folder or zip, whose folders are the classes. What is there already is left out.
+
+        What was not taken is in `skipped` of what this gives, a line each; `progress` is called after each request.
+        """
+        filling = Filling(source)
+        limits = self._client.call("GET", "/v1/limits").json()
+        if limits["adaptation"] is None:
+            raise KshotError("the server has no model yet: fill the label space when it is ready")
+        known = {each["name"]: [photo["sha256"] for photo in each["photos"]] for each in self.classes()}
+        for name, batch in filling.batches(known, **limits["adaptation"], photos=limits["request"]["photos"]):
+            self._fill(filling, name, batch)
+            progress(filling)
+        return filling
+
+    def _fill(self, filling: Filling, name: str, batch: Mapping[str, bytes]) -> None:
+        try:
+            self.add(name, list(batch.values()))
+            filling.added += len(batch)
+        except RefusedError as error:
+            if error.code not in _ABOUT_A_PHOTO:
+                raise
+            if len(batch) == 1:
+                filling.skipped.append(f"{next(iter(batch))}: {error}")
+            else:  # one by one, to find which
+                for file, content in batch.items():
+                    self._fill(filling, name, {file: content})
 
     def classify(self, photo: Photo) -> Answer:
         """What a photo shows."""

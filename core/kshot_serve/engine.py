@@ -175,9 +175,10 @@ class Engine:
         return features
 
     async def embed_support(self, champion: Champion, images: np.ndarray, deadline: float = math.inf) -> np.ndarray:
-        """Features (N, D) of support images: the mean over each one's views, if the bundle makes any."""
+        """Features (N, D) of support images: the mean over the views of each, whose every view has that much time."""
         _check(champion, images)
         views = await self.in_thread(champion.bundle.graphs.views, images)
+        deadline = monotonic() + views.shape[1] * (deadline - monotonic())
         return mean_over_views(views, await self.embed(champion, flattened(views), deadline))
 
     async def classify(

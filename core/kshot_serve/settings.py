@@ -49,6 +49,7 @@ class Settings(_Part):
     accept: float | None = Field(
         None, ge=0.5, le=0.995, description="share of known photos that thresholds let pass; none: the bundle's balance"
     )
+    fill: tuple[Path, ...] = Field((), description="folders or zips of classes; each is a label space from the start")
     spaces: int = Field(100_000, ge=1, description="label spaces at most")
     space_mb: int = Field(512, ge=1, description="photos' bytes in one label space at most")
     photos: int = Field(32, ge=1, description="photos in one request at most")

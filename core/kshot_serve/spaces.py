@@ -117,6 +117,16 @@ class Spaces:
         found = await self._read(self._store.spaces, limit + 1, after)
         return [self._shown(space) for space in found[:limit]], found[limit - 1].id if len(found) > limit else None
 
+    async def named(self, name: str) -> Space:
+        """The label space of this name; a new one if there is none."""
+        after: str | None = ""
+        while after is not None:
+            found, after = await self.list(1000, after)
+            for space in found:
+                if space.name == normal(name):
+                    return space
+        return await self.create(name, who="--space")
+
     async def get(self, space: str) -> Space:
         return self._shown(await self._read(self._store.space, space))
 
@@ -244,6 +254,17 @@ class Spaces:
             return _class_of(there, class_id).id
 
         return await self._add(space, "add_photos", class_id, place, uploads, who, deadline)
+
+    async def add(
+        self, space: str, name: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        """Photos of the class of this name, which is made if need be."""
+        name = _named(name, "a class")
+
+        def place(write: Write, there: Snapshot) -> str:
+            return next((each.id for each in there.classes if each.name == name), None) or write.add_class(name)
+
+        return await self._add(space, "add_photos", None, place, uploads, who, deadline)
 
     async def rename_class(self, space: str, class_id: str, name: str, *, who: str = "") -> Written:
         name = _named(name, "a class")

@@ -75,6 +75,7 @@ class Workers:
         try:
             # One first: what is wrong with a model is told once, and the others find it fetched.
             line, first = await self._start()
+            self._settings = self._settings.model_copy(update={"fill": ()})  # which it has done
             started = await asyncio.gather(*[self._start() for _ in range(count - 1)])
             self._announce(line.replace(" at http", f" by {count} workers at http"))
             await asyncio.gather(*[self._keep(process) for process in (first, *(process for _, process in started))])

@@ -44,6 +44,14 @@ def serve(
     workers: Annotated[
         int, typer.Option(min=1, metavar="N", help="Processes that share the port: for small photos, one a core.")
     ] = 1,
+    space: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CLASSES",
+            help="A folder or zip of class folders, as a label space from the start; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     folder: Folder = Path("serve"),
     database: Database = "",
     device: Annotated[
@@ -79,6 +87,10 @@ def serve(
 
     [cyan]kshot serve ./bundle[/cyan]
 
+    The same with a label space named fruit, whose classes are the folders in that folder:
+
+    [cyan]kshot serve ./bundle --space ./fruit[/cyan]
+
     The model that is in production, now and after every promotion, without a restart:
 
     [cyan]kshot serve models:/glyphs-protonet@production[/cyan]
@@ -96,6 +108,7 @@ def serve(
             host=host,
             port=port,
             workers=workers,
+            fill=tuple(space or ()),
             folder=folder,
             database=database,
             engine={"device": device},

@@ -21,10 +21,10 @@ from kshot.datasets import splits_of
 from kshot.episodes import Shape, draw_indices
 from kshot.recipe import Recipe
 from kshot_flows import engine, progress, shipped, tracking
+from kshot_flows.heads import TEST_SEED
 from kshot_flows.pipeline import evaluate, export, meta_train, version_data
 from kshot_flows.products import Exported, Scores
 from kshot_flows.standings import Cost, Measured, Standing, Standings, shared
-from kshot_flows.steps import TEST_SEED
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 

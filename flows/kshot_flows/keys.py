@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kshot import plugins
+from kshot.datasets import file_sha256
 
 if TYPE_CHECKING:
     from kshot.plugins import Provided
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 _LEARNING = (
     "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
+    "kshot.ops",
 )  # fmt: skip
 _EVALUATING = (
-    "kshot.calibration", "kshot.embeddings", "kshot.evaluation", "kshot.ops", "kshot.statistics",
+    "kshot.calibration", "kshot.embeddings", "kshot.evaluation", "kshot.selection", "kshot.statistics",
 )  # fmt: skip
 _EXPORTING = (
     "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.served", "kshot.tracing", "kshot.decompositions",
@@ -52,11 +54,18 @@ def meta_train(recipe: Recipe, data: DataVersion) -> str:
 
 
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> str:
-    from kshot_flows import steps  # which imports this module
+    from kshot_flows import heads, steps  # which import this module
 
-    read = recipe.model_dump(mode="json", include={"evaluation": True, "dataset": {"rotations", "validation", "test"}})
-    played = data.identity_of(recipe.dataset.validation, recipe.dataset.test)
-    fixed = steps.TEST_SEED, steps.CALIBRATION_EPISODES, steps.VERIFICATION_PAIRS
+    read = recipe.model_dump(
+        mode="json",
+        include={
+            "evaluation": True,
+            "dataset": {"rotations", "across_groups", "train", "validation", "test"},
+            "training": {"folds", "steps"},
+        },
+    )
+    played = data.identity_of(*_learned_from(recipe), recipe.dataset.test)
+    fixed = heads.TEST_SEED, steps.CALIBRATION_EPISODES, steps.VERIFICATION_PAIRS
     return _key("evaluate", learner.identity, played, read, fixed, _plugins(recipe), code(*_LEARNING, *_EVALUATING))
 
 
@@ -82,7 +91,9 @@ def promote(recipe: Recipe, version: Registered) -> str:
 def training_part(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what is learned; a checkpoint of another training is refused by it."""
     content: dict[str, Any] = recipe.model_dump(mode="json", include={"seed", "backbone", "learner", "training"})
-    data = recipe.dataset.model_dump(mode="json", include={"rotations", "train", "validation", "unlabelled"})
+    data = recipe.dataset.model_dump(
+        mode="json", include={"rotations", "across_groups", "train", "validation", "unlabelled"}
+    )
     return {**content, "dataset": data}
 
 
@@ -104,7 +115,12 @@ def code(*modules: str) -> str:
 
 def _plugins(recipe: Recipe) -> list[str]:
     found = plugins.find()
-    return [_plugin(found.learner(recipe.learner.one)), _plugin(found.backbone(recipe.backbone.name))]
+    start = recipe.backbone.options.get("start")
+    return [
+        *(_plugin(found.learner(name)) for name in recipe.learner.names),
+        _plugin(found.backbone(recipe.backbone.name)),
+        *([file_sha256(Path(start))] if start and Path(start).is_file() else []),
+    ]
 
 
 def _plugin(provided: Provided) -> str:

@@ -42,6 +42,11 @@ def load(file: Path) -> Learner:
     return learner.eval()
 
 
+def recipe(file: Path) -> Recipe:
+    """The recipe of a learner's file: with the one learner and the settings that were chosen."""
+    return Recipe.model_validate(read(file)[0]["recipe"])
+
+
 def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a learner's file says of it, and its weights."""
     try:

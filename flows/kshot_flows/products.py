@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kshot.calibration import Calibration, OpenSet, Verification
-from kshot.datasets import ClassImages, ImageSet, file_sha256, splits_of
+from kshot.datasets import ClassImages, ImageSet, Protocol, file_sha256, splits_of
 from kshot.episodes import Shape
 from kshot_flows import tracking, versioning
 from kshot_runtime.errors import KshotError
@@ -61,6 +61,7 @@ class DataVersion:
     others: tuple[Packed, ...]
     md5: str | None  # what DVC calls the data folder; None outside DVC
     rotations: bool  # whether classes of the own one are turned as well, which makes other episodes
+    protocol: Protocol = "random photos"  # how episodes are drawn
 
     @property
     def name(self) -> str:
@@ -96,9 +97,8 @@ class DataVersion:
 
     def classes(self, reference: str) -> ClassImages:
         """The classes of a split reference; several data sets' one after the other."""
-        return ClassImages.joined(
-            [packed.open().split(splits, self._turned(packed)) for packed, splits in self.parts(reference)]
-        )
+        parts = [packed.open().split(splits, self._turned(packed)) for packed, splits in self.parts(reference)]
+        return ClassImages.joined(parts).with_protocol(self.protocol)
 
     def parts(self, *references: str | None) -> list[tuple[Packed, str]]:
         """The data sets that some split references name, each with its splits."""
@@ -136,17 +136,36 @@ class DataVersion:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A head that was tried, and what it reached on validation episodes of each shape."""
+
+    label: str
+    shapes: tuple[Shape, ...]
+    accuracies: tuple[float, ...]
+    margins: tuple[float, ...]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over the shapes, by which a head is chosen."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+
+@dataclass(frozen=True)
 class Trained:
-    """A meta-trained learner: its file says by which recipe and on which data."""
+    """A learner, meta-trained or chosen: its file says by which recipe and on which data."""
 
     learner: Pin
     data: DataVersion
     run: str  # the MLflow run that has its numbers over time
     steps: int
     best_step: int
-    validation: float | None  # accuracy there; None where there were no classes for it
+    shape: Shape | None  # of the validation episodes; None where there were no classes for them
+    validation: float | None  # accuracy there
     margin: float | None
     seconds: float
+    chosen: str = ""  # the head and its settings, where it was chosen among several
+    tried: tuple[Attempt, ...] = ()  # those that it was chosen among
 
     @property
     def identity(self) -> str:
@@ -167,6 +186,7 @@ class Line:
     shape: Shape
     episodes: int
     transductive: bool
+    protocol: str  # "random photos", or "across groups": support and queries of a class from different groups
     accuracy: float
     margin: float
     ece: float
@@ -174,12 +194,14 @@ class Line:
 
     @property
     def label(self) -> str:
-        return f"{self.shape.ways}-way {self.shape.shots}-shot{', transductive' if self.transductive else ''}"
+        across = ", across groups" if self.protocol == "across groups" else ""
+        return f"{self.shape.ways}-way {self.shape.shots}-shot{across}{', transductive' if self.transductive else ''}"
 
     @property
     def key(self) -> str:
         """Its name in the file of arrays."""
-        return f"{self.shape.ways}w{self.shape.shots}s{'-transductive' if self.transductive else ''}"
+        across = "-groups" if self.protocol == "across groups" else ""
+        return f"{self.shape.ways}w{self.shape.shots}s{across}{'-transductive' if self.transductive else ''}"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kshot.evaluation import answers
-from kshot_flows import curves, learners, tracking
+from kshot.evaluation import answers, drawn
+from kshot_flows import curves, heads, learners, tracking
 from kshot_flows.products import DataVersion, Line, Scores, Trained
 
 if TYPE_CHECKING:
@@ -138,13 +138,14 @@ def _draw_episode(run: tracking.Run, recipe: Recipe, learner: Trained, scores: S
     model = learners.load(learner.learner.file)
     images = scores.data.classes(recipe.dataset.test)
     shape = min((line.shape for line in scores.lines), key=lambda shape: abs(shape.ways - _MAPPED_WAYS))
-    [(episode, logits)] = answers(model, images, shape, 1, seed=scores.seed)
+    [episode] = drawn(images, shape, 1, seed=scores.seed)
+    [(taken, logits)] = answers(model, heads.features(model, images, scores.data.name), shape, 1, seed=scores.seed)
     names = [images.names[i] for i in episode.source.tolist()]
     truth, predicted = episode.query_labels.numpy(), logits.argmax(1).numpy()
     support_labels = episode.support_labels.numpy()
     with torch.no_grad():
-        state = model.adapt(episode.support, episode.support_labels, episode.classes)
-        features = [model.embed(part, state).flatten(1).numpy() for part in (episode.support, episode.query)]
+        state = model.adapt(taken.support, taken.support_labels, taken.classes)
+        features = [model.embed(part, state).flatten(1).numpy() for part in (taken.support, taken.query)]
     support, query = ((part * 255).round().byte().numpy() for part in (episode.support, episode.query))
     title = f"One {shape.ways}-way {shape.shots}-shot episode"
     run.picture("confusion", pictures.confusion(truth, predicted, names, title))

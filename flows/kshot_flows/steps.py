@@ -6,12 +6,11 @@ They work without Prefect, hand files and hashes on (see `products`), and each c
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ import torch
 from rich.markup import escape
 
 from kshot import memory, plugins, training
-from kshot.calibration import Calibration, OpenSet, Verification, calibrate, open_set, verification
+from kshot.calibration import Calibration, Verification, calibrate, open_set, verification
 from kshot.datasets import ClassImages, ImageSet
-from kshot.episodes import Shape, check_shape
+from kshot.episodes import Shape, check_shape, protocols
 from kshot.evaluation import Score
 from kshot.evaluation import evaluate as play
-from kshot.learner import Learner
 from kshot.plugins import Provided
 from kshot.recipe import Recipe
-from kshot_flows import contest, curves, keys, learners, progress, records, registry, tracking, versioning
+from kshot_flows import contest, curves, heads, keys, learners, progress, records, registry, tracking, versioning
 from kshot_flows.gate import Evidence, GateSettings, judge
+from kshot_flows.heads import TEST_SEED
 from kshot_flows.products import DataVersion, Exported, Line, Packed, Pin, Promotion, Registered, Scores, Trained
 from kshot_flows.stages import Stage, StageConflictError
 from kshot_runtime import manifest
@@ -37,7 +36,6 @@ from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 from kshot_runtime.manifest import MANIFEST
 
-TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
 CALIBRATION_EPISODES = 200
 VERIFICATION_PAIRS = 1000
 
@@ -56,84 +54,122 @@ def version_data(recipe: Recipe) -> DataVersion:
     if recorded.why_not:
         progress.say(escape(f"  {recorded.why_not}"))
     own, *others = (Packed(packed.name, packed.version, packed.index.source) for packed in found)
-    data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations)
+    data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations, recipe.dataset.protocol)
     _refuse_unlike(found)
     _refuse_seen(recipe, data)
     return data
 
 
 def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
-    """Meta-train in `runs/RECIPE/KEY`, from the last checkpoint there if a run was cut off, to `learner.pt`."""
-    where, (_, validation) = device(), _evaluated_on(recipe, data)  # what cannot work is told before hours are spent
+    """Make a learner in `runs/RECIPE/KEY/learner.pt`: by meta-training, or without it by choosing a head.
+
+    Meta-training goes on from the last checkpoint there if a run was cut off.
+    """
+    heads.device(), _tested(recipe, data)  # what cannot work is reported before hours are spent
     folder = tracking.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
-    splits, trains = recipe.dataset, recipe.training.steps > 0
-    train = data.classes(splits.train) if trains else None
-    if validation is None:
-        progress.say(f"  {data.name} has no classes {splits.validation!r}: taken as it is, without a validation")
     torch.manual_seed(recipe.seed)
+    return (_trained if recipe.training.steps else _chosen)(recipe, data, folder)
+
+
+def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
+    splits, settings = recipe.dataset, recipe.training
     learner = recipe.build(data.open().rule.shape)
     position = _checkpoint(folder).get("step", 0)
     if position:
-        progress.say(f"  goes on from the checkpoint at step {position} of {recipe.training.steps}")
-    curve = curves.Curve(folder / "curve.jsonl", recipe.training.steps, position)
+        progress.say(f"  goes on from the checkpoint at step {position} of {settings.steps}")
+    curve = curves.Curve(folder / "curve.jsonl", settings.steps, position)
     with records.training_run(recipe, data, folder) as run:
         steps = training.meta_train(
-            learner, train, validation, recipe.training,
-            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=where,
-            unlabelled=data.classes(splits.unlabelled) if trains and splits.unlabelled else None,
+            learner, data.classes(splits.train), data.classes(splits.validation), settings,
+            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=heads.device(),
+            unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=heads.store(),
         )  # fmt: skip
         for step in progress.training(steps):
             if point := curve.add(step):
                 run.metrics(step.step, curves.metrics(point))
+    heads.learn_statistics(learner, data.classes(splits.train), data.name)
     reached = _checkpoint(folder)
     learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
-    best: dict[str, float] = next((point for point in reached["history"] if point["step"] == reached["best_step"]), {})
+    best: dict[str, float] = next(point for point in reached["history"] if point["step"] == reached["best_step"])
     return Trained(
-        Pin.of(folder / "learner.pt"), data, run.id,
-        reached["step"], reached["best_step"] or 0, best.get("validation"), best.get("margin"), reached["seconds"],
+        Pin.of(folder / "learner.pt"), data, run.id, reached["step"], reached["best_step"],
+        settings.validation_shape, best["validation"], best["margin"], reached["seconds"],
     )  # fmt: skip
+
+
+def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with records.training_run(recipe, data, folder) as run:
+        chosen, learner, tried = heads.choose(recipe, data)
+        best = max(tried, key=lambda one: one.accuracy, default=None)
+        history = [] if best is None else [
+            {"step": 0, "validation": best.accuracies[0], "margin": best.margins[0]}
+        ]  # fmt: skip
+        learners.save(folder / "learner.pt", learner, chosen, data, history)
+        if tried:
+            run.table("heads", [asdict(one) for one in tried])
+    seconds = time.monotonic() - began
+    learned = Pin.of(folder / "learner.pt"), data, run.id, 0, 0
+    if best is None:
+        return Trained(*learned, None, None, None, seconds)
+    return Trained(*learned, best.shapes[0], best.accuracies[0], best.margins[0], seconds, best.label, tried)
 
 
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
-    test, validation = _evaluated_on(recipe, data)
-    model = learners.load(learner.learner.file).to(device())
-    shapes, fits, pairs = recipe.evaluation.shapes, dict[Shape, Calibration](), None
-    if validation is None:
+    test = _tested(recipe, data)
+    model, where = learners.load(learner.learner.file).to(heads.device()), heads.device()
+    trials, shapes = heads.trials(model, recipe, data), recipe.evaluation.shapes
+    fits, pairs = dict[Shape, Calibration](), None
+    if not trials:
         progress.say("  no validation classes: probabilities are not calibrated, and nothing counts as unknown")
-    else:
-        sizes = {shape: _calibrated_at(shape, validation) for shape in shapes}
-        known = {size: _calibrate(model, validation, recipe, size) for size in dict.fromkeys(sizes.values())}
-        fits = {shape: known[size] for shape, size in sizes.items()}
-        pairs = verification(model, validation, VERIFICATION_PAIRS, seed=TEST_SEED, device=device())
-    hows = (False, True) if model.config.norm in ("support", "transductive") else (False,)
-    scores, told = [], []
+    for shape in shapes if trials else ():
+        size = _calibrated_at(shape, [images for _, images in trials])
+        with _stage(f"calibration on {_few(recipe)} validation episodes, {size}"):
+            fits[shape] = calibrate(trials, size, _few(recipe), seed=TEST_SEED, device=where)
+    if trials:
+        pairs = verification(trials, VERIFICATION_PAIRS, seed=TEST_SEED, device=where)
+    scores, lines = [], []
+    test = heads.features(model, test, data.name)
     for shape in shapes:
         fit = fits.get(shape)
-        with _stage(f"{recipe.evaluation.episodes} episodes, {shape}"):
-            scores += [
-                play(
-                    model, test, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
-                    temperature=fit.temperature if fit else 1.0, device=device(),
-                )
-                for transductive in hows
-            ]  # fmt: skip
-            told += [open_set(model, test, shape, fit, _few(recipe), seed=TEST_SEED, device=device()) if fit else None]
-            told += [None] * (len(hows) - 1)
-    return _keep(scores, told, tuple(dict.fromkeys(fits.values())), pairs, recipe, data, learner)
+        temperature = fit.temperature if fit else 1.0
+        for images in protocols(test, shape):
+            for transductive in (False, True) if model.backbone.norm == "batch" else (False,):
+                with _stage(f"{recipe.evaluation.episodes} episodes, {shape}, {images.protocol}"):
+                    score = play(
+                        model, images, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
+                        temperature=temperature, device=where,
+                    )  # fmt: skip
+                    unknown = None
+                    if fit and not transductive:
+                        unknown = open_set(model, images, shape, fit, _few(recipe), seed=TEST_SEED, device=where)
+                scores.append(score)
+                lines.append(
+                    Line(
+                        shape, score.episodes, transductive, images.protocol, score.accuracy, score.margin, score.ece,
+                        unknown,
+                    )
+                )  # fmt: skip
+    cosine = heads.cosine(model, test, shapes[0], recipe.evaluation.episodes, data.name)
+    return _keep(scores, lines, tuple(dict.fromkeys(fits.values())), pairs, cosine, recipe, data, learner)
 
 
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     """Write the learner as ONNX with all that serving needs to know, checked against torch."""
     from kshot import exporting  # brings the exporter's libraries, which take a second
 
-    model = learners.load(learner.learner.file)
+    model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
+    test = score.data.classes(splits.test)
+    if recipe.training.refit and (known := heads.base(recipe, score.data)):
+        heads.learn_statistics(model, ClassImages.joined([known, test]), score.data.name)
     with _stage("tracing to ONNX, and comparing with torch"):
         report = exporting.export(
-            model, folder, facts=_facts(recipe, learner, score),
-            data=score.data.classes(recipe.dataset.test), shape=shape, seed=score.seed,
+            model, folder, facts=_facts(learners.recipe(learner.learner.file), learner, score),
+            data=test, shape=shape, seed=score.seed, store=heads.store(),
         )  # fmt: skip
     parity = report.manifest.parity
     files = tuple(Pin.of(folder / name) for name in (MANIFEST, *report.manifest.files))
@@ -203,22 +239,6 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
             return Promotion(name, number, Stage.PRODUCTION, champion, why)
 
 
-def device() -> str:
-    """Where to compute: KSHOT_DEVICE, or else a GPU if there is one."""
-    chosen = os.environ.get("KSHOT_DEVICE")
-    if not chosen:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise KshotError(
-            f"KSHOT_DEVICE={chosen} cannot be computed on: {reason}. Set it to cpu, or to cuda where there is a GPU, "
-            "or unset it."
-        ) from None
-    return chosen
-
-
 def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
     """What a bundle says of where it comes from and of what to expect of it."""
     commit, dirty, _ = tracking.git()
@@ -226,7 +246,7 @@ def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
     own, *others = score.data.refs(recipe.dataset)
     learned_from = [own.name, *(other.name for other in others if other.context == own.context)]
     return manifest.Facts(
-        learner=_plugin(found.learner(recipe.learner.name), recipe.learner.options),
+        learner=_plugin(found.learner(recipe.learner.one), recipe.learner.options),
         backbone=_plugin(found.backbone(recipe.backbone.name), recipe.backbone.options),
         image=score.data.open().rule,
         calibration=tuple(
@@ -295,29 +315,19 @@ def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
                     )
 
 
-def _validation(recipe: Recipe, data: DataVersion) -> ClassImages | None:
-    """The validation classes; a learner that is taken as it was built may have none."""
-    wanted = data.parts(recipe.dataset.validation)
-    if recipe.training.steps == 0 and any(set(splits.split("+")) - set(p.open().splits) for p, splits in wanted):
-        return None
-    return data.classes(recipe.dataset.validation)
-
-
-def _evaluated_on(recipe: Recipe, data: DataVersion) -> tuple[ClassImages, ClassImages | None]:
-    """The test classes, and those to calibrate on: all episodes can be drawn, and no test image was seen."""
+def _tested(recipe: Recipe, data: DataVersion) -> ClassImages:
+    """The test classes: all episodes that the recipe asks for can be drawn, and no test image is one of training."""
+    _refuse_seen(recipe, data)  # again, as a cached data step knows nothing of training.steps
     splits, training = recipe.dataset, recipe.training
-    test, validation = data.classes(splits.test), _validation(recipe, data)
+    test = data.classes(splits.test)
     for shape in recipe.evaluation.shapes:
         _fits(test, shape, splits.test, "evaluation.ways=[{}]", "evaluation.queries={}")
-        if validation is not None:
-            size = _calibrated_at(shape, validation)
-            _fits(validation, size, splits.validation, "evaluation.ways=[{}]", "evaluation.queries={}")
-    if validation is not None:
-        size = training.validation_shape
+    if training.steps:
+        validation, size = data.classes(splits.validation), training.validation_shape
         _fits(validation, size, splits.validation, "training.validation_ways={}", "training.validation_queries={}")
-    for shape in training.shapes if training.steps else ():
-        _fits(data.classes(splits.train), shape, splits.train, "training.ways={}", "training.queries={}")
-    return test, validation
+        for shape in training.shapes:
+            _fits(data.classes(splits.train), shape, splits.train, "training.ways={}", "training.queries={}")
+    return test
 
 
 def _fits(images: ClassImages, shape: Shape, split: str, ways: str, queries: str) -> None:
@@ -343,14 +353,12 @@ def _stage(what: str) -> Iterator[None]:
     memory.give_back()
 
 
-def _calibrated_at(shape: Shape, validation: ClassImages) -> Shape:
-    """The size of episode to calibrate at: at most half the classes, as the others are there to be unknown."""
-    return replace(shape, ways=min(shape.ways, max(2, len(validation) // 2)))
-
-
-def _calibrate(model: Learner, validation: ClassImages, recipe: Recipe, shape: Shape) -> Calibration:
-    with _stage(f"calibration on {_few(recipe)} validation episodes, {shape}"):
-        return calibrate(model, validation, shape, _few(recipe), seed=TEST_SEED, device=device())
+def _calibrated_at(shape: Shape, parts: Sequence[ClassImages]) -> Shape:
+    """The size of episode to calibrate at: as it is tested, if one class at least is left to be unknown."""
+    classes = min(map(len, parts))
+    photos = min(int(images.counts.min()) for images in parts)
+    shots = min(shape.shots, photos - 1)
+    return Shape(min(shape.ways, max(2, classes - 1)), shots, min(shape.queries, photos - shots))
 
 
 def _few(recipe: Recipe) -> int:
@@ -360,18 +368,15 @@ def _few(recipe: Recipe) -> int:
 
 def _keep(
     scores: list[Score],
-    told: list[OpenSet | None],
+    lines: list[Line],
     calibrations: tuple[Calibration, ...],
     pairs: Verification | None,
+    cosine: Score | None,
     recipe: Recipe,
     data: DataVersion,
     learner: Trained,
 ) -> Scores:
-    """Write scores to files beside the learner: a summary to read, and what every episode gave."""
-    lines = tuple(
-        Line(score.shape, score.episodes, score.transductive, score.accuracy, score.margin, score.ece, unknown)
-        for score, unknown in zip(scores, told, strict=True)
-    )
+    """Write scores to files beside the learner: a summary to read, and the results of every episode."""
     stem = learner.folder / f"scores-{keys.evaluate(recipe, data, learner).removeprefix('evaluate-')[:12]}"
     arrays, report = stem.with_suffix(".npz"), stem.with_suffix(".json")
     np.savez_compressed(
@@ -382,6 +387,7 @@ def _keep(
             for line, score in zip(lines, scores, strict=True)
             for name in ("accuracies", "confidences", "right")
         },
+        **({"cosine.accuracies": cosine.accuracies} if cosine else {}),
     )
     report.write_text(
         json.dumps(
@@ -396,5 +402,5 @@ def _keep(
         )
     )
     return Scores(
-        lines, calibrations, pairs, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner, data
+        tuple(lines), calibrations, pairs, Pin.of(report), Pin.of(arrays), TEST_SEED, recipe.dataset.test, learner, data
     )

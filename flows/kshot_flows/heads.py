@@ -1,0 +1,159 @@
+"""Heads on features: embedding photos once for the whole project, and choosing among learners by cross-validation."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+
+from kshot import plugins, selection
+from kshot.backbones import Backbone, PretrainedBackbone
+from kshot.calibration import Trial
+from kshot.datasets import ClassImages, splits_of
+from kshot.embeddings import ClassFeatures, embedded
+from kshot.episodes import Shape
+from kshot.evaluation import Score, evaluate
+from kshot.importing import Progress
+from kshot.learner import FeatureLearner, Learner
+from kshot.norms import BY_ITSELF
+from kshot.recipe import LearnerSettings, Recipe
+from kshot.selection import Tried, select
+from kshot_flows import progress, tracking
+from kshot_flows.products import Attempt, DataVersion
+from kshot_runtime.errors import KshotError
+
+TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
+
+
+def device() -> str:
+    """Where to compute: KSHOT_DEVICE, or else a GPU if there is one."""
+    chosen = os.environ.get("KSHOT_DEVICE")
+    if not chosen:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise KshotError(
+            f"KSHOT_DEVICE={chosen} cannot be computed on: {reason}. Set it to cpu, or to cuda where there is a GPU, "
+            "or unset it."
+        ) from None
+    return chosen
+
+
+def store() -> Path:
+    """The project's embedding store."""
+    return tracking.home() / ".kshot" / "embeddings"
+
+
+def features(learner: Learner, images: ClassImages, what: str) -> ClassImages:
+    """`images` as features of the learner's backbone, all computed and stored; as they are if it takes images."""
+    with progress.counting(f"embedding {what}") as watch:
+        found = embedded(
+            learner, images, store=store(), device=device(), watch=lambda done, total: watch(Progress(done, total, ""))
+        )
+        return found.complete() if isinstance(found, ClassFeatures) else found
+
+
+def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
+    """The classes to choose a head on, and to learn its statistics from: those to train and validate on.
+
+    Without those that are tested on; None where no such split exists.
+    """
+    own, known = recipe.dataset.name, {packed.name: packed.open().splits for packed in data.all}
+    tested = _single(recipe.dataset.test, own)
+    there = [
+        f"{name}:{split}"
+        for reference in (recipe.dataset.train, recipe.dataset.validation)
+        for name, split in _single(reference, own)
+        if (name, split) not in tested and split in known.get(name, ())
+    ]
+    return data.classes("+".join(dict.fromkeys(there))) if there else None
+
+
+def _single(reference: str, own: str) -> list[tuple[str, str]]:
+    """The (data set, split) pairs that a reference names."""
+    return [(name, split) for name, splits in splits_of(reference, own).items() for split in splits.split("+")]
+
+
+def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[Attempt, ...]]:
+    """The recipe with one learner and all its settings, that learner with its statistics, and what was tried.
+
+    Heads are compared by folds over the base classes, on the same episodes; the first of those that are equal is taken.
+    """
+    image, classes = data.open().rule.shape, base(recipe, data)
+    bodies: dict[str, Backbone] = {}  # for each kind of features, which all its heads share
+    variants = []
+    for variant in recipe.variants():
+        kind = str(variant.backbone.options)
+        body = bodies[kind] = bodies.get(kind) or variant.build_backbone(image)
+        variants.append((variant, variant.build_head(body)))
+    if classes is None:
+        progress.say(f"  {data.name} has no classes to train or validate on: taken as it is, without a validation")
+        return *variants[0], ()
+    settings, tried = recipe.training, list[Tried]()
+    count = sum(len(head.choices()) if isinstance(head, FeatureLearner) else 1 for _, head in variants)
+    with progress.counting("comparing heads") as watch:
+        for one in select(
+            variants, lambda head: features(head, classes, data.name), settings.shapes, folds=settings.folds,
+            episodes=settings.validation_episodes, seed=recipe.seed, device=device(),
+        ):  # fmt: skip
+            tried.append(one)
+            watch(Progress(len(tried), count, str(one)))
+    best = max(tried, key=lambda one: one.accuracy)
+    learner = next(head for variant, head in variants if variant is best.recipe)
+    learner.config = learner.config.model_copy(update=best.settings)
+    learn_statistics(learner, classes, data.name)
+    name = best.recipe.learner.one
+    chosen = LearnerSettings(name=name, **{**best.recipe.learner.options, **best.settings})
+    return best.recipe.model_copy(update={"learner": chosen}), learner, tuple(map(_attempt, tried))
+
+
+def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> list[Trial]:
+    """The learner beside classes that it has not learned from, to calibrate on; none where there are no such classes.
+
+    Those are validation classes, or where statistics were learned from them, folds with the statistics of the others.
+    """
+    if recipe.training.steps:
+        return [(learner, features(learner, data.classes(recipe.dataset.validation), data.name))]
+    classes = base(recipe, data)
+    if classes is None:
+        return []
+    return selection.trials(learner, features(learner, classes, data.name), recipe.training.folds, recipe.seed)
+
+
+def cosine(learner: Learner, test: ClassImages, shape: Shape, episodes: int, what: str) -> Score | None:
+    """What cosines to class means give on the last features of the same backbone and the same episodes: the baseline.
+
+    None where images have no features of their own.
+    """
+    if learner.backbone.norm not in BY_ITSELF:
+        return None
+    backbone = copy.copy(learner.backbone)  # the weights are shared
+    if isinstance(backbone, PretrainedBackbone):
+        backbone.selected = "last"
+    kind = plugins.find().learner("cosine").value
+    head: Learner = kind(backbone, kind.Config())
+    images = test.images if isinstance(test, ClassFeatures) else test
+    own = features(head, images.with_protocol(test.protocol), what)
+    return evaluate(head, own, shape, episodes, seed=TEST_SEED, device=device())
+
+
+def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:
+    """Set the statistics of a closed-form learner from these classes; any other learner stays as it is."""
+    known = features(learner, classes, what)
+    if isinstance(learner, FeatureLearner) and learner.closed_form and isinstance(known, ClassFeatures):
+        learner.learn_statistics(known.class_by_class())
+
+
+def _attempt(tried: Tried) -> Attempt:
+    scores = tried.scores
+    return Attempt(
+        str(tried),
+        tuple(score.shape for score in scores),
+        tuple(score.accuracy for score in scores),
+        tuple(score.margin for score in scores),
+        tried.seconds,
+    )
