@@ -171,8 +171,16 @@ def test_a_label_space_travels_as_a_zip(server: Running, space: str, photo: Phot
 def test_a_label_space_is_renamed_and_its_strictness_set_and_set_back(server: Running, space: str) -> None:
     name = server.http.get(space).json()["name"] + " anew"
     changed = server.http.patch(space, json={"name": name, "accept": 0.8}).json()
-    assert (changed["name"], changed["accept"]) == (name, 0.8)
-    assert server.http.patch(space, json={"accept": None}).json()["accept"] == 0.95
+    assert (changed["name"], changed["accept"], changed["accepted"]) == (name, 0.8, pytest.approx(0.8))
+    assert 0 <= changed["false_accepts"] <= 1
+    balanced = server.http.patch(space, json={"accept": None}).json()
+    fit = server.backend.champions.current.bundle.manifest.calibration_for(1, 1)
+    assert fit is not None
+    assert [balanced[name] for name in ("accept", "accepted", "false_accepts")] == [
+        None,
+        fit.accepted,
+        fit.false_accepts,
+    ]
     assert error(server.http.patch(space, json={"name": None})) == (400, "bad_request")
     assert error(server.http.post("/v1/spaces", json={"name": name})) == (409, "conflict")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule
-from kshot_runtime.manifest import MANIFEST, Limits, Manifest
+from kshot_runtime.manifest import MANIFEST, VIEWS, FileFacts, Limits, Manifest
 from kshot_serve.adapted import features_of, pixels_by
 from kshot_serve.champions import Champion
 from kshot_serve.problems import Problem
@@ -218,7 +219,7 @@ def test_a_stricter_share_to_accept_makes_more_unknown_and_null_goes_back(
         assert (await parts.spaces.change(space, accept=0.5)).accept == 0.5
         strict = await accepted()
         assert strict < usual
-        assert (await parts.spaces.change(space, accept=None)).accept == 0.95
+        assert (await parts.spaces.change(space, accept=None)).accept is None
         assert await accepted() == usual
         assert (await parts.spaces.get(space)).name == "colours"
         await parts.spaces.rollback(space, 4)
@@ -440,6 +441,54 @@ def test_a_full_server_and_a_second_label_space_of_one_name_are_refused(on: Any,
         assert ([space.name for space in (await parts.spaces.list(1, following))[0]], None) == (["two"], None)
 
     on(features_bundle, body, spaces=2)
+
+
+MIRRORED = """
+<ir_version: 9, opset_import: ["": 18]>
+mirrored (uint8[N, 3, 16, 16] images) => (uint8[N, 2, 3, 16, 16] views) {
+    one = Constant <value_ints = [1]> ()
+    from = Constant <value_ints = [15]> ()
+    to = Constant <value_ints = [-100]> ()
+    back = Constant <value_ints = [-1]> ()
+    mirror = Slice (images, from, to, back, back)
+    first = Unsqueeze (images, one)
+    second = Unsqueeze (mirror, one)
+    views = Concat <axis = 1> (first, second)
+}
+"""
+
+
+def test_what_is_kept_of_a_support_photo_is_the_mean_over_its_views(
+    on: Any, features_bundle: Path, tmp_path: Path
+) -> None:
+    """Also of photos that came while a bundle without views served."""
+    viewing = Path(shutil.copytree(features_bundle, tmp_path / "viewing"))
+    onnx.save(onnx.parser.parse_model(MIRRORED), viewing / VIEWS)
+    content = json.loads((viewing / MANIFEST).read_text())
+    content["files"][VIEWS] = FileFacts.of((viewing / VIEWS).read_bytes()).model_dump()
+    (viewing / MANIFEST).write_text(json.dumps(content))
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), np.uint8)
+    spaces = []
+
+    async def body(parts: Parts) -> None:
+        champion = parts.champions.current
+        uploads = [Upload(bytes([i]), images[i], champion.bundle.manifest.image) for i in range(3)]
+        spaces.append((await parts.spaces.create(f"space {len(spaces)}")).id)
+        await parts.spaces.add_class(spaces[-1], "noise", uploads, deadline=soon())
+        graphs = champion.bundle.graphs
+        support, query = graphs.embed_support(images), graphs.embed(images)
+        assert np.allclose(support, query, atol=1e-3) != graphs.makes_views
+        np.testing.assert_allclose(
+            support, (query + graphs.embed(images[..., :: -1 if graphs.makes_views else 1])) / 2, atol=1e-5
+        )
+        for space in spaces:
+            await parts.spaces.classify(space, uploads, soon())
+            _, kept = parts.store.support(space, features_of(champion))
+            found = np.stack([np.frombuffer(kept[photo], np.float32) for photo in sorted(kept)])
+            np.testing.assert_allclose(found, support, atol=1e-5)
+
+    for bundle in (features_bundle, viewing):
+        on(bundle, body)
 
 
 def test_a_thousand_label_spaces_on_one_backbone_and_none_sees_another_s(

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import text
@@ -30,46 +32,43 @@ MANY = 1000
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Postgres of our own on a socket in a folder: no port, no password."""
+def postgres() -> Iterator[str]:
+    """A Postgres of our own on a socket in a folder: no port, no password.
+
+    The folder is none of pytest's: every other run of pytest, and one of our tests is one, shuts those to other users.
+    """
     initdb, server = shutil.which("initdb"), shutil.which("postgres")
     if not initdb or not server:
         pytest.skip("this machine has no Postgres (initdb and postgres on the path)")
-    home = tmp_path_factory.mktemp("postgres")
     become: list[str] = []
     if os.geteuid() == 0:  # which Postgres refuses
         if not shutil.which("runuser"):
             pytest.skip("Postgres does not run as root, and there is no runuser to become someone else")
-        shutil.chown(home, "nobody")
-        for folder in home.parents[:3]:
-            os.chmod(folder, folder.stat().st_mode | 0o011)  # it must be able to walk there
         become = ["runuser", "-u", "nobody", "--"]
-    data = home / "data"
-    made = subprocess.run(
-        [*become, initdb, "-D", data, "-U", "kshot", "-A", "trust", "--no-sync"],
-        capture_output=True, text=True, cwd=home,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    process = subprocess.Popen(
-        [*become, server, "-D", data, "-k", home, "-c", "listen_addresses=", "-c", "fsync=off"],
-        stderr=subprocess.PIPE, text=True, cwd=home, start_new_session=True,  # no signal meant for others reaches it
-    )  # fmt: skip
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if "ready to accept connections" in line:
-                break
-        else:
-            pytest.fail("Postgres ended before it was ready")
-        drain = threading.Thread(target=process.stderr.read)
-        drain.start()
-        yield f"postgresql://kshot@/postgres?host={home}"
-    finally:
-        pid = int((data / "postmaster.pid").read_text().split()[0])
-        os.kill(pid, signal.SIGINT)
-        process.wait(30)
-        drain.join()
-        process.stderr.close()
+    with TemporaryDirectory(prefix="kshot-postgres-") as folder:
+        home, data, log = Path(folder), Path(folder, "data"), Path(folder, "log")
+        if become:
+            shutil.chown(home, "nobody")
+        made = subprocess.run(
+            [*become, initdb, "-D", data, "-U", "kshot", "-A", "trust", "--no-sync"],
+            capture_output=True, text=True, cwd=home,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        with log.open("w") as told:
+            process = subprocess.Popen(
+                [*become, server, "-D", data, "-k", home, "-c", "listen_addresses=", "-c", "fsync=off"],
+                stdout=told, stderr=told, cwd=home, start_new_session=True,  # no signal meant for others reaches it
+            )  # fmt: skip
+        try:
+            while "ready to accept connections" not in log.read_text():
+                assert process.poll() is None, f"Postgres ended with {process.returncode}:\n{log.read_text()}"
+                time.sleep(0.05)
+            yield f"postgresql://kshot@/postgres?host={home}"
+        finally:
+            if (ended := process.poll()) is None:
+                os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGINT)
+                process.wait(30)
+        assert ended is None, f"Postgres had ended by itself with {ended}, before the tests were:\n{log.read_text()}"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
