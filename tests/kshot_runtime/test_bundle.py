@@ -76,7 +76,7 @@ FACTS = Facts(
 def build(folder: Path, images: ClassImages, kind: type = ProtoNet, **settings: object) -> Path:
     torch.manual_seed(0)
     config = kind.Config(**settings)
-    learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config)
+    learner = kind(Conv4((3, SIDE, SIDE), Conv4.Config(width=8)), config)
     facts = FACTS.model_copy(update={"learner": Plugin(name=learner.name)})
     export(learner, folder, facts=facts, data=images, shape=Shape(3, 1, 3), seed=1, episodes=5)
     return folder

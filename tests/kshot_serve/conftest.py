@@ -61,19 +61,20 @@ def photo() -> Callable[..., bytes]:
     return _photo
 
 
-def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **settings: object) -> Path:
+def _build(folder: Path, kind: type[Learner], training_steps: int, **settings: object) -> Path:
     random = np.random.default_rng(0)
     plain = random.integers(0, 256, (64, 1, 3, 1, 1)) + random.normal(0, 12, (64, 8, 3, SIDE, SIDE))
     images = ClassImages.from_arrays(list(np.clip(plain, 0, 255).astype(np.uint8)))  # 64 colours, 8 images of each
     torch.manual_seed(0)
     config = kind.Config(**settings)
-    learner = kind(Conv4((3, SIDE, SIDE), config.norm, Conv4.Config(width=8)), config)
+    learner = kind(Conv4((3, SIDE, SIDE), Conv4.Config(width=8, norm="running")), config)
     training = Training(
         queries=3, steps=training_steps, lr=1e-2, validate_every=100, validation_episodes=2, validation_queries=3
     )
     list(meta_train(learner, images, images, training, folder=folder.with_name(f"{folder.name}-training"), seed=0))
     learner.eval()
-    fits = [calibrate(learner, images, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
+    trials = [(learner, images)]
+    fits = [calibrate(trials, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
     facts = manifests.Facts(
         learner=manifests.Plugin(name=learner.name),
         backbone=manifests.Plugin(name="conv4"),
@@ -86,7 +87,7 @@ def _build(folder: Path, kind: type[Learner], training_steps: int = 0, **setting
             )
             for fit in fits
         ),
-        verification=manifests.Verification(**asdict(verification(learner, images, 40, seed=1))),
+        verification=manifests.Verification(**asdict(verification(trials, 40, seed=1))),
     )  # fmt: skip
     export(learner, folder, facts=facts, data=images, shape=Shape(3, 1, 3), seed=1, episodes=5)
     return folder
@@ -101,7 +102,7 @@ def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def images_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MAML that has learnt for two seconds to tell colours apart, in two inner steps. It takes images."""
-    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, training_steps=100, steps=2, norm="running")
+    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, training_steps=100, steps=2)
 
 
 @pytest.fixture(scope="session")
