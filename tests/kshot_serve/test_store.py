@@ -35,7 +35,8 @@ MANY = 1000
 def postgres() -> Iterator[str]:
     """A Postgres of our own on a socket in a folder: no port, no password.
 
-    The folder is none of pytest's: every other run of pytest, and one of our tests is one, shuts those to other users.
+    The folder is none of pytest's. Each start of pytest, and some of our tests start it, shuts those to other users; a
+    Postgres that runs as one of them looks after its folder every five minutes, and ends.
     """
     initdb, server = shutil.which("initdb"), shutil.which("postgres")
     if not initdb or not server:
