@@ -18,7 +18,7 @@ from kshot import Backbone, InnerLoop, Learner, LearnerConfig, Shape, State, cro
 from kshot.backbones import BackboneConfig
 from kshot.datasets import ClassImages
 from kshot.exporting import ExportError, Facts, Report, export
-from kshot.learner import class_means, squared_distances
+from kshot.ops import class_means, squared_distances
 from kshot.tracing import Spec, trace
 from kshot_plugins.conv4 import Conv4
 from kshot_plugins.finetune import FineTune
@@ -52,8 +52,8 @@ def facts(learner: Learner) -> Facts:
 class Flat(Backbone):
     """Pixels as features."""
 
-    def __init__(self, image: tuple[int, int, int], norm: str, config: BackboneConfig) -> None:
-        super().__init__(image, "running", config)
+    def __init__(self, image: tuple[int, int, int], config: BackboneConfig) -> None:
+        super().__init__(image, config)
         self.features = SIDE * SIDE
         self.scale = nn.Parameter(torch.ones(()))
 
@@ -61,12 +61,12 @@ class Flat(Backbone):
         return images.flatten(1) * self.scale
 
 
-def make(kind: type[Learner], backbone: str = "pool", **settings: object) -> Learner:
+def make(kind: type[Learner], backbone: str = "pool", norm: str = "running", **settings: object) -> Learner:
     torch.manual_seed(0)
     config, image = kind.Config.model_validate(settings), (1, SIDE, SIDE)
     if backbone == "flat":
-        return kind(Flat(image, config.norm, BackboneConfig()), config)
-    learner = kind(Conv4(image, config.norm, Conv4.Config(width=8, downsample=backbone)), config)
+        return kind(Flat(image, BackboneConfig(norm=norm)), config)
+    learner = kind(Conv4(image, Conv4.Config(width=8, downsample=backbone, norm=norm)), config)
     for module in learner.modules():  # as if trained: averages that are not the initial ones
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
@@ -80,12 +80,12 @@ def exported(learner: Learner, folder: Path, images: ClassImages, episodes: int 
 
 CASES: dict[str, tuple[type[Learner], dict[str, object]]] = {
     "protonet, averages": (ProtoNet, {"norm": "running"}),
-    "protonet, statistics of the support set": (ProtoNet, {"norm": "transductive", "backbone": "stride"}),
+    "protonet, statistics of the support set": (ProtoNet, {"norm": "batch", "backbone": "stride"}),
     "finetune": (FineTune, {"norm": "support", "steps": 5}),
     "finetune, each image by itself": (FineTune, {"norm": "group", "steps": 5}),
     "maml": (MAML, {"norm": "support", "eval_steps": 3}),
     "maml, each image by itself": (MAML, {"norm": "group", "eval_steps": 2}),
-    "maml, learned rates": (MAML, {"backbone": "flat", "learn_rate": True, "eval_steps": 2}),
+    "maml, learned rates": (MAML, {"backbone": "flat", "norm": "running", "learn_rate": True, "eval_steps": 2}),
 }
 
 
@@ -109,7 +109,7 @@ def test_a_bundle_answers_as_torch_does(case: str, bundle_of: Callable[[str], tu
     assert parity.agreement >= 0.999
     assert parity.accuracy == pytest.approx(parity.torch_accuracy, abs=0.005)
     assert parity.step_difference < 1e-5
-    assert report.manifest.norm == learner.config.norm
+    assert report.manifest.norm == learner.backbone.norm
     assert report.manifest.steps == (learner.steps if isinstance(learner, InnerLoop) else None)
     assert "100.00 %" in str(report)
     for name in report.manifest.files:
@@ -437,7 +437,7 @@ def test_features_take_the_place_of_images_where_an_image_is_embedded_by_itself(
     graphs = Bundle.open(report.folder).graphs
     assert graphs.takes_features == (case in ("protonet, averages", "finetune, each image by itself"))
     assert report.manifest.takes == ("features" if graphs.takes_features else "images")
-    assert graphs.embeds == (learner.config.norm in ("running", "group"))
+    assert graphs.embeds == (learner.backbone.norm in ("running", "group"))
     support = np.random.default_rng(4).integers(0, 256, (6, 1, SIDE, SIDE), np.uint8)
     images, ids, steps = torch.from_numpy(support) / 255, np.arange(6) % 3, report.manifest.steps
     state = graphs.adapt(support, ids, np.arange(3), steps)

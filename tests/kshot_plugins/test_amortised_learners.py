@@ -99,9 +99,9 @@ def test_a_generated_row_adds_to_the_nearest_mean():
 @pytest.mark.parametrize("norm", ["running", "support", "group"])
 def test_before_training_a_meta_network_answers_as_prototypical_networks(tmp_path, norm):
     """Their distances over √D, less the query's own squared length, which is the same for every class."""
-    subject = Subject("metanet", tmp_path, {"norm": norm})
+    subject = Subject("metanet", tmp_path, norm=norm)
     learner, episode = subject.recipe.build((1, 16, 16)).eval(), subject.episode()
-    protonet = ProtoNet(learner.backbone, ProtoNet.Config(norm=norm)).eval()
+    protonet = ProtoNet(learner.backbone, ProtoNet.Config()).eval()
     support = episode.support, episode.support_labels, episode.classes
     with torch.no_grad():
         ours = learner.classify(learner.adapt(*support), episode.query)
@@ -123,7 +123,7 @@ def test_modulation_depends_on_which_images_there_are_and_not_on_how_often(tmp_p
 
 def test_support_statistics_are_those_of_the_modulated_backbone(tmp_path):
     """So a support image, come again as a query, gets the very features that the head was made from."""
-    subject = Subject("metanet", tmp_path, {"norm": "support"})
+    subject = Subject("metanet", tmp_path, norm="support")
     learner, episode = subject.build(), subject.episode()
     with torch.no_grad():
         state = learner.adapt(episode.support, episode.support_labels, episode.classes)
@@ -140,7 +140,7 @@ def test_a_backbone_without_normalisation_layers_is_refused():
 
 @pytest.mark.parametrize("name", ["cnp", "metanet"])
 def test_the_loss_in_one_pass_equals_the_plain_definition_where_normalisation_allows(tmp_path, name):
-    learner = Subject(name, tmp_path, {"norm": "group"}).build().train()
+    learner = Subject(name, tmp_path, norm="group").build().train()
     batch = sample_episodes(toy_images(), Shape(4, 2, 3), 3, seed=5, step=0)
     plain = torch.stack([Learner.query_loss(learner, episode) for episode in batch]).mean()
     torch.testing.assert_close(learner.meta_loss(batch), plain)

@@ -70,7 +70,7 @@ def test_with_one_step_anil_is_maml_down_to_the_second_order_gradient_of_the_bod
     """MAML's first step moves the head only, for the head starts at zero. Trap 24: the body learns through it too."""
     gradients, losses = [], []
     for name, rates in (("anil", {"rate": 0.3}), ("maml", {"rate": 5.0, "head_rate": 0.3})):
-        learner = Subject(name, tmp_path, {"norm": norm, "steps": 1, **rates}).build().double().train()
+        learner = Subject(name, tmp_path, {"steps": 1, **rates}, norm).build().double().train()
         loss = learner.meta_loss(batch())
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, list(learner.backbone.parameters())))
@@ -83,8 +83,8 @@ def test_with_one_step_anil_is_maml_down_to_the_second_order_gradient_of_the_bod
 
 
 def test_first_order_maml_passes_the_query_gradient_at_the_adapted_weights_to_the_initial_ones(tmp_path):
-    options = {"norm": "group", "steps": 3, "first_order": True}
-    learner = Subject("maml", tmp_path, options).build().double().train()
+    options = {"steps": 3, "first_order": True}
+    learner = Subject("maml", tmp_path, options, "group").build().double().train()
     episode = batch(episodes=1)[0]
     parameters = list(learner.backbone.parameters())
     ours = torch.autograd.grad(learner.query_loss(episode), parameters)
@@ -168,9 +168,8 @@ def test_metasgd_has_a_rate_for_every_scalar_weight_drawn_between_its_limits(tmp
 
 
 def test_metasgd_with_equal_rates_is_maml(tmp_path):
-    options = {"norm": "group", "steps": 3}
-    metasgd = Subject("metasgd", tmp_path, options).build().double().train()
-    maml = Subject("maml", tmp_path, {**options, "rate": 0.2, "head_rate": 0.2}).build().double().train()
+    metasgd = Subject("metasgd", tmp_path, {"steps": 3}, "group").build().double().train()
+    maml = Subject("maml", tmp_path, {"steps": 3, "rate": 0.2, "head_rate": 0.2}, "group").build().double().train()
     maml.backbone.load_state_dict(metasgd.backbone.state_dict())
     with torch.no_grad():
         maml.log_rates.fill_(math.log(0.2))  # again, in double precision
@@ -224,7 +223,7 @@ def test_a_metalstm_gate_is_given_gradient_loss_weight_and_its_last_value(tmp_pa
 
 def test_the_metalstms_outer_gradient_is_a_plain_loops_whose_inner_gradients_are_constants(tmp_path):
     """Trap 27. Gates and initial weights alike get a gradient."""
-    learner = Subject("metalstm", tmp_path, {"norm": "group", "steps": 3}).build().double().train()
+    learner = Subject("metalstm", tmp_path, {"steps": 3}, "group").build().double().train()
     episode = batch(episodes=1)[0]
     given, parameters = (episode.support, episode.support_labels, episode.classes), list(learner.parameters())
     ours = torch.autograd.grad(learner.query_loss(episode), parameters)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kshot import KshotError
 from kshot.episodes import Shape, sample_episodes
 from kshot.exporting import Facts, export
-from kshot.recurrence import read_both_ways
+from kshot.recurrence import bidirectional_lstm
 from kshot.testing import (
     SIDE,
     Pixels,
@@ -49,10 +49,10 @@ class UnitPixels(Pixels):
 # What every learner of the family shares
 
 
-@pytest.mark.parametrize("norm", ["group", "support", "transductive"])
+@pytest.mark.parametrize("norm", ["group", "support", "batch"])
 @pytest.mark.parametrize(("name", "options"), [("matching", {}), ("relation", {"loss": "cross_entropy"})])
 def test_the_batched_loss_equals_the_plain_definition(tmp_path, name, options, norm):
-    learner = Subject(name, tmp_path, {"norm": norm, **options}).build().train()
+    learner = Subject(name, tmp_path, options, norm).build().train()
     batch = sample_episodes(toy_images(), Shape(4, 2, 3), 3, seed=5, step=0)
     plain = torch.stack([learner.query_loss(episode) for episode in batch]).mean()
     torch.testing.assert_close(learner.meta_loss(batch), plain)
@@ -123,9 +123,9 @@ def test_two_copies_of_an_image_have_one_context(tmp_path):
 def test_the_recurrence_is_the_same_with_a_gradient_and_without():
     lstm = nn.LSTM(3, 3, bidirectional=True).double()
     items = torch.randn(6, 3, dtype=torch.float64)
-    with_gradient = read_both_ways(lstm, items)
+    with_gradient = bidirectional_lstm(lstm, items)
     with torch.no_grad():
-        torch.testing.assert_close(read_both_ways(lstm, items), with_gradient)
+        torch.testing.assert_close(bidirectional_lstm(lstm, items), with_gradient)
     cell = nn.LSTMCell(3, 3).double()
     cell.load_state_dict({name: getattr(lstm, f"{name}_l0") for name in cell.state_dict()})
     torch.testing.assert_close(with_gradient[0, 0], cell(items[:1])[0][0])  # forwards, the first item is read first
@@ -180,7 +180,7 @@ def test_one_convolution_of_each_map_is_the_papers_convolution_of_both():
     plain = [[F.conv2d(torch.cat([q, c]).view(1, 4, 5, 5), both, padding=1) for c in classes] for q in query]
     learner.relate = nn.Sequential(nn.Flatten(), nn.Linear(64 * 25, 1))
     expected = torch.stack([torch.cat([learner.relate(maps)[0] for maps in row]) for row in plain])
-    torch.testing.assert_close(learner.scores(query, classes), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learner.logits({"class_features": classes}, query), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "last"), [((8, 7, 7), 64), ((8, 21, 21), 64 * 25), ((8, 2, 2), 64), (None, 64)])
@@ -189,7 +189,8 @@ def test_the_relation_module_pools_where_there_is_something_to_pool(grid, last):
     backbone.grid = grid
     learner = RelationNet(backbone, RelationNet.Config())
     assert next(layer for layer in learner.relate if isinstance(layer, nn.Linear)).in_features == last
-    assert learner.scores(torch.rand(3, backbone.features), torch.rand(2, backbone.features)).shape == (3, 2)
+    classes = {"class_features": torch.rand(2, backbone.features)}
+    assert learner.logits(classes, torch.rand(3, backbone.features)).shape == (3, 2)
 
 
 # Siamese networks
@@ -236,7 +237,7 @@ def test_same_and_different_pairs_weigh_the_same_however_many_there_are():
 def test_verification_refuses_what_it_cannot_answer(tmp_path):
     with pytest.raises(KshotError, match="give two batches of as many images"):
         two_pixels(Siamese).verify(pixels([0, 0]), pixels([0, 0], [1, 1]))
-    learner = Subject("siamese", tmp_path, {"norm": "support"}).build()
+    learner = Subject("siamese", tmp_path, norm="support").build()
     with pytest.raises(KshotError, match="no support set for the norm 'support'"):
         learner.verify(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE))
 
