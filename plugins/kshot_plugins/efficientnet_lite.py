@@ -26,25 +26,23 @@ class EfficientNetLite0(PretrainedBackbone):
     class Config(PretrainedBackbone.Config):
         size: int = Field(224, ge=32, le=512, description="pixels a side that images are brought to; 224 in ImageNet")
 
-    widths = ((16,), (24,), (40,), (80,), (112,), (192,), (320,), (1280,))
+    widths = tuple((width, width) for width in (16, 24, 40, 80, 112, 192, 320, 1280))
 
     def __init__(self, image: tuple[int, int, int], config: Config) -> None:
         super().__init__(image, config)
         self.resize = Resize(image, config.size)
         self.network = _network(config.size).requires_grad_(not config.frozen).eval()
-        if self.selected == "inner":  # no weights that nothing depends on
-            self.network._conv_head = self.network._bn1 = nn.Identity()
 
     def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         network, last = self.network, len(_ENDS)
         ends = [_ENDS[stage] for stage in stages if stage < last]
         maps = network._swish(network._bn0(network._conv_stem((255 * self.resize(images) - 127) / 128)))
-        parts = []
+        parts = list[Tensor]()
         for i in range(_ENDS[min(stages[-1], last - 1)] + 1):
             maps = network._blocks[i](maps)
             if i in ends:
-                parts.append(pool(maps))
-        return [*parts, pool(network._swish(network._bn1(network._conv_head(maps))))] if last in stages else parts
+                parts += pool(maps)
+        return parts + (pool(network._swish(network._bn1(network._conv_head(maps)))) if last in stages else [])
 
 
 def _network(size: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,18 +35,28 @@ class Torchvision(PretrainedBackbone):
         self.learns_statistics = config.weights == "none" and not config.frozen
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-        network = _network(config).requires_grad_(not config.frozen).eval()
-        self.ends = [_cut_last_linear(network, config.model)]
-        self.network = _cut(network, self.ends)
-        self.widths = self.measure(1)
-        if self.selected != "last":
-            self.ends[:0] = _inner_ends(network, self._normalised(torch.zeros(1, *image)), config.model)
-            self.network = _cut(network, self.ends if self.selected == "stages" else self.ends[:-1])
-            self.widths = [*self.measure(len(self.ends) - 1), *self.widths]
+        self.network = _network(config).requires_grad_(not config.frozen).eval()
+        _cut_last_linear(self.network, config.model)
+        self.ends: list[str] = []
+        with suppress(RuntimeError, AssertionError):  # it takes no such images: measure says so
+            self.ends = _inner_ends(self.network, self._normalised(torch.zeros(1, *image)))
+        self.widths = self.measure(len(self.ends) + 1)
 
     def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
-        outputs = self.network(self._normalised(images))
-        return [part for stage in stages for part in _parts(outputs[self.ends[stage]])]
+        outputs: list[Tensor] = []
+        inner = [self.network.get_submodule(self.ends[stage]) for stage in stages if stage < len(self.ends)]
+
+        def keep(module: nn.Module, _: object, output: Tensor) -> None:
+            outputs.append(output)
+            if len(inner) == len(stages) and module is inner[-1]:
+                raise _Enough
+
+        with suppress(_Enough), ExitStack() as hooks:
+            for module in inner:
+                hooks.enter_context(module.register_forward_hook(keep))
+            made = self.network(self._normalised(images))
+            outputs.append(getattr(made, "logits", made))  # without what GoogLeNet and Inception give beside to train
+        return [part for output in outputs for part in _parts(output)]
 
     def train(self, mode: bool = True) -> Self:
         return nn.Module.train(self, mode and self.learns_statistics)
@@ -54,23 +65,19 @@ class Torchvision(PretrainedBackbone):
         return (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # grey as colour
 
 
-def _cut(network: nn.Module, ends: list[str]) -> nn.Module:
-    """The network as a graph that gives the outputs of these modules by name, without what they do not depend on."""
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    cut: nn.Module = create_feature_extractor(network, ends, suppress_diff_warning=True)
-    return cut
+class _Enough(Exception):  # noqa: N818  # no error: the last stage that is wanted has its output
+    pass
 
 
 def _parts(output: Tensor) -> list[Tensor]:
     """A map's mean (N, C); the class token and the patches' mean of tokens (N, 1 + patches, C); features as they are."""
     if output.dim() == 3:
         return [output[:, 0], output[:, 1:].mean(1)]
-    return [pool(output) if output.dim() == 4 else output]
+    return pool(output) if output.dim() == 4 else [output]
 
 
-def _inner_ends(network: nn.Module, image: Tensor, model: str) -> list[str]:
-    """The modules that give the inner stages of a network, found by watching an image (1, 3, H, W) pass."""
+def _inner_ends(network: nn.Module, image: Tensor) -> list[str]:
+    """The modules that give the inner stages, if the network shows any, found by watching an image (1, 3, H, W) pass."""
     maps: dict[str, dict[torch.Size, str]] = defaultdict(dict)  # by container: the last child at each resolution
     tokens: dict[str, list[str]] = defaultdict(list)
 
@@ -81,21 +88,16 @@ def _inner_ends(network: nn.Module, image: Tensor, model: str) -> list[str]:
         elif isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] > 1:
             maps[container][output.shape[2:]] = name
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
-        for name, module in network.named_modules()
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: watch(name, output)))
         network(image)
-    for hook in hooks:
-        hook.remove()
-    trunk, blocks = max(maps.values(), key=len), max(tokens.values(), key=len, default=[])  # the outermost of the longest
+    trunk = max(maps.values(), key=len, default={})  # the outermost of the longest
+    blocks = max(tokens.values(), key=len, default=[])
     sides = [side for _, side in trunk]
     if len(trunk) > 2 and sides == sorted(sides, reverse=True):
         return list(trunk.values())[:-1]
-    if len(trunk) < 3 <= len(blocks):
-        return [blocks[i] for i in spread(len(blocks) - 1)]
-    raise KshotError(f"torchvision's {model!r} shows no stages of its own: set features = 'last', or take another network.")
+    return [blocks[i] for i in spread(len(blocks) - 1)] if len(trunk) < 3 <= len(blocks) else []
 
 
 def _network(config: Torchvision.Config) -> nn.Module:
@@ -125,14 +127,13 @@ def _network(config: Torchvision.Config) -> nn.Module:
     return network
 
 
-def _cut_last_linear(network: nn.Module, model: str) -> str:
-    """Replace the network's last linear layer, whose inputs are the features, by nothing; its name."""
+def _cut_last_linear(network: nn.Module, model: str) -> None:
+    """Replace the network's last linear layer, whose inputs are the features, by nothing."""
     linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise KshotError(f"torchvision's {model!r} ends in no linear layer, whose inputs would be the features")
     name, _ = linear[-1]
     network.set_submodule(name, nn.Identity())
-    return name
 
 
 @hookimpl

@@ -32,7 +32,8 @@ class Timm(PretrainedBackbone):
 
     class Config(PretrainedBackbone.Config):
         weights: str = Field(
-            "default", description="'default' (the hub's cache, or a download), 'none', or a .safetensors, .pth or .bin file"
+            "default",
+            description="'default' (the hub's cache, or a download), 'none', or a .safetensors, .pth or .bin file",
         )
         size: int | None = Field(
             None, ge=16, le=1024, description="pixels a side that images are brought to; as in pretraining if unset"
@@ -59,13 +60,11 @@ class Timm(PretrainedBackbone):
         self.register_buffer("mean", torch.tensor(facts.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(facts.std)[:, None, None], persistent=False)
         self.network: Any = _network(self.name, facts, size, config.weights).requires_grad_(not config.frozen).eval()
-        self.blocks = spread(len(self.network.feature_info) - 1) if self.selected != "last" else []
-        self.tokens = getattr(self.network, "cls_token", None) is not None and "return_prefix_tokens" in set(
-            inspect.signature(self.network.forward_intermediates).parameters
-        )
+        shows = getattr(self.network, "forward_intermediates", None)
+        self.blocks = spread(len(self.network.feature_info) - 1) if shows else []
+        token = getattr(self.network, "cls_token", None) is not None
+        self.tokens = token and "return_prefix_tokens" in inspect.signature(shows or len).parameters
         self.widths = self.measure(len(self.blocks) + 1)
-        if self.selected == "inner":  # no weights that nothing depends on
-            self.network.prune_intermediate_layers(self.blocks, prune_norm=True, prune_head=True)
 
     def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         network, last = self.network, len(self.blocks)
@@ -81,10 +80,10 @@ class Timm(PretrainedBackbone):
         return [*self._parts(outputs), network.forward_head(final, pre_logits=True)]
 
     def _parts(self, outputs: Sequence[Any]) -> list[Tensor]:
-        """Means of maps (N, C, H, W); of pairs of a map and tokens (N, T, C) the class token and the mean."""
+        """The pooled maps (N, C, H, W); of pairs of a map and tokens (N, T, C) the class token and the map's mean."""
         if self.tokens:
-            return [part for maps, tokens in outputs for part in (tokens[:, 0], pool(maps))]
-        return [pool(maps) for maps in outputs]
+            return [part for maps, tokens in outputs for part in (tokens[:, 0], pool(maps)[0])]
+        return [part for maps in outputs for part in pool(maps)]
 
 
 @cache
