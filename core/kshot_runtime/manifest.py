@@ -211,12 +211,39 @@ class Manifest(Facts):
         return hashlib.sha256("".join(self.files[name].sha256 for name in sorted(self.files)).encode()).hexdigest()[:16]
 
     def calibration_for(self, ways: int, shots: float) -> Calibration | None:
-        """The calibration measured nearest to this many classes and images of each, by ratios; shots count first."""
+        """What holds for so many classes and images of each: of the nearest number of classes that was measured.
 
-        def distance(fit: Calibration) -> tuple[float, float]:
-            return abs(math.log(fit.shots / max(1, shots))), abs(math.log(fit.ways / max(1, ways)))
+        Between two numbers of images it lies on a line in their inverse, as temperatures do; beyond them, and where the
+        two measured different evidence, it is the nearest.
+        """
+        shots = max(1.0, shots)
+        at: dict[int, Calibration] = {}
+        for fit in sorted(self.calibration, key=lambda fit: -abs(math.log(fit.ways / max(1, ways)))):
+            at[fit.shots] = fit  # the nearest comes last
+        few = at.get(max((each for each in at if each <= shots), default=0))
+        many = at.get(min((each for each in at if each >= shots), default=0))
+        if few is None or many is None or few is many:
+            return few or many
+        way = (1 / few.shots - 1 / shots) / (1 / few.shots - 1 / many.shots)
+        return _between(few, many, way) or (few if way < 0.5 else many)
 
-        return min(self.calibration, key=distance, default=None)
+
+def _between(a: Calibration, b: Calibration, way: float) -> Calibration | None:
+    """Part of the way from one calibration to another; None if they measured different things."""
+    shares = [point.accepted for point in a.points]
+    if a.by != b.by or shares != [point.accepted for point in b.points]:
+        return None
+
+    def mixed(one: _Part, other: _Part, *names: str) -> dict[str, float | None]:
+        pairs = {name: (getattr(one, name), getattr(other, name)) for name in names}
+        return {name: None if None in (x, y) else x + way * (y - x) for name, (x, y) in pairs.items()}
+
+    points = tuple(
+        one.model_copy(update=mixed(one, other, "threshold", "false_accepts"))
+        for one, other in zip(a.points, b.points, strict=True)
+    )
+    figures = mixed(a, b, "temperature", "threshold", "accepted", "false_accepts")
+    return a.model_copy(update={**figures, "points": points})
 
 
 def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:

@@ -53,13 +53,13 @@ class Filling:
         if (count := len({*known, *self._classes})) > ways:
             raise KshotError(f"{self.name} would have {count} classes, and this model tells at most {ways} apart")
         most = max(1, min(shots, support // count))
+        if cut := [name for name, files in self._classes.items() if len(files) > most]:
+            self.skipped.append(
+                f"of {', '.join(cut)} the first {most} photos count; this model learns from at most {shots} of a class "
+                f"and {support} in all"
+            )
         with self._opened() as (_, read):
             for name, files in self._classes.items():
-                if len(files) > most:
-                    self.skipped.append(
-                        f"{name}: the first {most} of {len(files)} photos count; this model learns from at most "
-                        f"{shots} of a class and {support} in all"
-                    )
                 there, batch = set(known.get(name, ())), Batch()
                 for file in islice(files, most):
                     content = read(file)

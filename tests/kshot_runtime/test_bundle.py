@@ -37,6 +37,7 @@ from kshot_runtime.manifest import (
     FileFacts,
     Limits,
     Manifest,
+    OperatingPoint,
     Plugin,
     external_tensor,
 )
@@ -249,19 +250,24 @@ def test_images_that_are_none_are_refused(protonet: Path, tmp_path: Path) -> Non
         bundle.images([tmp_path / "absent.jpg"])
 
 
-def test_the_calibration_is_the_one_measured_at_the_nearest_ratio_of_shots_and_then_of_ways(protonet: Path) -> None:
-    fits = tuple(Calibration(ways=ways, shots=shots) for ways in (5, 20) for shots in (1, 5))
-    manifest = Manifest.load(protonet).model_copy(update={"calibration": fits})
-    for ways, shots, nearest in (
-        (5, 1, (5, 1)),
-        (9, 2, (5, 1)),
-        (11, 3, (20, 5)),
-        (1000, 2.5, (20, 5)),
-        (2, 0, (5, 1)),
-    ):
-        fit = manifest.calibration_for(ways, shots)
-        assert fit is not None
-        assert (fit.ways, fit.shots) == nearest
+def test_between_measured_shots_a_calibration_lies_on_a_line_in_their_inverse(protonet: Path) -> None:
+    """Temperatures of prototypes on fruit: 44.6 at 1 shot and 16.8 at 5; at 2 it was 26.5, and the line says 27.2."""
+    point = OperatingPoint(accepted=0.9, threshold=-40.0)
+    one, five, wide = (
+        Calibration(ways=ways, shots=shots, by="logit", temperature=warm, threshold=limit, points=(point,))
+        for ways, shots, warm, limit in ((5, 1, 44.6, -40), (5, 5, 16.8, -20), (20, 5, 15.6, -21))
+    )
+    manifest = Manifest.load(protonet).model_copy(update={"calibration": (one, five, wide)})
+    for ways, shots, nearest in ((5, 1, one), (1, 0, one), (20, 1, one), (5, 5, five), (9, 50, five), (11, 5, wide)):
+        assert manifest.calibration_for(ways, shots) == nearest
+    between = manifest.calibration_for(5, 2)
+    assert between is not None
+    assert between.temperature == pytest.approx(44.6 - 0.625 * 27.8)
+    assert (between.threshold, between.accepted, between.points) == (-27.5, None, (point,))
+    other = five.model_copy(update={"by": "energy"})
+    manifest = manifest.model_copy(update={"calibration": (one, other)})
+    assert [manifest.calibration_for(5, shots) for shots in (1.5, 2)] == [one, other]
+    assert manifest.model_copy(update={"calibration": ()}).calibration_for(5, 1) is None
 
 
 def test_evidence_is_what_its_name_says_of_the_outputs() -> None:

@@ -104,7 +104,7 @@ def test_of_too_many_photos_the_first_of_each_class_count_and_it_is_said(colours
     filling, found = taken({}, support=4)
     assert found == {"blue": ["blue/0.png", "blue/1.png"], "red": ["red/0.png", "red/1.png"]}
     assert filling.skipped[0] == (
-        "blue: the first 2 of 3 photos count; this model learns from at most 3 of a class and 4 in all"
+        "of blue, red the first 2 photos count; this model learns from at most 3 of a class and 4 in all"
     )
     filling, found = taken({"blue": ["another's"] * 1 + ["others'"]})
     assert found["blue"] == ["blue/0.png"]
