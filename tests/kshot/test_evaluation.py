@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kshot.calibration import Calibration, _balanced, calibrate, open_set, similarities, verification
-from kshot.datasets import ClassImages
-from kshot.embeddings import ClassFeatures
+from kshot.calibration import _balanced, calibrate, open_set, similarities, verification
 from kshot.episodes import Shape, sample_episodes
 from kshot.evaluation import Score, answers, evaluate
 from kshot.statistics import auroc, calibration_error, fit_temperature, interval, logistic
@@ -199,7 +197,9 @@ def test_trials_may_have_learners_and_classes_of_their_own():
     good, blind = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), ProtoNet(Blind((1, 16, 16)), ProtoNet.Config())
     classes, shape = toy_images(), Shape(4, 2, 2)
     parts = classes.only(range(15)), classes.only(range(15, 30))
-    apart, mixed = (calibrate(list(zip(pair, parts, strict=True)), shape, 20, seed=0) for pair in ((good, good), (good, blind)))
+    apart, mixed = (
+        calibrate(list(zip(pair, parts, strict=True)), shape, 20, seed=0) for pair in ((good, good), (good, blind))
+    )
     assert apart.auroc > 0.9 > mixed.auroc
     found = verification(list(zip((good, good), parts, strict=True)), 60, seed=0)
     assert found.pairs == 60

@@ -1,9 +1,13 @@
 """Finding plugins: the broken are shown as broken, the rest works, and two of one name are named both."""
 
+import ast
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
+import kshot
+import kshot_plugins
 from kshot import plugins
 from kshot_runtime.errors import KshotError
 
@@ -76,3 +80,22 @@ def test_an_unknown_name_gets_a_suggestion_and_the_list():
         KshotError, match=r"no algorithm named 'protnet'; did you mean 'protonet'\? \(installed: .*maml"
     ):
         plugins.find().learner("protnet")
+
+
+def test_the_vocabulary_of_a_plugins_author_is_there():
+    assert sorted(kshot.__all__) == list(dict.fromkeys(sorted(kshot.__all__)))
+    assert all(hasattr(kshot, name) for name in kshot.__all__)
+
+
+@pytest.mark.parametrize("file", sorted(Path(kshot_plugins.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_our_plugins_import_nothing_of_kshot_but_what_any_author_has(file: Path):
+    """So that whatever ours can do, anyone's can: `from kshot import ...` of names in kshot.__all__, and no more."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.split(".")[0].startswith("kshot")]
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0].startswith("kshot"):
+            where = f"line {node.lineno}: from {node.module} import"
+            assert node.module == "kshot" or str(node.module).startswith("kshot_plugins."), where
+            if node.module == "kshot":
+                beyond = {alias.name for alias in node.names} - set(kshot.__all__)
+                assert not beyond, f"{where} {beyond}"

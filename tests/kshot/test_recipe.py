@@ -30,8 +30,8 @@ def test_a_recipe_builds_the_learner_that_it_describes(tmp_path):
 
 
 def test_overrides_change_single_values_with_their_type(tmp_path):
-    recipe = Recipe.load(write(tmp_path), {"training.lr": "0.5", "learner.norm": "group", "seed": "3"})
-    assert (recipe.training.lr, recipe.learner.options["norm"], recipe.seed) == (0.5, "group", 3)
+    recipe = Recipe.load(write(tmp_path), {"training.lr": "0.5", "backbone.norm": "group", "seed": "3"})
+    assert (recipe.training.lr, recipe.backbone.options["norm"], recipe.seed) == (0.5, "group", 3)
 
 
 @pytest.mark.parametrize(
