@@ -70,14 +70,14 @@ class _Enough(Exception):  # noqa: N818  # no error: the last stage that is want
 
 
 def _parts(output: Tensor) -> list[Tensor]:
-    """A map's mean (N, C); the class token and the patches' mean of tokens (N, 1 + patches, C); features as they are."""
+    """A pooled map (N, C, H, W); the class token and the patches' mean of tokens (N, 1 + patches, C); or features."""
     if output.dim() == 3:
         return [output[:, 0], output[:, 1:].mean(1)]
     return pool(output) if output.dim() == 4 else [output]
 
 
 def _inner_ends(network: nn.Module, image: Tensor) -> list[str]:
-    """The modules that give the inner stages, if the network shows any, found by watching an image (1, 3, H, W) pass."""
+    """The modules that give the inner stages, if there are any, found by watching an image (1, 3, H, W) pass."""
     maps: dict[str, dict[torch.Size, str]] = defaultdict(dict)  # by container: the last child at each resolution
     tokens: dict[str, list[str]] = defaultdict(list)
 

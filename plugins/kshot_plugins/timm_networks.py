@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from kshot import Backbone, KshotError, hookimpl
 from kshot.backbones import PretrainedBackbone, Resize, pool, spread
@@ -71,7 +71,7 @@ class Timm(PretrainedBackbone):
         images = (self.resize(images) - self.mean) / self.std
         if stages[0] == last:
             return [network(images)]
-        inner = {"indices": [self.blocks[stage] for stage in stages if stage < last]}
+        inner: dict[str, Any] = {"indices": [self.blocks[stage] for stage in stages if stage < last]}
         if self.tokens:
             inner["return_prefix_tokens"] = True
         if last not in stages:
@@ -96,7 +96,7 @@ def _timm() -> ModuleType:
     return timm
 
 
-def _network(name: str, facts: Any, size: int, weights: str) -> nn.Module:
+def _network(name: str, facts: Any, size: int, weights: str) -> Any:
     """The network without its classifier, for images of this size where it takes one size only."""
     options: dict[str, Any] = {"img_size": size} if facts.fixed_input_size else {}
     if weights not in ("default", "none"):  # with as many classes as the file has, so that all of it must fit

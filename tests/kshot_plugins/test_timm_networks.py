@@ -1,5 +1,4 @@
-"""timm's networks: sized, normalised and pooled as they were pretrained, stage by stage, from a file, and out as ONNX."""
-
+"""timm's networks: sized, normalised and pooled as pretrained, stage by stage, from a file, and out as ONNX."""
 
 import numpy as np
 import pytest
