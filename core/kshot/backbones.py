@@ -64,8 +64,9 @@ class PretrainedBackbone(Backbone):
     """A pretrained network that offers the pooled outputs of its stages, each a row of numbers for an image.
 
     Fine differences (texture, print, relief) live in the middle of a network. `features = "stages"` concatenates the
-    pooled outputs of all stages, each part brought to unit length; `"inner"` leaves out the last, `"last"` is the
-    last alone, as it is. What is left out is neither computed nor exported.
+    pooled outputs of all stages, means and deviations, each part brought to unit length; `"inner"` leaves out the last
+    stage, and `"last"` is the first part of the last stage alone, as it is. What is left out is neither computed nor
+    exported.
     """
 
     norms = ("running",)
@@ -78,7 +79,7 @@ class PretrainedBackbone(Backbone):
         frozen: bool = Field(False, description="keep the weights as they came, while meta-training too")
 
     widths: Sequence[Sequence[int]]
-    """Widths of the parts of each stage, the last stage last, such as ((32,), (64,), (1280,))."""
+    """Widths of the parts of each stage, the last stage last, such as ((32, 32), (64, 64), (1280, 1280))."""
 
     def __init__(self, image: tuple[int, int, int], config: Config) -> None:
         super().__init__(image, config)
@@ -96,19 +97,24 @@ class PretrainedBackbone(Backbone):
 
     @property
     def features(self) -> int:  # type: ignore[override]  # follows from the stages
-        return sum(width for stage in self.stages for width in self.widths[stage])
+        chosen = [width for stage in self.stages for width in self.widths[stage]]
+        return chosen[0] if self.selected == "last" else sum(chosen)
 
-    def measure(self, stages: int) -> list[list[int]]:
-        """The `widths` of so many stages, found by trying in shapes only; a KshotError if the network takes no such image."""
+    def measure(self, stages: int) -> list[Sequence[int]]:
+        """The `widths` of so many stages, found by a pass of shapes only; a KshotError if the image does not fit."""
         try:
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                images = torch.zeros(2, *self.image)
-                return [[part.shape[1] for part in self.pooled(images, (stage,))] for stage in range(stages)]
+                parts = self.pooled(torch.zeros(2, *self.image), range(stages))
+                *inner, last = [part.shape[1] for part in parts]
         except Exception as error:  # whatever a network of others raises
             raise KshotError(
                 f"the network makes no features of images {self.image}: {str(error).splitlines()[0]}. "
                 "Take another network, or images of the size that this one was made for."
             ) from None
+        if not inner and self.selected != "last":
+            raise KshotError(f"this network shows no stages, so features = {self.selected!r} is none of it: set 'last'")
+        each = len(inner) // max(stages - 1, 1)  # parts of an inner stage
+        return [*zip(*[iter(inner)] * each, strict=True), (last,)]
 
     def train(self, mode: bool = True) -> Self:
         """Always as in evaluation: the statistics of pretraining stay, and nothing is dropped at random."""
@@ -116,7 +122,7 @@ class PretrainedBackbone(Backbone):
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Features (N, features) from the parts of the selected stages."""
-        if self.selected == "last" and len(parts) == 1:
+        if self.selected == "last":
             return parts[0]
         return torch.cat([F.normalize(part) for part in parts], 1)
 
@@ -125,7 +131,7 @@ class PretrainedBackbone(Backbone):
 
 
 class Resize(nn.Module):
-    """Images (N, C, H, W) in 0..1, grey ones too, to (N, 3, size, size) as Pillow resizes them, by two constant matrices."""
+    """Images (N, C, H, W) in 0..1, grey ones too, resized to (N, 3, size, size) as by Pillow, by constant matrices."""
 
     rows: Tensor
     columns: Tensor
@@ -155,9 +161,10 @@ def spread(count: int, chosen: int = 5) -> list[int]:
     return sorted({round(i * (count - 1) / (chosen - 1)) for i in range(chosen)})
 
 
-def pool(maps: Tensor) -> Tensor:
-    """The mean (N, C) of maps (N, C, H, W) over positions."""
-    return maps.mean((2, 3))
+def pool(maps: Tensor) -> list[Tensor]:
+    """The mean and the standard deviation, (N, C) each, of maps (N, C, H, W) over positions."""
+    mean = maps.mean((2, 3))
+    return [mean, ((maps - mean[..., None, None]).square().mean((2, 3)) + 1e-12).sqrt()]
 
 
 def load_start(backbone: Backbone, file: Path) -> None:
@@ -168,7 +175,9 @@ def load_start(backbone: Backbone, file: Path) -> None:
         raise KshotError(f"[backbone] start = {str(file)!r}: there is no such file") from None
     except Exception as error:  # torch and pickle raise many kinds
         raise KshotError(f"[backbone] start = {str(file)!r} holds no weights: {str(error).splitlines()[0]}") from None
-    weights = held.get("weights", held)
+    weights = held.get("weights", held) if isinstance(held, dict) else held
+    if not isinstance(weights, dict):
+        raise KshotError(f"[backbone] start = {str(file)!r} holds no weights: it holds a {type(weights).__name__}")
     own = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")} or weights
     try:
         backbone.load_state_dict(own)

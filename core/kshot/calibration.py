@@ -20,13 +20,12 @@ from kshot.evaluation import evaluating
 from kshot.learner import FeatureLearner, Learner
 from kshot.norms import BY_ITSELF
 from kshot.statistics import auroc, calibration_error, fit_temperature, logistic
+from kshot_runtime.bundle import evidence
+from kshot_runtime.manifest import By
 
 ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # shares of known queries to choose from
 
 Similarity = Literal["logit", "cosine", "distance"]
-By = Literal["logit", "probability", "energy", "ratio", "nearest"]
-"""A score that a query belongs to any class: the largest logit, the largest probability, the energy (logsumexp of the
-logits over the temperature), or one that the learner gives (`FeatureLearner.evidence`)."""
 Trial = tuple[Learner, ClassImages]
 """A learner, and classes that it was not trained on."""
 
@@ -80,13 +79,23 @@ class Verification:
 
 
 def calibrate(
-    trials: Sequence[Trial], shape: Shape, episodes: int, *, seed: int, by: By | None = None, device: str = "cpu"
+    trials: Sequence[Trial],
+    shape: Shape,
+    episodes: int,
+    *,
+    seed: int,
+    seen: Trial | None = None,
+    device: str = "cpu",
 ) -> Calibration:
     """Fit temperature and threshold on `episodes` validation episodes, each with unknown classes beside the known.
 
     An episode has as many unknown classes as its split allows, up to `shape.ways`: their images are queries only. With
     several trials, say the folds of a cross-validation, each takes its share of the episodes. The threshold is on the
-    score that tells known from unknown best, or on the one asked for in `by`.
+    score that tells known from unknown best.
+
+    `seen` is for a learner whose statistics come from the validation classes themselves, beside folds with those of
+    fewer classes as trials. On classes that it has seen it is over-confident, with fewer under-confident: the
+    temperature is the geometric mean of the two.
     """
     parts = [
         _answers(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
@@ -95,12 +104,13 @@ def calibrate(
     known, unknown = _concatenated(part[0] for part in parts), _concatenated(part[1] for part in parts)
     labels = np.concatenate([part[2] for part in parts])
     temperature = fit_temperature(known["logits"], labels)
+    if seen:
+        within, _, truth = _answers(*seen, shape, episodes, seed, "calibration", device)
+        temperature = math.sqrt(temperature * fit_temperature(within["logits"], truth))
     probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
     scores: dict[By, tuple[np.ndarray, np.ndarray]] = {
-        name: (evidence(known, name, temperature), evidence(unknown, name, temperature))
-        for name in scores_of(known)
-        if by in (None, name)
+        name: (evidence(known, name, temperature), evidence(unknown, name, temperature)) for name in scores_of(known)
     }
     areas = {name: auroc(*pair) if len(pair[1]) else math.nan for name, pair in scores.items()}
     best = max(areas, key=lambda name: -1 if math.isnan(areas[name]) else areas[name])
@@ -182,19 +192,6 @@ def scores_of(answers: Mapping[str, np.ndarray]) -> list[By]:
     """The scores for unknown that these answers hold or give."""
     given: tuple[By, ...] = ("ratio", "nearest")
     return ["logit", "probability", "energy", *(name for name in given if name in answers)]
-
-
-def evidence(answers: Mapping[str, np.ndarray], by: By, temperature: float) -> np.ndarray:
-    """The score (Q,) of each query, from its logits (Q, W) and what else the learner gives."""
-    if by in answers:
-        return answers[by]
-    logits = torch.from_numpy(answers["logits"]).double()
-    if not len(logits):
-        return np.empty(0)
-    if by == "logit":
-        return logits.max(1).values.numpy()
-    scaled = logits / temperature
-    return (scaled.softmax(1).max(1).values if by == "probability" else scaled.logsumexp(1)).numpy()
 
 
 @torch.no_grad()

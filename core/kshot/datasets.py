@@ -276,20 +276,25 @@ class ClassImages:
 
     def limited(self, most: int) -> Self:
         """The same classes with their first images only, at most so many of each."""
-        fewer = copy.copy(self)
+        fewer = self._view()
         fewer.counts = np.minimum(self.counts, most)
-        vars(fewer).pop("groups", None)  # it is cached
         return fewer
 
     def only(self, classes: Sequence[int] | np.ndarray) -> Self:
         """Some of these classes, by their numbers."""
         chosen = np.sort(np.asarray(classes, np.int64))
-        some = copy.copy(self)
+        some = self._view()
         some._starts, some.counts, some._turns = self._starts[chosen], self.counts[chosen], self._turns[chosen]
         some.names, some._home = tuple(self.names[i] for i in chosen), self._home[chosen]
         some.classes_per_data_set = tuple(np.bincount(some._home, minlength=len(self._packed)).tolist())
-        vars(some).pop("groups", None)
         return some
+
+    def _view(self) -> Self:
+        """A copy to be changed: it shares the images, and caches nothing."""
+        view = copy.copy(self)
+        for name in ("groups", "by_class"):  # cached properties, of subclasses too
+            vars(view).pop(name, None)
+        return view
 
     @property
     def shape(self) -> tuple[int, int, int]:

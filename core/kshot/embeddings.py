@@ -94,7 +94,9 @@ class ClassFeatures(ClassImages):
             found[here] = self._selected(table.values[row[here]])
         return found
 
-    def _by_table(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> Iterator[tuple[np.ndarray, _InMemory | _OnDisk]]:
+    def _by_table(
+        self, home: np.ndarray, row: np.ndarray, turn: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, _InMemory | _OnDisk]]:
         """Each table that holds some of these rows, by then computed, with a mask of which."""
         for (number, quarters), table in self._tables.items():
             here = (home == number) & (turn == quarters)
@@ -102,8 +104,9 @@ class ClassFeatures(ClassImages):
                 table.ensure(np.unique(row[here]), partial(self._embed, number, quarters))
                 yield here, table
 
-    def class_by_class(self) -> Sequence[Tensor]:
-        """The features (N, D) of each class."""
+    @cached_property
+    def by_class(self) -> Sequence[Tensor]:
+        """The features (N, D) of each class, read when they are asked for."""
         return _ByClass(self)
 
     def _selected(self, raw: np.ndarray) -> np.ndarray:

@@ -105,12 +105,12 @@ def _models(
         models[EMBED] = embed_model(embed)
     each = (learner.backbone.features,) if learner.takes_features else image
     episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
+    pieces: tuple[Piece, ...]
     if isinstance(learner, InnerLoop):
-        begin, step, finish = _inner_loop(learner, episode)
-        state, models[ADAPT] = finish.outputs, adapt_model(begin, step, finish)
+        pieces = _inner_loop(learner, episode)
     else:
-        only = trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode)
-        state, models[ADAPT] = only.outputs, adapt_model(only)
+        pieces = (trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode),)
+    state = pieces[-1].outputs
     _check_state("adapt", learner, state)
     classify = trace(
         learner,
@@ -120,7 +120,9 @@ def _models(
     )
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
         raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
-    return {**models, CLASSIFY: classify_model(classify)}, state
+    used = classify.used()
+    models |= {ADAPT: adapt_model(*pieces, wanted=used), CLASSIFY: classify_model(classify)}
+    return models, {name: spec for name, spec in state.items() if name in used}
 
 
 def _classified(learner: Learner, state: State, query: Tensor, scores: Sequence[str]) -> State:

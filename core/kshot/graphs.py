@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import onnx
 import torch
@@ -25,8 +25,10 @@ def embed_model(embed: Piece) -> onnx.ModelProto:
     return model.finish(model.place("embed", embed, model.inputs(embed, "images")), embed.outputs)
 
 
-def adapt_model(begin: Piece, step: Piece | None = None, finish: Piece | None = None) -> onnx.ModelProto:
-    """support, labels and classes in, the state out; with a step, `steps` too, and the Loop that takes so many."""
+def adapt_model(
+    begin: Piece, step: Piece | None = None, finish: Piece | None = None, *, wanted: Container[str]
+) -> onnx.ModelProto:
+    """support, labels and classes in, the wanted state out; with a step, `steps` too, and the Loop of so many."""
     model = _Model("adapt")
     given = model.inputs(begin, "support")
     state = model.place("begin", begin, given)
@@ -37,13 +39,13 @@ def adapt_model(begin: Piece, step: Piece | None = None, finish: Piece | None = 
     if finish is not None:
         state = model.place("finish", finish, {**given, **state})
         specs = finish.outputs
-    return model.finish(state, specs)
+    return model.finish({name: value for name, value in state.items() if name in wanted}, specs)
 
 
 def classify_model(classify: Piece) -> onnx.ModelProto:
     """query and the state in; logits out, the query's features where images came in, and scores for unknown."""
     model = _Model("classify")
-    outputs = model.place("classify", classify, model.inputs(classify, "query"))
+    outputs = model.place("classify", classify, model.inputs(classify, "query", classify.used()))
     return model.finish(outputs, classify.outputs)
 
 
@@ -53,11 +55,15 @@ class _Model:
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
 
-    def inputs(self, piece: Piece, photos: str) -> dict[str, ir.Value]:
-        """Inputs of the model for those of a piece, of which `photos` takes images or their features."""
+    def inputs(self, piece: Piece, photos: str, wanted: Container[str] | None = None) -> dict[str, ir.Value]:
+        """Inputs of the model for the wanted of a piece's, of which `photos` takes images or their features."""
         image = len(piece.inputs[photos].shape) > 2
         first = self.input(photos, Spec(piece.inputs[photos].shape, torch.uint8 if image else torch.float32))
-        others = {name: self.input(name, spec) for name, spec in piece.inputs.items() if name != photos}
+        others = {
+            name: self.input(name, spec)
+            for name, spec in piece.inputs.items()
+            if name != photos and (wanted is None or name in wanted)
+        }
         return {photos: self.scaled(first) if image else first, **others}
 
     def input(self, name: str, spec: Spec) -> ir.Value:
@@ -137,6 +143,8 @@ class _Model:
         source.remove(nodes)
         for value in list(source.inputs):
             assert value.name is not None
+            if value.name not in given:  # nothing uses it
+                continue
             ir.convenience.replace_all_uses_with(value, given[value.name])
         for value in list(source.initializers.values()):
             assert value.name is not None

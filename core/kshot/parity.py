@@ -174,7 +174,7 @@ def _check_sizes(learner: Learner, precise: Learner, graphs: Graphs, images: Cla
                     f"Classes may have different numbers of images, in any order. {str(failure)[:300]}"
                 ) from None
             if [tuple(t.shape) for t in (*found[0].values(), found[1])] != [
-                tuple(t.shape) for t in (*single[0].values(), single[1])
+                tuple(t.shape) for t in (*(single[0][name] for name in found[0]), single[1])
             ]:
                 nearest = np.inf
                 continue
@@ -257,7 +257,7 @@ def _draw(images: ClassImages, counts: tuple[int, ...], queries: int, random: np
 
 
 def _state_difference(a: Answer, b: Answer) -> float:
-    return max(_difference(a[0][name], value) for name, value in b[0].items())
+    return max(_difference(value, b[0][name]) for name, value in a[0].items())  # the graphs hand on what is used
 
 
 def _logit_difference(a: Answer, b: Answer) -> float:

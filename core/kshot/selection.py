@@ -17,6 +17,7 @@ from kshot.episodes import Shape
 from kshot.evaluation import Score, evaluate
 from kshot.learner import FeatureLearner, Learner
 from kshot.recipe import Recipe
+from kshot.statistics import interval
 from kshot_runtime.errors import KshotError
 
 
@@ -40,6 +41,20 @@ class Tried:
         return " ".join([self.recipe.learner.one, *(f"{name}={value}" for name, value in settings.items())])
 
 
+def choose(tried: Sequence[Tried]) -> Tried:
+    """The first of those that are not clearly worse than the best, by the paired difference over all episodes.
+
+    So the order of the candidates is one of preference, and chance among equals does not decide.
+    """
+
+    def accuracies(one: Tried) -> np.ndarray:
+        return np.concatenate([score.accuracies for score in one.scores])
+
+    best = max(tried, key=lambda one: one.accuracy)
+    gaps = (interval(accuracies(best) - accuracies(one)) for one in tried)
+    return next(one for one, (mean, margin) in zip(tried, gaps, strict=True) if one is best or mean <= margin)
+
+
 def held_out(classes: int, folds: int, seed: int) -> list[np.ndarray]:
     """For each fold the numbers of the classes that it holds out: at least 2 of them, and not all."""
     if classes < 3:
@@ -51,15 +66,25 @@ def held_out(classes: int, folds: int, seed: int) -> list[np.ndarray]:
     return [order[(start + np.arange(each)) % classes] for start in starts]
 
 
-def trials(learner: Learner, classes: ClassImages, folds: int, seed: int) -> list[Trial]:
-    """A learner beside classes that it has not learned from: for each fold a copy with the statistics of the others."""
-    if not (isinstance(learner, FeatureLearner) and learner.closed_form and isinstance(classes, ClassFeatures)):
-        return [(learner, classes)]
+Fold = tuple[ClassImages, ClassImages]
+"""Classes to learn statistics from, and classes to try them on."""
+
+
+def folds_of(classes: ClassImages, folds: int, seed: int) -> list[Fold]:
+    """The folds of a cross-validation over classes."""
+    every = np.arange(len(classes))
+    parts = held_out(len(classes), folds, seed)
+    return [(classes.only(np.setdiff1d(every, out)), classes.only(out)) for out in parts]
+
+
+def trials(learner: Learner, folds: Sequence[Fold]) -> list[Trial]:
+    """For each fold the learner with the statistics of the classes to learn from, beside the classes to try it on."""
     found: list[Trial] = []
-    for out in held_out(len(classes), folds, seed):
+    for known, new in folds:
         head = copy.deepcopy(learner, {id(learner.backbone): learner.backbone})
-        head.learn_statistics(classes.only(np.setdiff1d(np.arange(len(classes)), out)).class_by_class())
-        found.append((head, classes.only(out)))
+        if isinstance(head, FeatureLearner) and isinstance(known, ClassFeatures):
+            head.learn_statistics(known.by_class)
+        found.append((head, new))
     return found
 
 
@@ -73,29 +98,31 @@ def select(
     seed: int,
     device: str = "cpu",
 ) -> Iterator[Tried]:
-    """Try each learner with each of its open settings on the same episodes; the highest `accuracy` is the choice.
+    """Try each learner with each of its open settings on the same episodes; `choose` among them.
 
     `embedded` gives the base classes as features of a learner's backbone. Each fold plays its share of the `episodes`.
     """
+    parts: dict[int, list[Fold]] = {}  # by backbone, which variants share
     for recipe, learner in variants:
-        classes = embedded(learner)
+        if id(learner.backbone) not in parts:
+            parts[id(learner.backbone)] = folds_of(embedded(learner), folds, seed)
         for settings in learner.choices() if isinstance(learner, FeatureLearner) else [{}]:
             began = time.perf_counter()
             learner.config = learner.config.model_copy(update=settings)
-            parts = trials(learner, classes, folds, seed)
-            each = max(2, episodes // len(parts))
+            heads = trials(learner, parts[id(learner.backbone)])
             scores = [
-                _joined([evaluate(head, some, _fitting(shape, some), each, seed=seed, stream="val", device=device)
-                         for head, some in parts])
+                _joined([evaluate(head, new, _fitting(shape, new), max(2, episodes // len(heads)), seed=seed,
+                                  stream="val", device=device) for head, new in heads])
                 for shape in shapes
             ]  # fmt: skip
             yield Tried(recipe, dict(settings), tuple(scores), time.perf_counter() - began)
 
 
 def _fitting(shape: Shape, classes: ClassImages) -> Shape:
-    """The shape with as many ways as there are classes, and as few queries as the smallest class has left."""
-    spare = int(classes.counts.min()) - shape.shots
-    return Shape(min(shape.ways, len(classes)), shape.shots, max(1, min(shape.queries, spare)))
+    """The shape with no more ways than there are classes, nor shots and queries than the smallest has photos."""
+    fewest = int(classes.counts.min())
+    shots = max(1, min(shape.shots, fewest - 1))
+    return Shape(min(shape.ways, len(classes)), shots, max(1, min(shape.queries, fewest - shots)))
 
 
 def _joined(scores: Sequence[Score]) -> Score:

@@ -61,6 +61,10 @@ class Piece:
     outputs: dict[str, Spec]
     unchanged: frozenset[str]  # outputs that are the inputs of the same names
 
+    def used(self) -> set[str]:
+        """The inputs that some output depends on."""
+        return {value.name or "" for value in self.graph.inputs if value.uses() or value.is_graph_output()}
+
 
 Call = Callable[[State], State]
 """What is traced: named inputs in, named tensors out, with the learner's weights in between."""

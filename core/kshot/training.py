@@ -38,7 +38,7 @@ class Training(BaseModel):
     unlabelled_images: int = Field(128, ge=1, description="of dataset.unlabelled, if it is set, in every outer step")
     steps: int = Field(1000, ge=0, description="outer steps; 0 takes the backbone as it is built, say pretrained")
     folds: int = Field(
-        2, ge=2, description="parts of the classes by which heads, statistics and their settings are cross-validated"
+        4, ge=2, description="parts of the classes by which heads, statistics and their settings are cross-validated"
     )
     refit: bool = Field(True, description="export statistics of all classes, those that were tested on too")
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -117,7 +117,9 @@ def meta_train(
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
     torch.manual_seed(seed)
-    if not any(parameter.requires_grad for parameter in learner.parameters()):  # a head for training only is no answer's
+    if not any(
+        parameter.requires_grad for parameter in learner.parameters()
+    ):  # `prepare` adds what only it needs
         raise KshotError(
             f"{learner.name!r} has nothing to train on this backbone: all weights that an answer uses are frozen. "
             "Take it as it is with training.steps = 0, or let the backbone train."

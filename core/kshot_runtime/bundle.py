@@ -355,7 +355,7 @@ def evidence(outputs: Mapping[str, np.ndarray], by: By, temperature: float = 1.0
     if by == "logit":
         return largest
     powers: np.ndarray = np.exp(logits - largest[:, None]).sum(1)
-    return 1 / powers if by == "probability" else largest + np.log(powers)
+    return 1 / powers if by == "probability" else largest + np.log(powers / logits.shape[1])
 
 
 def flattened(views: np.ndarray) -> np.ndarray:

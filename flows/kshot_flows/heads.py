@@ -102,26 +102,31 @@ def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[At
         ):  # fmt: skip
             tried.append(one)
             watch(Progress(len(tried), count, str(one)))
-    best = max(tried, key=lambda one: one.accuracy)
+    best = selection.choose(tried)
     learner = next(head for variant, head in variants if variant is best.recipe)
     learner.config = learner.config.model_copy(update=best.settings)
     learn_statistics(learner, classes, data.name)
     name = best.recipe.learner.one
     chosen = LearnerSettings(name=name, **{**best.recipe.learner.options, **best.settings})
-    return best.recipe.model_copy(update={"learner": chosen}), learner, tuple(map(_attempt, tried))
+    attempts = tuple(_attempt(one, chosen=one is best) for one in tried)
+    return best.recipe.model_copy(update={"learner": chosen}), learner, attempts
 
 
-def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> list[Trial]:
+def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> tuple[list[Trial], Trial | None]:
     """The learner beside classes that it has not learned from, to calibrate on; none where there are no such classes.
 
-    Those are validation classes, or where statistics were learned from them, folds with the statistics of the others.
+    Those are validation classes. Where statistics were learned from these, they are halves with the statistics of the
+    other half, and the learner beside the classes that it has seen comes too.
     """
     if recipe.training.steps:
-        return [(learner, features(learner, data.classes(recipe.dataset.validation), data.name))]
+        return [(learner, features(learner, data.classes(recipe.dataset.validation), data.name))], None
     classes = base(recipe, data)
     if classes is None:
-        return []
-    return selection.trials(learner, features(learner, classes, data.name), recipe.training.folds, recipe.seed)
+        return [], None
+    known = features(learner, classes, data.name)
+    if not (isinstance(learner, FeatureLearner) and learner.closed_form):
+        return [(learner, known)], None
+    return selection.trials(learner, selection.folds_of(known, 2, recipe.seed)), (learner, known)
 
 
 def cosine(learner: Learner, test: ClassImages, shape: Shape, episodes: int, what: str) -> Score | None:
@@ -145,10 +150,10 @@ def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:
     """Set the statistics of a closed-form learner from these classes; any other learner stays as it is."""
     known = features(learner, classes, what)
     if isinstance(learner, FeatureLearner) and learner.closed_form and isinstance(known, ClassFeatures):
-        learner.learn_statistics(known.class_by_class())
+        learner.learn_statistics(known.by_class)
 
 
-def _attempt(tried: Tried) -> Attempt:
+def _attempt(tried: Tried, chosen: bool) -> Attempt:
     scores = tried.scores
     return Attempt(
         str(tried),
@@ -156,4 +161,5 @@ def _attempt(tried: Tried) -> Attempt:
         tuple(score.accuracy for score in scores),
         tuple(score.margin for score in scores),
         tried.seconds,
+        chosen,
     )

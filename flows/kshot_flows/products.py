@@ -144,6 +144,7 @@ class Attempt:
     accuracies: tuple[float, ...]
     margins: tuple[float, ...]
     seconds: float
+    chosen: bool
 
     @property
     def accuracy(self) -> float:

@@ -102,7 +102,7 @@ def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     with records.training_run(recipe, data, folder) as run:
         chosen, learner, tried = heads.choose(recipe, data)
-        best = max(tried, key=lambda one: one.accuracy, default=None)
+        best = next((one for one in tried if one.chosen), None)
         history = [] if best is None else [
             {"step": 0, "validation": best.accuracies[0], "margin": best.margins[0]}
         ]  # fmt: skip
@@ -120,14 +120,14 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
     test = _tested(recipe, data)
     model, where = learners.load(learner.learner.file).to(heads.device()), heads.device()
-    trials, shapes = heads.trials(model, recipe, data), recipe.evaluation.shapes
+    (trials, seen), shapes = heads.trials(model, recipe, data), recipe.evaluation.shapes
     fits, pairs = dict[Shape, Calibration](), None
     if not trials:
         progress.say("  no validation classes: probabilities are not calibrated, and nothing counts as unknown")
     for shape in shapes if trials else ():
         size = _calibrated_at(shape, [images for _, images in trials])
         with _stage(f"calibration on {_few(recipe)} validation episodes, {size}"):
-            fits[shape] = calibrate(trials, size, _few(recipe), seed=TEST_SEED, device=where)
+            fits[shape] = calibrate(trials, size, _few(recipe), seed=TEST_SEED, seen=seen, device=where)
     if trials:
         pairs = verification(trials, VERIFICATION_PAIRS, seed=TEST_SEED, device=where)
     scores, lines = [], []

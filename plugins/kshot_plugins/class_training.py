@@ -1,17 +1,13 @@
 """Class training: telling all base classes apart, which transfer learners do where others play episodes.
 
-No learner by itself, but what several of them share: the head that they train with, which no bundle holds, and the
-simplest way to answer with features made so.
+No learner by itself, but what several of them share: the head that they train with, which no bundle holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor, nn
-
-from kshot import FeatureLearner, LearnerConfig, State, class_means, unit
 
 
 class BaseHead(nn.Module):
@@ -32,21 +28,3 @@ class BaseHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.logits(self.standardise(features))
         return logits
-
-
-class ByAngle(FeatureLearner):
-    """A new class is where the mean of its unit features points; logits are cosines to it, times a scale."""
-
-    class Config(LearnerConfig):
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
-
-    config: Config
-
-    def prepare(self, classes: Sequence[int]) -> None:
-        self.base = BaseHead(self.backbone.features, classes)
-
-    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return {"directions": unit(class_means(unit(features), labels, classes))}  # (W, D)
-
-    def logits(self, state: State, features: Tensor) -> Tensor:
-        return self.config.scale * unit(features) @ state["directions"].t()

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kshot import Episodes, KshotError, Learner, hookimpl
-from kshot_plugins.class_training import ByAngle
+from kshot_plugins.class_training import BaseHead
+from kshot_plugins.cosine import Cosine
 
 
-class DomainAdapt(ByAngle):
+class DomainAdapt(Cosine):
     """The base classes' loss, and a weight times the squared distance between the covariances of the two domains.
 
     The target's classes stay unknown; a new class is then what its mean feature points to. Source and target pass the
@@ -28,10 +29,13 @@ class DomainAdapt(ByAngle):
 
     name = "domainadapt"
 
-    class Config(ByAngle.Config):
+    class Config(Cosine.Config):
         weight: float = Field(1.0, ge=0, description="of the alignment, beside the cross-entropy")
 
     config: Config
+
+    def prepare(self, classes: Sequence[int]) -> None:
+        self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Cross-entropy over all base classes, of every image of the episodes; and how far the target is from them."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kshot import Episodes, Learner, hookimpl
-from kshot_plugins.class_training import ByAngle
+from kshot_plugins.class_training import BaseHead
+from kshot_plugins.cosine import Cosine
 
 
-class MultiTask(ByAngle):
+class MultiTask(Cosine):
     """Every data set counts alike, however many of a batch's images it brings; a new class is where its mean points to.
 
     Of a recipe with one data set, it is ordinary class training.
@@ -28,7 +29,7 @@ class MultiTask(ByAngle):
     name = "multitask"
 
     def prepare(self, classes: Sequence[int]) -> None:
-        super().prepare(classes)
+        self.base = BaseHead(self.backbone.features, classes)
         self.classes = list(classes)  # of each data set; its head is its columns
 
     def meta_loss(self, episodes: Episodes) -> Tensor:

@@ -1,0 +1,38 @@
+"""Cosines to class means on frozen features: the baseline that every other head has to beat.
+
+As in the evaluation of Chen, Liu, Xu, Darrell and Wang, 2021 ("Classifier-Baseline"). https://arxiv.org/abs/2003.04390
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from kshot import FeatureLearner, Learner, LearnerConfig, State, class_means, hookimpl, unit
+
+
+class Cosine(FeatureLearner):
+    """A class is the direction of the mean of its unit features; logits are cosines to it, times a scale.
+
+    Good as the baseline on any backbone. It learns nothing of the base classes; `whitened` and `plda` do, in seconds.
+    """
+
+    name = "cosine"
+
+    class Config(LearnerConfig):
+        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+
+    config: Config
+
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        return {"directions": unit(class_means(unit(features), labels, classes))}  # (W, D)
+
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        return self.config.scale * unit(features) @ state["directions"].t()
+
+
+@hookimpl
+def kshot_learners() -> Sequence[type[Learner]]:
+    return [Cosine]
