@@ -37,7 +37,10 @@ class Outcome:
 
 
 def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
-    """The learner `name` with settings such as "steps=2", or an error that says what is wrong with either."""
+    """The learner `name` with settings such as "steps=2", or an error that says what is wrong with either.
+
+    "norm=group" is the backbone's, and then the only norm that is tried.
+    """
     found = plugins.find()
     if not any(one.name == name for one in found.of("learners")):
         _refuse(name, found)
@@ -51,7 +54,8 @@ def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
         set_value(options, key, text)
     if "name" in options:
         raise KshotError("name=... is no setting of a learner: it chooses one, and is the command's argument.")
-    chosen = Subject(name, folder, options)
+    norm = options.pop("norm", None)
+    chosen = Subject(name, folder, options, norm)
     chosen.recipe.check()
     return chosen
 
@@ -74,14 +78,15 @@ def run(check: Check, subject: Subject) -> Outcome:
 def _explained(error: BaseException, check: Check, learner: type[Learner]) -> Failure:
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     advice = " ".join(_paragraphs(check)[1:])
+    said = "; ".join([str(error), *getattr(error, "__notes__", [])])
     if isinstance(error, AssertionError) and innermost.f_globals["__name__"] == testing.__name__:
-        return Failure(str(error), advice=advice)
+        return Failure(said, advice=advice)
     where = plugins.place(error, learner.__module__)
     if isinstance(error, KshotError):  # it says what to do
-        return Failure(str(error), where)
+        return Failure(said, where)
     if "does not require grad" in str(error):
         advice = "Adapting takes its gradients with kshot.gradient: torch's own are switched off then."
-    return Failure(f"{type(error).__name__}: {error}".removesuffix(": "), where, advice)
+    return Failure(f"{type(error).__name__}: {said}".removesuffix(": "), where, advice)
 
 
 def _paragraphs(check: Check) -> list[str]:

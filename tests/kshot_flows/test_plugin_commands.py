@@ -19,8 +19,7 @@ QUICK = [check for check in testing.CHECKS if check.__name__ not in ("learns_a_t
 
 SOUND = '''"""Means of classes, for tests of the kit."""
 import torch
-from kshot import InnerLoop, Learner, LearnerConfig, hookimpl, one_hot
-from kshot.learner import class_means, cross_entropy, squared_distances
+from kshot import InnerLoop, Learner, LearnerConfig, class_means, cross_entropy, hookimpl, one_hot, squared_distances
 
 class Mine(Learner):
     name = "mine"
@@ -37,6 +36,22 @@ class Mine(Learner):
 def kshot_learners(): return [Mine]
 '''
 
+HEAD = '''"""Means of classes, as a head on features."""
+import torch
+from kshot import FeatureLearner, FeatureLoop, class_means, gradient, hookimpl, squared_distances
+
+class Mine(FeatureLearner):
+    name = "mine"
+    def fit(self, features, labels, classes):
+        return {"means": class_means(features, labels, classes)}
+    def logits(self, state, features):
+        return -squared_distances(features, state["means"])
+
+@hookimpl
+def kshot_learners(): return [Mine]
+'''
+
+FIT = 'return {"means": class_means(features, labels, classes)}'
 RETURN = 'return {"means": class_means(features, labels, classes), **statistics}'
 LOGITS = 'return -squared_distances(features, state["means"])'
 
@@ -49,8 +64,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setenv("COLUMNS", "200")
     real = plugins.find()
 
-    def install(*changes: tuple[str, str]) -> Path:
-        source = SOUND
+    def install(*changes: tuple[str, str], source: str = SOUND) -> Path:
         for old, new in changes:
             assert old in source
             source = source.replace(old, new)
@@ -92,7 +106,7 @@ def test_a_new_project_has_every_file_under_the_new_name_and_says_what_to_do_nex
     assert project["name"] == "kshot-my-net"
     assert project["entry-points"]["kshot"] == {"my-net": "kshot_my_net"}
     assert tomllib.loads((folder / "my-net.toml").read_text())["learner"]["name"] == "my-net"
-    assert "class MyNet(Learner):" in text
+    assert "class MyNet(FeatureLearner):" in text
     for command in ("pip install -e .", "kshot plugin check my-net", "kshot run my-net.toml", "pytest"):
         assert command in shown.output
 
@@ -177,8 +191,19 @@ def test_a_sound_learner_passes_with_a_line_for_each_promise_in_words(
     monkeypatch.setattr(testing, "CHECKS", QUICK)
     shown = kshot("check", "mine")
     assert shown.exit_code == 0
-    assert shown.output.count("passed") == len(QUICK)
+    assert shown.output.count("passed") == len(QUICK) - 1
     assert "A query alone gets the logits that it gets in a batch." in shown.output
+    assert "not a head on features: its episodes always take turns" in shown.output
+    assert f"mine keeps {len(QUICK) - 1} promises, and is exempt from 1." in shown.output
+
+
+def test_a_head_on_features_keeps_every_promise(
+    installed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(source=HEAD)
+    monkeypatch.setattr(testing, "CHECKS", QUICK)
+    shown = kshot("check", "mine")
+    assert shown.exit_code == 0
     assert f"mine keeps all {len(QUICK)} promises." in shown.output
 
 
@@ -270,6 +295,64 @@ def test_a_broken_promise_is_told_with_what_was_seen_and_what_to_do(
     assert found.where == ""  # nothing was raised in the author's code
 
 
+BROKEN_HEADS = {
+    "it returns no dict": (
+        [(FIT, "return class_means(features, labels, classes)")],
+        "state_is_flat_and_logits_are_finite",
+        "fit must return a dict of tensors; it returned a Tensor",
+    ),
+    "it forgets to return": (
+        [(LOGITS, LOGITS.removeprefix("return "))],
+        "state_is_flat_and_logits_are_finite",
+        "logits must return a tensor; it returned None",
+    ),
+    "it sees the query itself": (
+        [
+            ("def logits", "def classify(self, state, query): return self.logits(state, self.embed(query, state)) "
+             "* (1 + query.flatten(1).mean(1, keepdim=True))\n    def logits"),
+        ],
+        "a_query_is_seen_through_embed_only",
+        "a query's features in its place: logits differ by",
+    ),
+    "it forgets the statistics of the support set": (
+        [("def fit", "def adapt(self, support, labels, classes): return self.fit(self.embed(support), labels, classes)"
+          "\n    def fit")],
+        "one_query_does_not_depend_on_its_companions",
+        "with [backbone] norm = 'support'",
+    ),
+    "a number leaves the graph": (
+        [(FIT, "features = features * features.mean().item(); " + FIT)],
+        "episodes_of_a_batch_are_fitted_as_one_by_one",
+        ".item()",
+    ),
+    "under vmap it is another": (
+        [(FIT, "features = features.clone(); features[torch.rand(len(features)) < 0.5] = 0; " + FIT)],
+        "episodes_of_a_batch_are_fitted_as_one_by_one",
+        "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN_HEADS)
+def test_a_promise_that_a_head_breaks_is_told_in_the_words_of_a_head(
+    how: str, installed: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes, check, words = BROKEN_HEADS[how]
+    installed(*changes, source=HEAD)
+    assert words in failure(tmp_path, check).what
+
+
+def test_a_head_that_cannot_be_batched_may_say_so(installed: Callable[..., Path], tmp_path: Path) -> None:
+    """Steps by kshot.gradient do not run under vmap, so a FeatureLoop says it by itself."""
+    [batch] = [each for each in testing.CHECKS if each.__name__.startswith("episodes_of_a_batch")]
+    number = "features = features * features.mean().item(); "
+    installed((FIT, number + FIT), ('name = "mine"', 'name = "mine"; batched = False'), source=HEAD)
+    outcome = plugin_check.run(batch, plugin_check.subject("mine", [], tmp_path))
+    assert (outcome.failure, outcome.exempt) == (None, "`batched` says that its episodes take turns")
+    outcome = plugin_check.run(batch, plugin_check.subject("finetune", [], tmp_path))
+    assert (outcome.failure, outcome.exempt) == (None, "`batched` says that its episodes take turns")
+
+
 RAISED = {
     "a shape": ("class_means(features, labels, classes) @ torch.eye(3)", "RuntimeError: mat1 and mat2 shapes", ""),
     "an assertion of its own": ("_never()", "AssertionError", ""),
@@ -345,7 +428,8 @@ def test_settings_are_given_to_the_learner_and_judged_by_its_config(
 ) -> None:
     installed((LOGITS, f"assert self.config.power == 2, 'odd'; {LOGITS}"))
     subject = plugin_check.subject("mine", ["power=3", "norm=group"], tmp_path)
-    assert subject.options == {"power": 3, "norm": "group"}
+    assert (subject.options, subject.norm, subject.norms) == ({"power": 3}, "group", ("group",))
+    assert subject.build().backbone.norm == "group"
     found = plugin_check.run(testing.CHECKS[0], subject).failure
     assert found
     assert found.what == "AssertionError: odd"
@@ -354,6 +438,7 @@ def test_settings_are_given_to_the_learner_and_judged_by_its_config(
         "power=x": "power = 'x'",
         "power": "key=value",
         "name=protonet": "no setting of a learner",
+        "norm=grop": "norm = 'grop'",
     }.items():
         with pytest.raises(KshotError, match=re.escape(words)):
             plugin_check.subject("mine", [setting], tmp_path)
