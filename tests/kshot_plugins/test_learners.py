@@ -1,11 +1,12 @@
 """Our learners on inputs that a reader can work out by hand, and against plain definitions of the same."""
 
-import math
+import itertools
 
 import pytest
 import torch
 
 from kshot.episodes import Shape, sample_episodes
+from kshot.evaluation import evaluate
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.maml import MAML
@@ -97,13 +98,24 @@ def test_first_order_keeps_the_identity_path_and_differs_from_second_order(tmp_p
     assert not torch.allclose(*gradients)
 
 
-def test_maml_evaluates_without_a_graph(tmp_path):
-    """Trap 22."""
-    learner = Subject("maml", tmp_path).build()
-    episode = Subject("maml", tmp_path).episode()
-    with torch.no_grad():
-        state = learner.adapt(episode.support, episode.support_labels, episode.classes)
-    assert not any(value.requires_grad for value in state.values())
+def test_maml_keeps_the_graph_of_inner_gradients_for_second_order_training_only(tmp_path, monkeypatch):
+    """Trap 22: second-order graphs in evaluation cost memory for nothing."""
+    kept, real = [], torch.autograd.grad
+
+    def grad(*arguments, create_graph=False, **others):
+        kept.append(create_graph)
+        return real(*arguments, create_graph=create_graph, **others)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 1, seed=5, step=0)
+    learner = Subject("maml", tmp_path, {"steps": 2}).build()
+    evaluate(learner, toy_images(), Shape(3, 1, 2), 2, seed=0)
+    assert kept
+    assert not any(kept)
+    for first_order in (True, False):
+        kept.clear()
+        Subject("maml", tmp_path, {"steps": 2, "first_order": first_order}).build().train().meta_loss(batch)
+        assert kept == [not first_order] * 2
 
 
 def test_protonets_batched_loss_equals_the_plain_definition_where_normalisation_allows(tmp_path):
@@ -123,10 +135,20 @@ def test_fine_tuning_separates_what_a_line_can_separate_and_stays_finite():
 
 
 def test_fine_tunings_step_size_cannot_diverge():
-    """Descent on a softmax head is stable under 2 / (|x|² / 2): with scale 10 that is 0.04."""
-    config = FineTune.Config()
-    assert config.rate < 4 / config.scale**2
-    assert math.isfinite(config.rate)
+    """Descent on a softmax head is stable under 2 / (|x|² / 2): with scale 10 that is 0.04. One image as two classes
+    has the largest slope that there is, and two classes of many images the largest curvature.
+    """
+    learner = FineTune(Pixels((1, 1, 2)), FineTune.Config()).eval()
+    for images in (
+        pixels([1, 0], [1, 0], [1, 0]),
+        pixels([1, 0], [1, 0], [-1, 0]),
+        pixels([1, 0], [1, 0.01], [1, 0.02]),
+    ):
+        losses = []
+        for steps in range(0, 101, 5):
+            state = learner.adapt(images, LABELS, CLASSES, steps=steps)
+            losses.append(float(torch.nn.functional.cross_entropy(learner.classify(state, images), (LABELS - 7) // 2)))
+        assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
 def test_base_classes_are_what_fine_tuning_is_meta_trained_on():
