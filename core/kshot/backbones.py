@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kshot.norms import Norm
@@ -101,18 +100,20 @@ class PretrainedBackbone(Backbone):
         return chosen[0] if self.selected == "last" else sum(chosen)
 
     def measure(self, stages: int) -> list[Sequence[int]]:
-        """The `widths` of so many stages, found by a pass of shapes only; a KshotError if the image does not fit."""
+        """The `widths` of so many stages, found by a black image's pass; a KshotError if the image does not fit."""
         try:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                parts = self.pooled(torch.zeros(2, *self.image), range(stages))
-                *inner, last = [part.shape[1] for part in parts]
+            with torch.no_grad():
+                *inner, last = [part.shape[1] for part in self.pooled(torch.zeros(1, *self.image), range(stages))]
         except Exception as error:  # whatever a network of others raises
             raise KshotError(
                 f"the network makes no features of images {self.image}: {str(error).splitlines()[0]}. "
                 "Take another network, or images of the size that this one was made for."
             ) from None
         if not inner and self.selected != "last":
-            raise KshotError(f"this network shows no stages, so features = {self.selected!r} is none of it: set 'last'")
+            raise KshotError(
+                f"features = {self.selected!r}: this network shows no stages but its last. "
+                "Set features = 'last', or take another network."
+            )
         each = len(inner) // max(stages - 1, 1)  # parts of an inner stage
         return [*zip(*[iter(inner)] * each, strict=True), (last,)]
 

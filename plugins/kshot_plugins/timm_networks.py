@@ -64,7 +64,11 @@ class Timm(PretrainedBackbone):
         self.blocks = spread(len(self.network.feature_info) - 1) if shows else []
         token = getattr(self.network, "cls_token", None) is not None
         self.tokens = token and "return_prefix_tokens" in inspect.signature(shows or len).parameters
-        self.widths = self.measure(len(self.blocks) + 1)
+        try:
+            self.widths = self.measure(len(self.blocks) + 1)
+        except KshotError:  # some, as Hiera, end their intermediate outputs otherwise than their features
+            self.blocks = []
+            self.widths = self.measure(1)
 
     def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
         network, last = self.network, len(self.blocks)

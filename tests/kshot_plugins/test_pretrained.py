@@ -142,7 +142,7 @@ def test_torchvisions_families_show_their_stages(model, stages):
 
 def test_a_network_that_shows_no_stages_gives_its_last_features_only():
     assert of_torchvision("swin_t").features == 768
-    with pytest.raises(KshotError, match="set 'last'"):
+    with pytest.raises(KshotError, match="Set features = 'last'"):
         of_torchvision("swin_t", features="inner")
 
 

@@ -130,6 +130,12 @@ def test_without_network_weights_in_the_hubs_cache_are_taken(no_hub):
     assert torch.equal(taken.network.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
 
 
+def test_a_network_that_shows_no_stages_gives_its_last_features_only():
+    assert small("hiera_tiny_224", size=224).features == 768
+    with pytest.raises(KshotError, match="Set features = 'last'"):
+        small("hiera_tiny_224", size=224, features="stages")
+
+
 def test_a_size_that_no_patches_fill_is_refused_in_a_sentence():
     with pytest.raises(KshotError, match="makes no features of images"):
         small(size=33)
