@@ -154,7 +154,7 @@ class _Model:
         for node in nodes:
             node.name = f"{prefix}/{node.name}"
             for value in node.outputs:
-                value.name = f"{prefix}/{value.name}"
+                value.name = f"{prefix}/{value.name}:0"  # a weight may be named like an operation, say `mean`
                 value.shape = value.type = None  # in the exporter's names for sizes; onnxruntime infers its own
         return nodes, outputs
 

@@ -90,7 +90,8 @@ class WhitenedSpace(FeatureLearner):
         residuals = rows - one_hot(labels, classes).to(rows.dtype) @ means
         freedom = (torch.ones_like(labels).sum() - torch.ones_like(classes).sum()).clamp_min(1).to(rows.dtype)
         gram = residuals @ residuals.t()  # (S, S)
-        ridge = self.config.prior * residuals.square().sum() / (freedom * rows.shape[1]) + 1e-12
+        variance = residuals.square().sum() / (freedom * rows.shape[1])
+        ridge = self.config.prior * torch.maximum(variance, 1e-4 * rows.square().mean())  # no residual is rounding only
         weights = solve(lambda v: gram @ v + ridge * v, residuals @ means.t(), _STEPS)  # (S, W)
         return means, means - weights.t() @ residuals
 
