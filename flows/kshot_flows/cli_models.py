@@ -58,6 +58,9 @@ def models(
                 local_time(version.when)[:16],
             )
         out.print(listed)
+        for version in registry.versions(each):
+            if version.stage == "Production" and (warnings := version.tags.get("gate.warnings")):
+                out.print(f"Version {version.version} is in production; mind: it {warnings}", style="yellow")
         wrong = registry.disagreements(each)
         for sentence in wrong:
             out.print(sentence, style="red")

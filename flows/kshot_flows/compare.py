@@ -9,7 +9,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from kshot.recipe import Recipe
 from kshot_flows import engine, progress, shipped, tracking
 from kshot_flows.heads import TEST_SEED
 from kshot_flows.pipeline import evaluate, export, meta_train, version_data
-from kshot_flows.products import Exported, Scores
-from kshot_flows.standings import Cost, Measured, Standing, Standings, shared
+from kshot_flows.products import Exported, Line, Scores
+from kshot_flows.standings import Cost, Draw, Measured, Standing, Standings, shared
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
@@ -134,14 +134,17 @@ def standings(played: Sequence[Played], shapes: Sequence[Shape]) -> Standings:
     first = played[0].scores
     if any(_episodes_of(one.scores) != _episodes_of(first) for one in played):
         raise KshotError("the data changed while the recipes were played, so their episodes differ. Compare again.")
-    accuracies = [_accuracies(one.scores, shapes) for one in played]
-    counts = {shape: min(len(each[shape]) for each in accuracies) for shape in shapes}  # the first ones are the same
+    lines = [_lines(one.scores, shapes) for one in played]
+    draws = [draw for draw in lines[0] if all(draw in each for each in lines)]
+    accuracies = [_accuracies(one.scores, each) for one, each in zip(played, lines, strict=True)]
+    counts = {draw: min(len(each[draw]) for each in accuracies) for draw in draws}  # the first ones are the same
     with progress.busy("timing the bundles, in turns"):
         rounds, times = _times(played, shapes[0])
     rows = []
-    for one, each, (adapt_ms, classify_ms) in zip(played, accuracies, times, strict=True):
+    for one, own, each, (adapt_ms, classify_ms) in zip(played, lines, accuracies, times, strict=True):
         measured = {
-            shape: Measured.of(each[shape][:count], accuracies[0][shape][:count]) for shape, count in counts.items()
+            draw: Measured.of(each[draw][:n], accuracies[0][draw][:n], own[draw].ece, own[draw].open_set)
+            for draw, n in counts.items()
         }
         cost = Cost(adapt_ms, classify_ms, _parameters(one), sum(pin.file.stat().st_size for pin in one.bundle.files))
         rows.append(Standing(one.entrant.label, one.entrant.recipe.learner.one, measured, cost))
@@ -187,11 +190,17 @@ def _episodes_of(scores: Scores) -> tuple[object, ...]:
     return scores.data.identity_of(scores.split), scores.data.split_of(scores.split), scores.seed
 
 
-def _accuracies(scores: Scores, shapes: Sequence[Shape]) -> dict[Shape, np.ndarray]:
-    """The accuracy of every episode, as it is served: inductive."""
-    keys = {line.shape: f"{line.key}.accuracies" for line in scores.lines if not line.transductive}
+def _lines(scores: Scores, shapes: Sequence[Shape]) -> dict[Draw, Line]:
+    """The results at these shapes, as it is served: inductive."""
+    return {
+        Draw(line.shape, line.protocol): line for line in scores.lines if not line.transductive and line.shape in shapes
+    }
+
+
+def _accuracies(scores: Scores, lines: Mapping[Draw, Line]) -> dict[Draw, np.ndarray]:
+    """The accuracy of every episode."""
     with np.load(scores.arrays.file) as arrays:
-        return {shape: arrays[keys[shape]] for shape in shapes}
+        return {draw: arrays[f"{line.key}.accuracies"] for draw, line in lines.items()}
 
 
 def _times(played: Sequence[Played], shape: Shape) -> tuple[int, list[tuple[float, float]]]:

@@ -40,12 +40,16 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
             first.shape.queries,
             scores.seed,
             rotations,
+            first.protocol,
         ),
         accuracies=accuracies,
         ece=first.ece,
         agreement=bundle.agreement,
         auroc=None if fit is None or math.isnan(fit.auroc) else fit.auroc,
         latency_ms=bundle.latency_ms,
+        cosine=scores.cosine(),
+        accepted=first.open_set.accepted if first.open_set else None,
+        false_accepts=first.open_set.false_accepts if first.open_set else None,
     )
 
 

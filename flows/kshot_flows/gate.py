@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class GateSettings(BaseModel):
     min_accuracy: float | None = Field(None, ge=0, le=1, description="mean accuracy below which nothing passes")
     min_agreement: float = Field(0.999, ge=0, le=1, description="share of queries that ONNX and torch answer alike")
     latency_ms: float | None = Field(None, gt=0, description="time that one classification may take")
+    max_unknown_let_in: float = Field(0.5, ge=0, le=1, description="share of unknown photos; more is warned of")
+    max_ece: float = Field(0.1, ge=0, le=1, description="calibration error; more is warned of")
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> GateSettings:
@@ -48,6 +50,7 @@ class EpisodeSet:
     queries: int
     seed: int
     rotations: bool = False
+    protocol: str = ""  # how they were drawn; empty in evidence from before there were several ways
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +64,21 @@ class Evidence:
     auroc: float | None = None  # of telling known from unknown classes
     latency_ms: float | None = None
     version: int | None = None  # its number in the registry, once it has one
+    cosine: np.ndarray | None = None  # (episodes,) accuracies of cosine to class means on the same backbone
+    accepted: float | None = None  # share of known test queries that pass the default threshold
+    false_accepts: float | None = None  # share of unknown ones that do
 
     def __post_init__(self) -> None:
-        accuracies = np.asarray(self.accuracies, dtype=float)
-        object.__setattr__(self, "accuracies", accuracies)
-        for name in ("ece", "agreement", "auroc", "latency_ms"):
+        object.__setattr__(self, "accuracies", _accuracies(self.accuracies))
+        if self.cosine is not None:
+            object.__setattr__(self, "cosine", _accuracies(self.cosine))
+        for name in ("ece", "agreement", "auroc", "latency_ms", "accepted", "false_accepts"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))  # numpy's floats are no JSON
-        if accuracies.ndim != 1 or not accuracies.size or not ((accuracies >= 0) & (accuracies <= 1)).all():
-            raise KshotError(
-                f"accuracies by episode must be a non-empty row of numbers from 0 to 1; got shape {accuracies.shape}"
-                + (f" from {accuracies.min()} to {accuracies.max()}" if accuracies.size else "")
-            )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "episodes": asdict(self.episodes), "accuracies": self.accuracies.tolist()}
+        rows = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return {**vars(self), "episodes": asdict(self.episodes), **rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evidence:
@@ -104,6 +107,7 @@ class GateReport:
     margin: float  # half the 95 % interval of accuracy
     difference: tuple[float, float, float] | None  # challenger - champion: lower end, mean, upper end
     checks: tuple[Check, ...]
+    warnings: tuple[str, ...] = ()  # what does not close the gate, and whoever uses the version must know
 
     @property
     def passed(self) -> bool:
@@ -121,7 +125,8 @@ class GateReport:
         known = {key: value for key, value in values.items() if key != "passed"}
         if known["difference"] is not None:
             known["difference"] = tuple(known["difference"])
-        return cls(**{**known, "checks": tuple(Check(**check) for check in known["checks"])})
+        checks = tuple(Check(**check) for check in known["checks"])
+        return cls(**{**known, "checks": checks, "warnings": tuple(known.get("warnings", ()))})
 
     def to_markdown(self) -> str:
         against = "with no champion to beat" if self.champion is None else f"against version {self.champion}"
@@ -138,11 +143,13 @@ class GateReport:
             measured = "-" if check.measured is None else f"{check.measured:.5g}"
             mark = "✓" if check.passed else "✗"
             lines.append(f"| {mark} | {check.name} | {measured} | {check.limit:.5g} | {check.sentence} |")
+        if self.warnings:
+            lines += ["", "Mind:", "", *(f"- {sentence}" for sentence in self.warnings)]
         return "\n".join(lines) + "\n"
 
 
 def judge(challenger: Evidence, champion: Evidence | None, settings: GateSettings) -> GateReport:
-    """Compare a challenger with the champion, episode by episode; without a champion only absolute limits count."""
+    """Compare a challenger with the champion, episode by episode, or a first version with the cosine baseline."""
     count, accuracy, margin = len(challenger.accuracies), *_interval(challenger.accuracies)
     checks = [
         Check(
@@ -159,11 +166,15 @@ def judge(challenger: Evidence, champion: Evidence | None, settings: GateSetting
     if settings.latency_ms is not None:
         checks.append(_in_time(challenger.latency_ms, settings.latency_ms))
     difference = None
+    if champion is None and challenger.cosine is not None:
+        gain = _difference(challenger.accuracies, challenger.cosine)
+        check = _not_worse("cosine", "against cosine on the same backbone and episodes", gain, settings.margin)
+        mend = "" if check.passed else ": train for longer, evaluate more episodes, or take learner.name=cosine"
+        checks.append(replace(check, sentence=check.sentence + mend))
     if champion is not None:
         _same_episodes(challenger, champion)
-        mean, half = _interval(challenger.accuracies - champion.accuracies)
-        difference = (mean - half, mean, mean + half)
-        checks.append(_not_worse(difference, settings.margin))
+        difference = _difference(challenger.accuracies, champion.accuracies)
+        checks.append(_not_worse("the champion", "on the same episodes", difference, settings.margin))
         checks.append(
             Check(
                 "calibration", bool(challenger.ece <= champion.ece + settings.ece_margin),
@@ -187,7 +198,40 @@ def judge(challenger: Evidence, champion: Evidence | None, settings: GateSetting
         margin=margin,
         difference=difference,
         checks=tuple(checks),
+        warnings=tuple(_warnings(challenger, settings)),
     )
+
+
+def _warnings(measured: Evidence, settings: GateSettings) -> Iterator[str]:
+    """What is out of bounds that do not close the gate, and what helps."""
+    if measured.false_accepts is not None and measured.false_accepts > settings.max_unknown_let_in:
+        known = "" if measured.accepted is None else f" where {100 * measured.accepted:.0f} % of the known pass"
+        yield (
+            f"lets in {100 * measured.false_accepts:.0f} % of unknown photos{known} "
+            f"({100 * settings.max_unknown_let_in:g} % is the bound): ask for more photos of each class, or set accept"
+        )
+    if measured.ece > settings.max_ece:
+        yield (
+            f"has a calibration error of {100 * measured.ece:.1f} % ({100 * settings.max_ece:g} % is the bound): "
+            "add classes to validate on"
+        )
+
+
+def _accuracies(values: np.ndarray) -> np.ndarray:
+    """The accuracy of every episode: (episodes,)."""
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= 1)).all():
+        raise KshotError(
+            f"accuracies by episode must be a non-empty row of numbers from 0 to 1; got shape {values.shape}"
+            + (f" from {values.min()} to {values.max()}" if values.size else "")
+        )
+    return values
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """The mean difference over paired episodes between the ends of its interval."""
+    mean, half = _interval(ours - theirs)
+    return mean - half, mean, mean + half
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -207,13 +251,13 @@ def _same_episodes(challenger: Evidence, champion: Evidence) -> None:
         )
 
 
-def _not_worse(difference: tuple[float, float, float], margin: float) -> Check:
+def _not_worse(than: str, what: str, difference: tuple[float, float, float], margin: float) -> Check:
     lower, mean, upper = difference
     # Equal answers differ by exactly zero; rounding must not turn that into a loss.
     passed = lower >= -margin - 1e-9
     return Check(
-        "not worse than the champion", passed, lower, 0.0 - margin,
-        f"{mean * 100:+.2f} points on the same episodes, between {lower * 100:+.2f} and {upper * 100:+.2f} "
+        f"not worse than {than}", passed, lower, 0.0 - margin,
+        f"{mean * 100:+.2f} points {what}, between {lower * 100:+.2f} and {upper * 100:+.2f} "
         f"with 95 % confidence; at most {_points(margin)} may be lost",
     )  # fmt: skip
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from kshot.calibration import Calibration, OpenSet
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2f6fad", "#d9822b", "#3a923a", "#c23b3b", "#8a8a8a"  # told apart in grey too
 _LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.85}
@@ -180,6 +183,28 @@ def reliability(
         _plain(axes)
     lower.xaxis.set_major_formatter(_SHARE)
     _title(figure, f"{title}: expected calibration error {100 * ece:.1f} % over {len(right):,} answers")
+    return figure
+
+
+def unknown(fit: Calibration, found: OpenSet, *, title: str = "Unknown") -> Figure:
+    """Known queries that pass against unknown ones let in: thresholds on validation episodes, and the default one."""
+    figure = _figure(6, 6)
+    axes = figure.subplots()
+    points = sorted((point.false_accepts, point.accepted) for point in fit.points)
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="chance")
+    axes.plot(*zip(*points, strict=True), color=_BLUE, marker="o", markersize=3, label="validation: other thresholds")
+    for colour, where, at in ((_BLUE, "validation", fit), (_ORANGE, "test", found)):
+        words = f"{where}, default threshold: {100 * at.accepted:.0f} % pass, {100 * at.false_accepts:.0f} % let in"
+        axes.scatter(at.false_accepts, at.accepted, c=colour, s=190, zorder=3, label=words, **_STAR)
+    axes.set_xlabel("unknown queries let in")
+    axes.set_ylabel("known queries that pass")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_SHARE)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(**_LEGEND, fontsize=8, loc="lower right")
+    _title(figure, f"{title}: AUROC of unknown classes {100 * found.auroc:.1f} %")
+    _plain(axes)
     return figure
 
 

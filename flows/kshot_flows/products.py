@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kshot.calibration import Calibration, OpenSet, Verification
 from kshot.datasets import ClassImages, ImageSet, Protocol, file_sha256, splits_of
 from kshot.episodes import Shape
@@ -194,11 +196,6 @@ class Line:
     open_set: OpenSet | None = None  # none without validation classes, or without test classes to be unknown
 
     @property
-    def label(self) -> str:
-        across = ", across groups" if self.protocol == "across groups" else ""
-        return f"{self.shape.ways}-way {self.shape.shots}-shot{across}{', transductive' if self.transductive else ''}"
-
-    @property
     def key(self) -> str:
         """Its name in the file of arrays."""
         across = "-groups" if self.protocol == "across groups" else ""
@@ -226,6 +223,17 @@ class Scores:
             key=lambda fit: (abs(fit.shape.shots - shape.shots), abs(fit.shape.ways - shape.ways)),
             default=None,
         )
+
+    def cosine(self) -> np.ndarray | None:
+        """Accuracy of every episode of the first line by cosine to class means on the same backbone, as a baseline."""
+        with np.load(self.arrays.file) as arrays:
+            return arrays.get("cosine.accuracies")
+
+    def label(self, line: Line) -> str:
+        """A line in words, which name the protocol where photos have groups."""
+        grouped = any(each.protocol == "across groups" for each in self.lines)
+        words = [f"{line.shape.ways}-way {line.shape.shots}-shot", line.protocol if grouped else ""]
+        return ", ".join(filter(None, [*words, "transductive" if line.transductive else ""]))
 
     @property
     def identity(self) -> str:
@@ -289,6 +297,7 @@ class Promotion:
     champion: int | None  # the version that it was compared with
     why: str
     judged: bool = True  # not where the champion could not be measured
+    warnings: tuple[str, ...] = ()  # what whoever uses it must know
 
     @property
     def identity(self) -> str:

@@ -15,6 +15,7 @@ import torch
 from kshot.evaluation import answers, drawn
 from kshot_flows import curves, heads, learners, tracking
 from kshot_flows.products import DataVersion, Line, Scores, Trained
+from kshot_flows.tables import TRUST, trust
 
 if TYPE_CHECKING:
     from kshot.recipe import Recipe
@@ -73,8 +74,9 @@ def log_scores(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scor
         "scores",
         [
             {
-                "episodes": str(line.shape), "transductive": line.transductive, "count": line.episodes,
-                "accuracy": line.accuracy, "margin": line.margin, "ece": line.ece, **_unknown(line),
+                "episodes": str(line.shape), "protocol": line.protocol, "transductive": line.transductive,
+                "count": line.episodes, "accuracy": line.accuracy, "margin": line.margin, "ece": line.ece,
+                **_unknown(line),
             }
             for line in scores.lines
         ],
@@ -89,20 +91,21 @@ def _unknown(line: Line) -> dict[str, float]:
     """What was found of unknown classes, by the names that metrics and columns have."""
     found = line.open_set
     return {} if found is None else {
-        "auroc": found.auroc, "false_accepts": found.false_accepts, "known_accepted": found.accepted,
+        "accepted": found.accepted, "false_accepts": found.false_accepts, "auroc": found.auroc,
     }  # fmt: skip
 
 
 def _note(scores: Scores) -> str:
     """What MLflow's page of the run says first: how good it is, and where the pictures are. Markdown."""
+    head = ["test episodes", "accuracy (95 % interval)", *(words.replace("\n", " ") for words in TRUST)]
     rows = [
-        f"| {line.label} | **{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %** | {100 * line.ece:.1f} % |"
+        [scores.label(line), f"**{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %**",
+         *trust(line.ece, line.open_set)]
         for line in scores.lines
-    ]
-    head = ["| test episodes | accuracy (95 % interval) | calibration error |", "| --- | --- | --- |"]
-    return "\n".join(
-        [*head, *rows, "", "Pictures are under Artifacts, in `pictures`; the served model is the bundle there."]
-    )
+    ]  # fmt: skip
+    table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    where = "Pictures are under Artifacts, in `pictures`; the served model is the bundle there."
+    return "\n".join([*table, "", where])
 
 
 def _draw(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
@@ -120,14 +123,17 @@ def _draw(run: tracking.Run, recipe: Recipe, learner: Trained, scores: Scores) -
     first = scores.lines[0]
     with np.load(scores.arrays.file) as arrays:
         for line in scores.lines:
-            title = f"Accuracy by episode, {line.label}"
+            title = f"Accuracy by episode, {scores.label(line)}"
             run.picture(f"episodes-{line.key}", pictures.episode_accuracies(arrays[f"{line.key}.accuracies"], title))
         run.picture(
             "reliability",
             pictures.reliability(
-                arrays[f"{first.key}.confidences"], arrays[f"{first.key}.right"], ece=first.ece, title=first.label
+                arrays[f"{first.key}.confidences"], arrays[f"{first.key}.right"],
+                ece=first.ece, title=scores.label(first),
             ),
-        )
+        )  # fmt: skip
+    if first.open_set and (fit := scores.calibration_for(first.shape)):
+        run.picture("unknown", pictures.unknown(fit, first.open_set, title=scores.label(first)))
     _draw_episode(run, recipe, learner, scores)
 
 

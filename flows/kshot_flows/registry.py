@@ -251,6 +251,7 @@ def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
     # The verdict is read through the report, so that the two cannot disagree; `gate` is for people.
     door.set_model_version_tag(name, str(version), "gate.report", uri)
     door.set_model_version_tag(name, str(version), "gate", "passed" if judged.passed else "failed")
+    door.set_model_version_tag(name, str(version), "gate.warnings", "; ".join(judged.warnings))
     return uri
 
 
@@ -283,6 +284,7 @@ def trace(name: str, version: int) -> Trace:
         "bundle": known.source or "",
         **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
         "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
+        "mind": tags.get("gate.warnings", ""),
     }
     about = [entry for entry in moves.read_log(door, name).entries if version in (entry.version, entry.displaced)]
     return Trace(name, version, {key: value for key, value in facts.items() if value}, about)

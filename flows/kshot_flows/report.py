@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
+from kshot.statistics import interval
 from kshot_flows import progress, tracking
 from kshot_flows.engine import Done
-from kshot_flows.products import DataVersion, Exported, Product, Promotion, Registered, Scores, Trained, relative
-from kshot_flows.tables import table
+from kshot_flows.products import (
+    Attempt,
+    DataVersion,
+    Exported,
+    Product,
+    Promotion,
+    Registered,
+    Scores,
+    Trained,
+    relative,
+)  # fmt: skip
+from kshot_flows.tables import TRUST, numbers, table, trust
 
 if TYPE_CHECKING:
+    from kshot.episodes import Shape
     from kshot_flows.compare import Comparison
 
 T = TypeVar("T")
@@ -24,6 +36,8 @@ def show(done: Sequence[Done], command: str) -> None:
     out = progress.console()
     out.print(_steps(done))
     products = [step.product for step in done]
+    if (trained := _find(products, Trained)) and trained.tried:
+        out.print(_tried(trained))
     if scores := _find(products, Scores):
         out.print(_scores(scores))
     bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
@@ -58,6 +72,14 @@ def _steps(done: Sequence[Done]) -> Table:
     return listed
 
 
+def _size(shape: Shape) -> str:
+    return f"{shape.ways}-way {shape.shots}-shot"
+
+
+def _percent(accuracy: float, margin: float) -> str:
+    return f"{100 * accuracy:.2f} ± {100 * margin:.2f} %"
+
+
 def _summary(product: Product) -> str:
     match product:
         case DataVersion():
@@ -66,9 +88,10 @@ def _summary(product: Product) -> str:
         case Trained():
             if product.validation is None or product.margin is None:
                 return "taken as it was built"
-            best = f"{100 * product.validation:.2f} ± {100 * product.margin:.2f} % on validation"
+            episodes = f"{_size(product.shape)} validation" if product.shape else "validation"
+            best = f"{_percent(product.validation, product.margin)} on {episodes} episodes"
             if product.steps == 0:
-                return f"taken as it was built: {best}"
+                return f"{product.chosen or 'taken as it was built'}: {best}"
             return f"{best} at step {product.best_step} of {product.steps}, {product.seconds:.0f} s of training"
         case Scores():
             return f"{product.lines[0].episodes} episodes of each shape from {product.split}"
@@ -83,32 +106,39 @@ def _summary(product: Product) -> str:
             return f"{product.stage}: {product.why}"
 
 
+def _tried(trained: Trained) -> Table:
+    """The best head of each learner, and which of them was chosen."""
+    shapes = trained.tried[0].shapes
+    listed = table("heads tried, the best of each learner", *map(_size, shapes), "seconds", "")
+    numbers(listed, len(shapes) + 1)
+    best: dict[str, Attempt] = {}
+    for one in sorted(trained.tried, key=lambda one: -one.accuracy):
+        best.setdefault(one.label.split()[0], one)
+    for learner, one in best.items():
+        accuracies = [_percent(*each) for each in zip(one.accuracies, one.margins, strict=True)]
+        about = ["[bold green]chosen[/]" if one.label == trained.chosen else ""]
+        about += ["the baseline" if learner == "cosine" else ""]
+        listed.add_row(escape(one.label), *accuracies, f"{one.seconds:.1f}", ", ".join(filter(None, about)))
+    return listed
+
+
 def _scores(scores: Scores) -> Table:
-    listed = table(
-        "test episodes",
-        "queries",
-        "accuracy\n(95 % interval)",
-        "calibration\nerror",
-        "unknown\nlet in",
-        "known\nlet in",
-    )
+    listed = table("test episodes", "accuracy (±:\n95 % interval)", *TRUST)
+    numbers(listed, 1 + len(TRUST))
     for line in scores.lines:
-        told = line.open_set
-        listed.add_row(
-            line.label,
-            str(line.shape.queries),
-            f"[bold]{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %[/bold]",
-            f"{100 * line.ece:.1f} %",
-            *(["", ""] if told is None else [f"{100 * told.false_accepts:.1f} %", f"{100 * told.accepted:.1f} %"]),
-        )
+        measured = f"[bold]{_percent(line.accuracy, line.margin)}[/bold]"
+        listed.add_row(scores.label(line), measured, *trust(line.ece, line.open_set))
+        if line is scores.lines[0] and (cosine := scores.cosine()) is not None:
+            listed.add_row("cosine baseline", _percent(*interval(cosine)))
     return listed
 
 
 def _verdict(promotion: Promotion) -> str:
     what = f"{promotion.name} version {promotion.version}"
-    if promotion.stage == "Production":
-        return f"[bold green]{what} is in production.[/bold green]"
-    return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {escape(promotion.why)}"
+    if promotion.stage != "Production":
+        return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {escape(promotion.why)}"
+    mind = escape(f" Mind: it {'; '.join(promotion.warnings)}." if promotion.warnings else "")
+    return f"[bold green]{what} is in production.[/bold green][yellow]{mind}[/yellow]"
 
 
 def _next(bundle: Exported, version: Registered, promotion: Promotion, command: str) -> str:

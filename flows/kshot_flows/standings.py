@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kshot.calibration import OpenSet
 from kshot.episodes import Shape
 from kshot.statistics import interval
 
@@ -15,18 +16,31 @@ Verdict = Literal["better", "worse", "no difference"]
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How episodes are drawn: their size, and by which protocol."""
+
+    shape: Shape
+    protocol: str = "random photos"
+
+
+@dataclass(frozen=True)
 class Measured:
-    """One recipe's accuracy on some episodes, and how far it is from another's on the very same ones."""
+    """One recipe's accuracy on some episodes, how far it is from another's on the very same ones, and its calibration.
+
+    The last two are of all episodes that the recipe asks for.
+    """
 
     accuracy: float
     margin: float  # half the 95 % interval, as below
     difference: float
     difference_margin: float
+    ece: float
+    open_set: OpenSet | None
 
     @classmethod
-    def of(cls, accuracies: np.ndarray, reference: np.ndarray) -> Measured:
+    def of(cls, accuracies: np.ndarray, reference: np.ndarray, ece: float, open_set: OpenSet | None) -> Measured:
         """From the accuracy of every episode: (episodes,), in the same order for both."""
-        return cls(*interval(accuracies), *interval(accuracies - reference))
+        return cls(*interval(accuracies), *interval(accuracies - reference), ece, open_set)
 
     @property
     def verdict(self) -> Verdict:
@@ -52,7 +66,7 @@ class Standing:
 
     label: str
     learner: str
-    measured: dict[Shape, Measured]
+    measured: dict[Draw, Measured]
     cost: Cost
 
 
@@ -61,13 +75,18 @@ class Standings:
     """All of them; differences are to the first."""
 
     data: str
-    episodes: dict[Shape, int]  # of each shape that all recipes share: how many all of them played
+    episodes: dict[Draw, int]  # of each kind that all recipes share: how many all of them played
     rows: tuple[Standing, ...]
     rounds: int  # over which times were taken
 
     @property
-    def shapes(self) -> list[Shape]:
+    def draws(self) -> list[Draw]:
         return list(self.episodes)
+
+    def label(self, draw: Draw) -> str:
+        """Episodes in words, which name the protocol where photos have groups."""
+        grouped = any(each.protocol == "across groups" for each in self.draws)
+        return f"{draw.shape.ways}-way {draw.shape.shots}-shot" + (f", {draw.protocol}" if grouped else "")
 
     @property
     def reference(self) -> Standing:
@@ -78,14 +97,17 @@ class Standings:
         rows = []
         for row in self.rows:
             episodes = [
-                {**asdict(shape), "count": self.episodes[shape], **asdict(measured), "verdict": measured.verdict}
-                for shape, measured in row.measured.items()
-            ]
+                {
+                    **asdict(draw.shape), "protocol": draw.protocol, "count": self.episodes[draw],
+                    **asdict(measured), "verdict": measured.verdict,
+                }
+                for draw, measured in row.measured.items()
+            ]  # fmt: skip
             rows.append({"recipe": row.label, "learner": row.learner, **asdict(row.cost), "episodes": episodes})
         return {
             "data": self.data,
             "reference": self.reference.label,
-            "adapted_to": asdict(self.shapes[0]),
+            "adapted_to": asdict(self.draws[0].shape),
             "rounds": self.rounds,
             "rows": rows,
         }

@@ -10,12 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from kshot.episodes import Shape
-from kshot_flows.standings import Measured, Standings
+from kshot_flows.standings import Draw, Measured, Standings
+from kshot_flows.tables import TRUST, numbers, table, trust
 
 _COLOURS = {"better": "#3a923a", "worse": "#d9822b", "no difference": "#2f6fad"}  # told apart in grey too
 _REFERENCE, _GREY = "#222222", "#8a8a8a"
@@ -33,46 +31,53 @@ _COSTS = {
 def tables(found: Standings) -> Iterator[Any]:
     """What the terminal shows."""
     yield f"\n[bold]The same test episodes for all, of {found.data}[/bold]"
-    table = _table("accuracy in %", "difference", "")
-    for shape in found.shapes:
-        table.add_row(f"[bold]{_words(shape)}[/bold]", f"[dim]{found.episodes[shape]:,} episodes[/dim]")
+    listed = table("in %", "accuracy", "difference", "ECE", *TRUST[1:])
+    numbers(listed, 6)
+    for draw in found.draws:
+        listed.add_row(f"[bold]{found.label(draw)}[/bold]", f"[dim]{found.episodes[draw]:,} episodes[/dim]")
         for row in found.rows:
-            measured = row.measured[shape]
-            if row is found.reference:
-                difference, verdict = "", "[dim]the reference[/dim]"
-            else:
-                difference = _points(measured)
-                verdict = f"[{_STYLES[measured.verdict]}]{measured.verdict}[/]"
-            table.add_row(f"  {escape(row.label)}", _percent(measured), difference, verdict)
-        table.add_section()
-    yield table
-    shape = found.shapes[0]
-    table = _table("adapting", "one photo", "parameters", "bundle")
+            measured = row.measured[draw]
+            difference = "[dim]the reference[/dim]"
+            if row is not found.reference:
+                difference = f"{_points(measured)}\n[{_STYLES[measured.verdict]}]{measured.verdict}[/]"
+            cells = [cell.removesuffix(" %") for cell in trust(measured.ece, measured.open_set)]
+            listed.add_row(escape(row.label), _percent(measured), difference, *cells)
+        listed.add_section()
+    yield listed
+    shape = found.draws[0].shape
+    listed = table("", "adapting", "one photo", "parameters", "bundle")
+    numbers(listed, 4)
     for row in found.rows:
-        table.add_row(escape(row.label), *(cell(row.cost)[1] for cell in _COSTS.values()))
-    yield table
+        listed.add_row(escape(row.label), *(cell(row.cost)[1] for cell in _COSTS.values()))
+    yield listed
     yield (
-        f"[dim]± is half a 95 % interval; a difference is paired, episode by episode. Times: the ONNX bundle on one "
-        f"CPU thread, adapting to {shape.ways * shape.shots} photos ({_words(shape)}), classifying photos one at a "
-        f"time; medians of {found.rounds} rounds in turns.[/dim]\n"
+        f"[dim]± is half a 95 % interval; a difference is paired, episode by episode. ECE: calibration error. Known "
+        "that pass and unknown let in: photos, at the default threshold. Times: the ONNX bundle on one "
+        f"CPU thread, adapting to {shape.ways * shape.shots} photos ({found.label(found.draws[0])}), classifying "
+        f"photos one at a time; medians of {found.rounds} rounds in turns.[/dim]\n"
     )
 
 
 def picture(found: Standings) -> Figure:
-    """Accuracies above, a panel for each shape, coloured by how they differ from the first; costs below."""
+    """Accuracies above, a panel for each kind of episode, coloured by how they differ from the first.
+
+    Below them known photos that pass and unknown ones let in, and last the costs.
+    """
     labels = ["\n".join(textwrap.wrap(row.label, _LABEL, break_long_words=False)) for row in found.rows]
     lines = sum(label.count("\n") + 1 for label in labels)
     height = max(0.42 * len(labels), 0.2 * lines)
-    figure = Figure(figsize=(11.5, 2 * (height + 0.75) + 1.0), layout="constrained")
-    [upper], [lower] = figure.subfigures(2, 1, squeeze=False, hspace=0.06)
-    panels = upper.subplots(1, len(found.shapes), sharey=True, squeeze=False)[0]
-    for axes, shape in zip(panels, found.shapes, strict=True):
-        _accuracies(axes, found, shape)
+    width = max(11.5, 2.9 * len(found.draws))
+    figure = Figure(figsize=(width, 3 * (height + 0.75) + 1.0), layout="constrained")
+    [upper], [middle], [lower] = figure.subfigures(3, 1, squeeze=False, hspace=0.06)
+    panels, trusted = (part.subplots(1, len(found.draws), sharey=True, squeeze=False)[0] for part in (upper, middle))
+    for above, below, draw in zip(panels, trusted, found.draws, strict=True):
+        _accuracies(above, found, draw)
+        _trust(below, found, draw)
     costs = lower.subplots(1, len(_COSTS), sharey=True, squeeze=False)[0]
     for axes, (title, cell) in zip(costs, _COSTS.items(), strict=True):
-        support = found.shapes[0].ways * found.shapes[0].shots
+        support = found.draws[0].shape.ways * found.draws[0].shape.shots
         _cost(axes, title.format(support=support), [cell(row.cost) for row in found.rows])
-    for first in (panels[0], costs[0]):
+    for first in (panels[0], trusted[0], costs[0]):
         first.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], fontsize=9)
         first.set_ylim(len(labels) - 0.5, -0.5)
     counts = sorted({f"{count:,}" for count in found.episodes.values()})
@@ -81,15 +86,15 @@ def picture(found: Standings) -> Figure:
     )
     how = "under each accuracy, the difference to the reference in points; ± is half a 95 % interval"
     figure.legend(
-        handles=_legend(), loc="outside lower center", ncols=4, fontsize=8.5, frameon=False,
-        title=f"{how}; times on one CPU thread", title_fontsize=8.5,
+        handles=_legend(), loc="outside lower center", ncols=6, fontsize=8.5, frameon=False,
+        title=f"{how}; ECE is the calibration error; times on one CPU thread", title_fontsize=8.5,
     )  # fmt: skip
     return figure
 
 
-def _accuracies(axes: Axes, found: Standings, shape: Shape) -> None:
+def _accuracies(axes: Axes, found: Standings, draw: Draw) -> None:
     for place, row in enumerate(found.rows):
-        measured = row.measured[shape]
+        measured = row.measured[draw]
         colour = _REFERENCE if row is found.reference else _COLOURS[measured.verdict]
         axes.errorbar(
             measured.accuracy, place, xerr=measured.margin, fmt="o", markersize=7, capsize=4, linewidth=2, color=colour
@@ -101,11 +106,33 @@ def _accuracies(axes: Axes, found: Standings, shape: Shape) -> None:
         )
         if not alone:
             axes.annotate(_points(measured), (1, place), xytext=(5, -6), va="center", fontsize=7, **beside)
-    axes.axvline(found.reference.measured[shape].accuracy, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_title(f"accuracy, {_words(shape)}", fontsize=9.5)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.axvline(found.reference.measured[draw].accuracy, color=_GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.margins(x=0.12)
+    _shares(axes, f"accuracy, {found.label(draw)}")
+
+
+def _trust(axes: Axes, found: Standings, draw: Draw) -> None:
+    for place, row in enumerate(found.rows):
+        measured = row.measured[draw]
+        words = f"ECE {100 * measured.ece:.1f}"
+        if unknown := measured.open_set:
+            words += f"\nAUROC {100 * unknown.auroc:.1f}"
+            axes.plot([unknown.false_accepts, unknown.accepted], [place] * 2, color=_GREY, linewidth=1.2, zorder=1)
+            axes.plot(unknown.accepted, place, "o", markersize=7, color=_REFERENCE)
+            axes.plot(unknown.false_accepts, place, "o", markersize=7, color=_REFERENCE, markerfacecolor="white")
+        axes.annotate(
+            words, (1, place), (5, 0), va="center", fontsize=7,
+            xycoords=("axes fraction", "data"), textcoords="offset points",
+        )  # fmt: skip
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_xticks([0, 0.5, 1])
+    _shares(axes, f"unknown photos, {found.label(draw)}")
+
+
+def _shares(axes: Axes, title: str) -> None:
+    axes.set_title(textwrap.fill(title, 34), fontsize=9.5)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     _plain(axes)
@@ -134,19 +161,12 @@ def _legend() -> list[Line2D]:
         "no difference to it": _COLOURS["no difference"],
         "worse than it": _COLOURS["worse"],
     }
-    return [Line2D([], [], marker="o", linewidth=2, color=colour, label=name) for name, colour in shown.items()]
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
-    return table
-
-
-def _words(shape: Shape) -> str:
-    return f"{shape.ways}-way {shape.shots}-shot"
+    dots = {"known photos that pass": _REFERENCE, "unknown ones let in": "white"}
+    return [
+        *(Line2D([], [], marker="o", linewidth=2, color=colour, label=name) for name, colour in shown.items()),
+        *(Line2D([], [], marker="o", linewidth=0, color=_REFERENCE, markerfacecolor=colour, label=name)
+          for name, colour in dots.items()),
+    ]  # fmt: skip
 
 
 def _percent(measured: Measured) -> str:

@@ -212,9 +212,11 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
     """
     settings = GateSettings.of(recipe.gate)
     name, number = version.name, version.version
-    stage = next(known.stage for known in registry.versions(name) if known.version == number)
+    stage = next(one.stage for one in registry.versions(name) if one.version == number)
     if stage is Stage.PRODUCTION:
-        return Promotion(name, number, stage, number, "it is in production already")
+        known = registry.gate_report(name, number)
+        warnings = known.warnings if known else ()
+        return Promotion(name, number, stage, number, "it is in production already", warnings=warnings)
     if stage is Stage.ARCHIVED:
         why = f"it was archived, and only a person brings it back: kshot promote {name} {number} production"
         return Promotion(name, number, stage, registry.champion(name), why)
@@ -236,7 +238,7 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
         with suppress(StageConflictError):  # another version came first: meet that one
             why = "passed the gate" + (f" against version {champion}" if champion else ", the first version")
             registry.promote(name, number, Stage.PRODUCTION, why=why)
-            return Promotion(name, number, Stage.PRODUCTION, champion, why)
+            return Promotion(name, number, Stage.PRODUCTION, champion, why, warnings=report.warnings)
 
 
 def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kshot.calibration import OpenSet
+
+TRUST = ("calibration\nerror", "known\nthat\npass", "unknown\nlet in", "AUROC")
+
 
 def table(*columns: str, **more: Any) -> Table:
     """An empty table with these columns, which fold what is long; `more` is what rich's Table takes."""
@@ -17,3 +21,15 @@ def table(*columns: str, **more: Any) -> Table:
     for column in columns:
         made.add_column(column, overflow="fold")
     return made
+
+
+def numbers(table: Table, count: int) -> None:
+    """Let the `count` columns after the first hold numbers: to the right, and never folded."""
+    for column in table.columns[1 : 1 + count]:
+        column.justify, column.no_wrap = "right", True
+
+
+def trust(ece: float, found: OpenSet | None) -> list[str]:
+    """The cells of `TRUST`: how far to trust answers at the default threshold; empty where nothing was unknown."""
+    pair = ["", "", ""] if found is None else [found.accepted, found.false_accepts, found.auroc]
+    return [share if isinstance(share, str) else f"{100 * share:.1f} %" for share in (ece, *pair)]
