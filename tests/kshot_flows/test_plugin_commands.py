@@ -342,6 +342,45 @@ def test_a_promise_that_a_head_breaks_is_told_in_the_words_of_a_head(
     assert words in failure(tmp_path, check).what
 
 
+LEARNS = """
+    def __init__(self, backbone, config):
+        super().__init__(backbone, config)
+        self.register_buffer("scale", torch.ones(backbone.features))
+    def learn_statistics(self, base):
+        self.scale = STATISTICS
+    def fit"""
+
+BROKEN_STATISTICS = {
+    "they depend on the order of the base classes": (
+        "next(iter(base)).std(0)",
+        "base classes in another order: logits differ by",
+    ),
+    "they are drawn": ("torch.rand(self.backbone.features)", "base classes in another order: logits differ by"),
+    "they are no numbers": ("self.scale.log() / 0", "learn_statistics made the buffer scale infinite, or NaN"),
+    "they cost accuracy": ("0 * self.scale", "unseen classes should not lose"),
+    "they are parameters": (
+        "next(self.backbone.parameters()).data.add_(1).sum() * self.scale",
+        "learn_statistics changed the parameter backbone.blocks.0.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [None, *BROKEN_STATISTICS])
+def test_a_head_in_closed_form_is_held_to_what_its_statistics_are(
+    how: str | None, installed: Callable[..., Path], tmp_path: Path
+) -> None:
+    statistics, words = BROKEN_STATISTICS[how] if how else ("torch.stack([part.std(0) for part in base]).mean(0)", "")
+    learns = LEARNS.replace("STATISTICS", statistics).lstrip()
+    installed(("def fit", learns), (FIT, f"features = features * self.scale; {FIT}"),
+              (LOGITS, f"features = features * self.scale; {LOGITS}"), source=HEAD)  # fmt: skip
+    if how:
+        assert words in failure(tmp_path, "learns_a_toy_problem").what
+    else:
+        [learns_check] = [each for each in testing.CHECKS if each.__name__ == "learns_a_toy_problem"]
+        outcome = plugin_check.run(learns_check, plugin_check.subject("mine", [], tmp_path))
+        assert (outcome.failure, outcome.exempt) == (None, None)
+
+
 def test_a_head_that_cannot_be_batched_may_say_so(installed: Callable[..., Path], tmp_path: Path) -> None:
     """Steps by kshot.gradient do not run under vmap, so a FeatureLoop says it by itself."""
     [batch] = [each for each in testing.CHECKS if each.__name__.startswith("episodes_of_a_batch")]

@@ -144,10 +144,10 @@ def test_fine_tunings_step_size_cannot_diverge():
         pixels([1, 0], [1, 0], [-1, 0]),
         pixels([1, 0], [1, 0.01], [1, 0.02]),
     ):
-        losses = []
-        for steps in range(0, 101, 5):
-            state = learner.adapt(images, LABELS, CLASSES, steps=steps)
+        state, losses = learner.start(images.flatten(1), LABELS, CLASSES), []
+        for _ in range(learner.steps):
             losses.append(float(torch.nn.functional.cross_entropy(learner.classify(state, images), (LABELS - 7) // 2)))
+            state = learner.update(state, images.flatten(1), LABELS, CLASSES)
         assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
