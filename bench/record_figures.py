@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kshot.datasets import splits_of
-from kshot.recipe import Recipe
+from kshot.recipe import LearnerSettings, Recipe
 from kshot.training import Training
 from kshot_flows import figures, keys, learners, shipped
 from kshot_flows.figures import Figure, Run, Trust
@@ -53,16 +53,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def found(asked: argparse.Namespace) -> Run:
     """The run that a recipe with these changes gave in a project."""
     recipe = shipped.load(asked.recipe, asked.changes)
-    folder = _folder(asked.project, recipe)
+    folder, made = _made(asked.project, recipe)
     scores = _scores(folder, recipe)
-    last = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+    last = torch.load(folder / "last.pt", weights_only=True, map_location="cpu") if recipe.training.steps else {}
     return Run(
         method=asked.method or recipe.name.removeprefix(f"{recipe.dataset.name}-"),
         data=_data(recipe),
-        learner=recipe.learner.name,
+        learner=made.learner.one,
         command=shlex.join(["kshot", "run", asked.recipe, *asked.changes]),
         trained=", ".join(filter(None, [_trained(recipe, last), asked.note])),
-        minutes=round(last["seconds"] / 60),
+        minutes=round(last["seconds"] / 60) if last else None,
         memory_gb=asked.memory,
         machine=asked.machine,
         episodes=recipe.evaluation.episodes,
@@ -78,15 +78,29 @@ def _data(recipe: Recipe) -> str:
     return " to ".join([recipe.dataset.name, *tested])
 
 
-def _folder(project: Path, recipe: Recipe) -> Path:
-    """Where the training was: by its content, as its name also holds a hash of code that may have changed since."""
+def _made(project: Path, recipe: Recipe) -> tuple[Path, Recipe]:
+    """Where the training was, and the recipe that it left, which has one learner with all its settings.
+
+    Found by its content, as the folder's name also holds a hash of code that may have changed since.
+    """
     wanted = _training(recipe)
     places = sorted(project.glob(f"runs/{recipe.name}/*/learner.pt"), key=lambda file: file.stat().st_mtime)
     for file in reversed(places):
-        about, _ = learners.read(file)
-        if _training(Recipe.model_validate(about["recipe"])) == wanted:
-            return file.parent
+        made = learners.recipe(file)
+        if any(_training(one) == _training(made) for one in _candidates(recipe, made)):
+            return file.parent, made
     raise KshotError(f"of {len(places)} trainings in {project}/runs/{recipe.name}, none is of this recipe: {wanted}")
+
+
+def _candidates(recipe: Recipe, made: Recipe) -> list[Recipe]:
+    """The recipe, or where it leaves a choice to validation, each choice with the settings that were found for it."""
+    if recipe.training.steps:
+        return [recipe]
+    found = {**made.learner.options, "name": made.learner.name}
+    return [
+        one.model_copy(update={"learner": LearnerSettings(**{**found, **one.learner.model_dump()})})
+        for one in recipe.variants()
+    ]
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -94,13 +108,13 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 
 def _scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """The newest scores there on the recipe's test episodes."""
+    """The newest scores there on the recipe's test episodes, by its own protocol."""
     shapes = {(shape.ways, shape.shots, shape.queries) for shape in recipe.evaluation.shapes}
     for file in sorted(folder.glob("scores-*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         lines: list[dict[str, Any]] = json.loads(file.read_text())["lines"]
         tested = {tuple(line["shape"][key] for key in ("ways", "shots", "queries")) for line in lines}
         if tested == shapes and lines[0]["episodes"] == recipe.evaluation.episodes:
-            return lines
+            return [line for line in lines if line["protocol"] == lines[0]["protocol"]]
     raise KshotError(f"{folder} holds no scores of these test episodes ({recipe.evaluation}); is the run finished?")
 
 
@@ -129,9 +143,9 @@ def _name(line: dict[str, Any]) -> str:
 
 
 def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
-    how, steps = recipe.training, last["step"]
+    how, steps = recipe.training, last.get("step", 0)
     if steps == 0:
-        return "not meta-trained: as it was built"
+        return "not meta-trained"
     if any(name.split(".")[0] == "base" for name in last["learner"]):  # a head over all base classes: class training
         images = how.ways * (how.shapes[0].shots + how.queries) * how.episodes_per_step
         before = min(steps, recipe.learner.options.get("pretrain", steps))

@@ -39,7 +39,7 @@ class Trust(NamedTuple):
     ece: float  # expected calibration error
     auroc: float | None  # of telling unknown classes from known ones
     false_accepts: float | None  # queries of unknown classes that pass
-    accepted: float | None  # queries of known classes that pass, where 95 % of validation's did
+    accepted: float | None  # queries of known classes that pass, at the same threshold
 
 
 Shape = Annotated[str, Field(pattern=r"^\d+w\d+s$")]

@@ -263,7 +263,7 @@ def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
         expected=tuple(
             manifest.Accuracy(**asdict(line.shape), episodes=line.episodes, accuracy=line.accuracy, margin=line.margin)
             for line in score.lines
-            if not line.transductive
+            if not line.transductive and line.protocol == score.lines[0].protocol
         ),
         source=manifest.Source(
             dataset="+".join(learned_from), dataset_hash=own.digest,

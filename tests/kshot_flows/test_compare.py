@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from kshot.calibration import OpenSet
 from kshot.episodes import Shape
 from kshot_flows import compare, report, shipped, standings_view, tracking
 from kshot_flows.compare import Comparison, entrants, shared_shapes
 from kshot_flows.pipeline import run as pipeline_run
-from kshot_flows.standings import Cost, Measured, Standing, Standings
+from kshot_flows.standings import Cost, Draw, Measured, Standing, Standings
 from kshot_runtime.errors import KshotError
 
+DRAW = Draw(Shape(3, 1, 3))
 COMMON = ("training.steps=20", "training.validation_episodes=5")
 
 
@@ -67,11 +69,11 @@ def episodes(project: Project, width: int) -> np.ndarray:
 
 def test_all_are_measured_on_the_episodes_that_they_share(project: Project) -> None:
     found = project.found.standings
-    assert found.episodes == {Shape(3, 1, 3): 40}
+    assert found.episodes == {DRAW: 40}
     assert found.data == "patterns:test"
     wide, narrow = episodes(project, 8), episodes(project, 4)
     assert (len(wide), len(narrow)) == (60, 40)
-    first, second = (row.measured[Shape(3, 1, 3)] for row in found.rows)
+    first, second = (row.measured[DRAW] for row in found.rows)
     assert first.accuracy == wide[:40].mean()
     assert second.accuracy == narrow.mean()
     difference = narrow - wide[:40]
@@ -123,12 +125,17 @@ def test_a_run_of_the_pipeline_uses_the_training_of_a_comparison(project: Projec
 def test_the_result_says_who_is_better_what_it_costs_and_where_the_picture_is(
     project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     report.show_comparison(project.found, "kshot compare a b")
     shown = capsys.readouterr().out
     second = project.found.standings.rows[1]
-    measured = second.measured[Shape(3, 1, 3)]
-    assert f"{100 * measured.accuracy:.2f} ± {100 * measured.margin:.2f}" in shown
+    measured = second.measured[DRAW]
+    assert measured.open_set is not None
+    shares = measured.ece, measured.open_set.accepted, measured.open_set.false_accepts, measured.open_set.auroc
+    difference = f"{100 * measured.difference:+.2f} ± {100 * measured.difference_margin:.2f}".replace("-", "−")
+    [row] = [line.split() for line in shown.splitlines() if difference in line]
+    assert row[1:4] == [f"{100 * measured.accuracy:.2f}", "±", f"{100 * measured.margin:.2f}"]
+    assert row[-4:] == [f"{100 * share:.1f}" for share in shares]
     assert measured.verdict in shown
     assert "adapting to 3 photos (3-way 1-shot)" in " ".join(shown.split())
     assert f"{second.cost.parameters:,}" in shown
@@ -137,23 +144,27 @@ def test_the_result_says_who_is_better_what_it_costs_and_where_the_picture_is(
 
 def test_a_difference_is_taken_episode_by_episode() -> None:
     ours, theirs = np.array([0.9, 0.7, 0.8, 0.6]), np.array([0.8, 0.6, 0.7, 0.5])  # always 0.1 more
-    measured = Measured.of(ours, theirs)
+    measured = Measured.of(ours, theirs, 0.02, None)
     assert measured.difference == pytest.approx(0.1)
     assert measured.difference_margin == pytest.approx(0, abs=1e-9)
     assert measured.verdict == "better"
-    assert Measured.of(theirs, ours).verdict == "worse"
+    assert Measured.of(theirs, ours, 0.02, None).verdict == "worse"
     assert measured.margin == pytest.approx(1.96 * np.std(ours, ddof=1) / 2)
 
 
 def test_an_interval_that_holds_zero_is_no_difference() -> None:
-    assert Measured(0.9, 0.01, 0.02, 0.03).verdict == "no difference"
-    assert Measured.of(np.array([0.5, 0.7]), np.array([0.5, 0.7])).verdict == "no difference"
+    assert Measured(0.9, 0.01, 0.02, 0.03, 0.02, None).verdict == "no difference"
+    assert Measured.of(np.array([0.5, 0.7]), np.array([0.5, 0.7]), 0.02, None).verdict == "no difference"
 
 
 @pytest.mark.parametrize("rows", [2, 12])
 @pytest.mark.parametrize("shapes", [1, 4])
-def test_the_picture_takes_any_number_of_recipes_and_shapes(rows: int, shapes: int, tmp_path: Path) -> None:
-    counts = {Shape(5 * number, 1, 5): 300 for number in range(1, shapes + 1)}
+@pytest.mark.parametrize("protocols", [["random photos"], ["across groups", "random photos"]])
+def test_the_picture_takes_any_number_of_recipes_and_kinds_of_episode(
+    rows: int, shapes: int, protocols: list[str], tmp_path: Path
+) -> None:
+    draws = [Draw(Shape(5 * number, 1, 5), each) for number in range(1, shapes + 1) for each in protocols]
+    counts = dict.fromkeys(draws, 300)
     differences = [0, 0.2, -0.2, 0.01] * 3
     standings = Standings(
         "glyphs:test",
@@ -161,7 +172,11 @@ def test_the_picture_takes_any_number_of_recipes_and_shapes(rows: int, shapes: i
         tuple(
             Standing(
                 f"recipe {number} with.long.change=1000 and $", "protonet",
-                {shape: Measured(0.7 + differences[number], 0.02, differences[number], 0.05) for shape in counts},
+                {
+                    draw: Measured(0.7 + differences[number], 0.02, differences[number], 0.05, 0.02,
+                                   OpenSet(0.8, 0.2, 0.9, 0.5, 200) if number else None)
+                    for draw in draws
+                },
                 Cost(10**number / 1e6, 0.5, 29_000, 200_000),
             )
             for number in range(rows)
@@ -170,8 +185,12 @@ def test_the_picture_takes_any_number_of_recipes_and_shapes(rows: int, shapes: i
     )  # fmt: skip
     figure = standings_view.picture(standings)
     figure.savefig(tmp_path / "picture.png", dpi=40)  # warnings are errors
-    accuracies, costs = (part.axes for part in figure.subfigs)
-    assert (len(accuracies), len(costs)) == (shapes, 4)
+    accuracies, trust, costs = (part.axes for part in figure.subfigs)
+    assert (len(accuracies), len(trust), len(costs)) == (len(draws), len(draws), 4)
+    assert len(trust[0].lines) == 3 * (rows - 1)  # unknown photos were tried with all but the first
+    titles = [axes.get_title().replace("\n", " ") for axes in accuracies]
+    assert titles[0] == "accuracy, 5-way 1-shot" + (", across groups" if len(protocols) == 2 else "")
+    assert len(set(titles)) == len(draws)
     colours = [to_hex(container.lines[0].get_color()) for container in accuracies[0].containers]
     expected = [
         standings_view._REFERENCE,

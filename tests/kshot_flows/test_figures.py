@@ -122,9 +122,19 @@ def test_a_finished_run_is_found_by_its_recipe_and_becomes_a_row(
     assert run.trained == "5-way 1-shot, 3 queries, 5 episodes, in a test"
     assert (run.minutes, run.memory_gb, run.episodes, run.transductive) == (0, 0.5, 20, {})
     [line] = scores.lines
+    assert line.open_set is not None
+    shares = line.ece, line.open_set.auroc, line.open_set.false_accepts, line.open_set.accepted
+    assert run.trust["3w1s"] == tuple(round(100 * share, 1) for share in shares)
     assert run.inductive == {"3w1s": (round(100 * line.accuracy, 2), round(100 * line.margin, 2))}
 
-    with pytest.raises(KshotError, match=r"of 1 trainings in .*, none is of this recipe"):
+    command = [str(home / "tiny.toml"), "training.steps=0", 'learner.name=["cosine", "protonet"]']
+    recipe = shipped.load(command[0], command[1:])
+    steps.evaluate(recipe, data, learned := steps.meta_train(recipe, data))
+    head = record.found(record.arguments([str(home), *command]))
+    assert learned.chosen.startswith(head.learner)
+    assert (head.trained, head.minutes) == ("not meta-trained", None)
+
+    with pytest.raises(KshotError, match=r"of 2 trainings in .*, none is of this recipe"):
         record.found(record.arguments([str(home), command[0]]))
     with pytest.raises(KshotError, match="no scores of these test episodes"):
         record.found(record.arguments([str(home), *command, "evaluation.shots=[2]"]))

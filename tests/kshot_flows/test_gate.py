@@ -10,7 +10,7 @@ import pytest
 from kshot_flows.gate import EpisodeSet, Evidence, GateReport, GateSettings, judge
 from kshot_runtime.errors import KshotError
 
-EPISODES = EpisodeSet(data="d41d", split="test", ways=5, shots=1, queries=15, seed=7)
+EPISODES = EpisodeSet(data="d41d", split="test", ways=5, shots=1, queries=15, seed=7, protocol="random photos")
 STRICT = GateSettings()
 
 
@@ -32,6 +32,41 @@ def test_a_first_version_is_held_to_absolute_limits_only() -> None:
     assert report.difference is None
     assert report.champion is None
     assert failed(judge(evidence(alternating(0.9, 0.1)), None, GateSettings(min_accuracy=0.95))) == ["accuracy"]
+
+
+def test_a_first_version_may_not_be_worse_than_cosine_on_the_same_backbone_and_episodes() -> None:
+    cosine = alternating(0.7, 0.25)
+    assert judge(evidence(cosine + 0.02, cosine=cosine), None, STRICT).passed
+    worse = evidence(cosine - 0.01, cosine=cosine)
+    report = judge(worse, None, STRICT)
+    assert failed(report) == ["not worse than cosine"]
+    assert report.failures == [
+        "-1.00 points against cosine on the same backbone and episodes, between -1.00 and -1.00 with 95 % confidence; "
+        "at most 0 points may be lost: train for longer, evaluate more episodes, or take learner.name=cosine"
+    ]
+    assert judge(worse, None, GateSettings(margin=0.011)).passed
+    assert judge(worse, evidence(cosine - 0.02), STRICT).passed  # there is a champion, who was measured with it
+
+
+def test_a_version_that_lets_in_many_unknown_photos_passes_with_a_warning_in_words() -> None:
+    usual = evidence(alternating(0.9, 0.1), accepted=0.71, false_accepts=0.5, ece=0.1)
+    assert judge(usual, None, STRICT).warnings == ()
+    report = judge(replace(usual, false_accepts=0.62, ece=0.12), None, STRICT)
+    assert report.passed
+    assert report.warnings == (
+        "lets in 62 % of unknown photos where 71 % of the known pass (50 % is the bound): ask for more photos of each "
+        "class, or set accept",
+        "has a calibration error of 12.0 % (10 % is the bound): add classes to validate on",
+    )
+    assert "Mind:\n\n- lets in 62 % of unknown photos" in report.to_markdown()
+    assert GateReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert judge(usual, None, GateSettings(max_unknown_let_in=0.4)).warnings[0].startswith("lets in 50 %")
+
+
+def test_a_report_from_before_there_were_warnings_has_none() -> None:
+    written = judge(evidence(alternating(0.9, 0.1)), None, STRICT).to_dict()
+    del written["warnings"]
+    assert GateReport.from_dict(written).warnings == ()
 
 
 def test_the_interval_is_1_96_standard_errors_of_the_paired_difference() -> None:
@@ -99,6 +134,7 @@ def test_too_few_episodes_do_not_pass() -> None:
     [
         ({"seed": 8}, "seed 7 against 8"),
         ({"shots": 5}, "shots 1 against 5"),
+        ({"protocol": "across groups"}, "protocol random photos against across groups"),
         ({"data": "beef"}, "data d41d against beef"),
     ],
 )
@@ -117,11 +153,13 @@ def test_another_number_of_episodes_is_an_error_too() -> None:
 def test_what_cannot_be_accuracies_is_refused(accuracies: Any) -> None:
     with pytest.raises(KshotError, match="numbers from 0 to 1"):
         evidence(accuracies)
+    with pytest.raises(KshotError, match="numbers from 0 to 1"):
+        evidence([0.5], cosine=accuracies)
 
 
 def test_evidence_and_report_come_back_from_json_as_they_were() -> None:
     champion = evidence(alternating(0.7, 0.2), version=1)
-    challenger = evidence(alternating(0.72, 0.2), version=2, ece=np.float32(0.04))
+    challenger = evidence(alternating(0.72, 0.2), version=2, ece=np.float32(0.04), cosine=[0.5] * 100)
     again = Evidence.from_dict(json.loads(json.dumps(challenger.to_dict())))
     assert again.to_dict() == challenger.to_dict()
     report = judge(again, champion, GateSettings(latency_ms=1))

@@ -7,6 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from kshot.calibration import Calibration, OpenSet, OperatingPoint
+from kshot.episodes import Shape
 from kshot_flows import pictures
 
 RNG = np.random.default_rng(0)
@@ -69,6 +71,15 @@ def test_reliability_shows_each_bin_where_its_answers_are() -> None:
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [0.5, 1.0]
     assert "5.0 %" in figure.get_suptitle()
+
+
+def test_the_curve_of_unknown_queries_marks_the_default_threshold_on_validation_and_on_test() -> None:
+    points = (OperatingPoint(0.95, -1.0, 0.6), OperatingPoint(0.5, 1.0, 0.1))
+    fit = Calibration(Shape(5, 1, 5), 1.0, "logit", 0.0, 0.8, 0.2, 0.9, 0.02, 200, points)
+    axes = draw(pictures.unknown(fit, OpenSet(0.75, 0.25, 0.85, 0.5, 200))).axes[0]
+    assert axes.lines[1].get_xydata().tolist() == [[0.1, 0.5], [0.6, 0.95]]
+    assert [stars.get_offsets().tolist() for stars in axes.collections] == [[[0.2, 0.8]], [[0.25, 0.75]]]
+    assert "test, default threshold: 75 % pass, 25 % let in" in [t.get_text() for t in axes.get_legend().get_texts()]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
