@@ -67,8 +67,11 @@ class Found:
 
     def _only(self, kind: str, noun: str, name: str) -> Provided:
         matches = [p for p in self.of(kind) if p.name == name]
-        for family in (p for p in self.of(kind) if p.name.endswith("/*") and name.startswith(p.name[:-1])):
-            matches.append(replace(family, name=name, value=family.value.named(name.removeprefix(family.name[:-1]))))
+        matches = matches or [  # a name such as "timm/*" stands for a family of them
+            replace(p, name=name, value=p.value.named(name.removeprefix(p.name[:-1])))
+            for p in self.of(kind)
+            if p.name.endswith("/*") and name.startswith(p.name[:-1])
+        ]
         if len(matches) == 1:
             return matches[0]
         if matches:

@@ -17,9 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kshot import Backbone, KshotError, hookimpl
-from kshot.backbones import PretrainedBackbone, Resize, pool, spread
-from kshot.vision import torchvision
+from kshot import Backbone, KshotError, PretrainedBackbone, Resize, hookimpl, pool, spread, torchvision
 
 
 class Timm(PretrainedBackbone):
