@@ -67,11 +67,9 @@ class Found:
 
     def _only(self, kind: str, noun: str, name: str) -> Provided:
         matches = [p for p in self.of(kind) if p.name == name]
-        matches = matches or [  # a name such as "timm/*" stands for a family of them
-            replace(p, name=name, value=p.value.named(name.removeprefix(p.name[:-1])))
-            for p in self.of(kind)
-            if p.name.endswith("/*") and name.startswith(p.name[:-1])
-        ]
+        if not matches:  # a name such as "timm/*" stands for a family of them
+            families = [p for p in self.of(kind) if p.name.endswith("/*") and name.startswith(p.name[:-1])]
+            matches = [replace(p, name=name, value=p.value.named(name[len(p.name) - 1 :])) for p in families]
         if len(matches) == 1:
             return matches[0]
         if matches:
