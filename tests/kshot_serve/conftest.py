@@ -74,7 +74,7 @@ def _build(folder: Path, kind: type[Learner], training_steps: int, **settings: o
     list(meta_train(learner, images, images, training, folder=folder.with_name(f"{folder.name}-training"), seed=0))
     learner.eval()
     trials = [(learner, images)]
-    fits = [calibrate(trials, Shape(5, shots, 3), 10, seed=1) for shots in (1, 5)]
+    fits = [calibrate(trials, Shape(5, shots, 3), 10, seed=1, by="logit") for shots in (1, 5)]
     facts = manifests.Facts(
         learner=manifests.Plugin(name=learner.name),
         backbone=manifests.Plugin(name="conv4"),

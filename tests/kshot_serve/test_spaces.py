@@ -210,10 +210,13 @@ def test_a_stricter_share_to_accept_makes_more_unknown_and_null_goes_back(
 ) -> None:
     async def body(parts: Parts) -> None:
         space = await a_space(parts, photo, "red", "blue", shots=1)
-        photos = [photo("red", shade) for shade in range(100, 130)]
+        rule = parts.champions.current.bundle.manifest.image
+        fading = np.linspace((20, 20, 235), (240, 240, 235), 30).astype(np.uint8)  # from blue to white
+        photos = [Upload(b"", np.broadcast_to(tint[:, None, None], rule.shape), rule) for tint in fading]
 
         async def accepted() -> int:
-            return sum(answer.decision != "unknown" for answer in await ask(parts, space, *photos))
+            answers = (await parts.spaces.classify(space, photos, soon())).answers
+            return sum(answer.decision != "unknown" for answer in answers)
 
         usual = await accepted()
         assert (await parts.spaces.change(space, accept=0.5)).accept == 0.5
@@ -699,14 +702,14 @@ def test_a_new_champion_answers_at_once_from_the_photos_that_are_there(
             newcomer = champion(second)
             await opened.spaces.prepare_for(newcomer)
             assert [a.classes[0][1] for a in await ask(opened, space, photo("red", 9))] == ["red"]  # the old one still
-            late = await opened.spaces.add_class(space, "grey", [opened.upload(photo("grey"))])  # and writes go on
+            late = await opened.spaces.add_class(space, "white", [opened.upload(photo("white"))])  # and writes go on
             opened.champions._current = newcomer
             await opened.spaces.settled(newcomer)
             answers = await ask(opened, space, photo("red", 9), photo("blue", 9))
             assert [answer.classes[0][1] for answer in answers] == ["red", "blue"]
             alone = Bundle.open(second, threads=1)
             support = [(photo(colour, shade), colour) for colour in ("red", "blue", "yellow") for shade in range(2)]
-            state = alone.adapt(*zip(*support, (photo("grey"), "grey"), strict=True))
+            state = alone.adapt(*zip(*support, (photo("white"), "white"), strict=True))
             expected = alone.classify(state, [photo("red", 9), photo("blue", 9)])
             np.testing.assert_allclose([a.logits for a in answers], expected.logits, rtol=1e-3, atol=1e-3)
             # What only the old one needed goes with the next that settles.
