@@ -124,14 +124,21 @@ def calibrate(
 
 
 def open_set(
-    learner: Learner, images: ClassImages, shape: Shape, fit: Calibration, episodes: int, *, seed: int,
-    device: str = "cpu",
-) -> OpenSet | None:  # fmt: skip
-    """Hold the threshold of `fit` against test episodes of `shape`; None where there is no class to be unknown."""
-    if len(images) == shape.ways:
+    parts: Sequence[Trial], shape: Shape, fit: Calibration, episodes: int, *, seed: int, device: str = "cpu"
+) -> OpenSet | None:
+    """Hold the threshold of `fit` against test episodes of `shape`; None where there is no class to be unknown.
+
+    With several parts, say the folds of a cross-validation, each takes its share of the episodes.
+    """
+    parts = [(learner, images) for learner, images in parts if len(images) > shape.ways]
+    if not parts:
         return None
-    answers = _answers(learner, images, shape, episodes, seed, "test", device)
-    known, unknown = (evidence(side, fit.by, fit.temperature) for side in answers[:2])
+    answers = [
+        _answers(learner, images, shape, math.ceil(episodes / len(parts)), seed, "test", device)
+        for learner, images in parts
+    ]
+    inside, outside = _concatenated(answer[0] for answer in answers), _concatenated(answer[1] for answer in answers)
+    known, unknown = (evidence(side, fit.by, fit.temperature) for side in (inside, outside))
     accepted, false_accepts = (float((values >= fit.threshold).mean()) for values in (known, unknown))
     let_in = _operating_point(0.95, known, unknown).false_accepts
     return OpenSet(accepted, false_accepts, auroc(known, unknown), let_in, episodes)

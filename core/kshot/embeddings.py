@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -103,6 +104,12 @@ class ClassFeatures(ClassImages):
             if here.any():
                 table.ensure(np.unique(row[here]), partial(self._embed, number, quarters))
                 yield here, table
+
+    def pixels(self) -> ClassImages:
+        """The same classes as images."""
+        images = copy.copy(self)
+        images.__class__ = ClassImages
+        return images
 
     @cached_property
     def by_class(self) -> Sequence[Tensor]:

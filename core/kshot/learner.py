@@ -260,6 +260,8 @@ class InnerLoop(Learner):
 class FeatureLoop(InnerLoop, FeatureLearner):
     """A head on features that is fitted in steps, say by gradient descent: `start`, then `update` for each step."""
 
+    batched: ClassVar[bool] = False  # `kshot.gradient` does not run under vmap
+
     @abstractmethod
     def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         """The state before the first step, for support features (S, D), labels (S,) and class ids (W,)."""

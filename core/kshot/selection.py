@@ -13,7 +13,7 @@ import numpy as np
 from kshot.calibration import Trial
 from kshot.datasets import ClassImages
 from kshot.embeddings import ClassFeatures
-from kshot.episodes import Shape
+from kshot.episodes import Shape, Stream
 from kshot.evaluation import Score, evaluate
 from kshot.learner import FeatureLearner, Learner
 from kshot.recipe import Recipe
@@ -111,23 +111,30 @@ def select(
             learner.config = learner.config.model_copy(update=settings)
             heads = trials(learner, parts[id(learner.backbone)])
             scores = [
-                _joined([evaluate(head, new, _fitting(shape, new), max(2, episodes // len(heads)), seed=seed,
-                                  stream="val", device=device) for head, new in heads])
-                for shape in shapes
-            ]  # fmt: skip
+                evaluate_folds(heads, shape, episodes, seed=seed, stream="val", device=device) for shape in shapes
+            ]
             yield Tried(recipe, dict(settings), tuple(scores), time.perf_counter() - began)
 
 
-def _fitting(shape: Shape, classes: ClassImages) -> Shape:
+def evaluate_folds(
+    parts: Sequence[Trial], shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", **options: Any
+) -> Score:
+    """One score over all folds, each with its share of the episodes, of a size that it can draw; see `evaluate`."""
+    scores = [
+        evaluate(learner, new, fitting(shape, new), max(2, episodes // len(parts)), seed=seed, stream=stream, **options)
+        for learner, new in parts
+    ]
+    if len(scores) == 1:
+        return scores[0]
+    accuracies, confidences, right = (
+        np.concatenate([getattr(score, name) for score in scores]) for name in ("accuracies", "confidences", "right")
+    )
+    seconds = sum(score.seconds for score in scores)
+    return Score(scores[0].shape, accuracies, confidences, right, seconds, scores[0].transductive)
+
+
+def fitting(shape: Shape, classes: ClassImages) -> Shape:
     """The shape with no more ways than there are classes, nor shots and queries than the smallest has photos."""
     fewest = int(classes.counts.min())
     shots = max(1, min(shape.shots, fewest - 1))
     return Shape(min(shape.ways, len(classes)), shots, max(1, min(shape.queries, fewest - shots)))
-
-
-def _joined(scores: Sequence[Score]) -> Score:
-    """The scores of several folds as one."""
-    accuracies, confidences, right = (
-        np.concatenate([getattr(score, name) for score in scores]) for name in ("accuracies", "confidences", "right")
-    )
-    return Score(scores[0].shape, accuracies, confidences, right, sum(score.seconds for score in scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from kshot.calibration import Trial
 from kshot.datasets import ClassImages, splits_of
 from kshot.embeddings import ClassFeatures, embedded
 from kshot.episodes import Shape
-from kshot.evaluation import Score, evaluate
+from kshot.evaluation import Score
 from kshot.importing import Progress
 from kshot.learner import FeatureLearner, Learner
 from kshot.norms import BY_ITSELF
@@ -63,7 +64,7 @@ def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
     Without those that are tested on; None where no such split exists.
     """
     own, known = recipe.dataset.name, {packed.name: packed.open().splits for packed in data.all}
-    tested = _single(recipe.dataset.test, own)
+    tested = [] if cross_validated(recipe) else _single(recipe.dataset.test, own)
     there = [
         f"{name}:{split}"
         for reference in (recipe.dataset.train, recipe.dataset.validation)
@@ -71,6 +72,20 @@ def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
         if (name, split) not in tested and split in known.get(name, ())
     ]
     return data.classes("+".join(dict.fromkeys(there))) if there else None
+
+
+def cross_validated(recipe: Recipe) -> bool:
+    """Whether figures come from folds over the base classes, because no class is set aside to test on."""
+    return recipe.training.steps == 0 and recipe.dataset.test == recipe.dataset.train
+
+
+def tested(learner: Learner, recipe: Recipe, data: DataVersion, test: ClassImages) -> list[Trial]:
+    """The learner beside the test classes; or folds of the base classes, with the statistics of the others."""
+    classes = base(recipe, data) if cross_validated(recipe) else None
+    if classes is None:
+        return [(learner, features(learner, test, data.name))]
+    known = features(learner, classes, data.name)
+    return selection.trials(learner, selection.folds_of(known, recipe.training.folds, recipe.seed))
 
 
 def _single(reference: str, own: str) -> list[tuple[str, str]]:
@@ -129,21 +144,25 @@ def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> tuple[list[Tr
     return selection.trials(learner, selection.folds_of(known, 2, recipe.seed)), (learner, known)
 
 
-def cosine(learner: Learner, test: ClassImages, shape: Shape, episodes: int, what: str) -> Score | None:
-    """What cosines to class means give on the last features of the same backbone and the same episodes: the baseline.
+def cosine(parts: Sequence[Trial], shape: Shape, episodes: int, what: str) -> Score | None:
+    """The accuracy of cosines to class means on the last features of the same backbone, on the same episodes.
 
     None where images have no features of their own.
     """
-    if learner.backbone.norm not in BY_ITSELF:
+    backbone = copy.copy(parts[0][0].backbone)  # the weights are shared
+    if backbone.norm not in BY_ITSELF:
         return None
-    backbone = copy.copy(learner.backbone)  # the weights are shared
     if isinstance(backbone, PretrainedBackbone):
         backbone.selected = "last"
     kind = plugins.find().learner("cosine").value
     head: Learner = kind(backbone, kind.Config())
-    images = test.images if isinstance(test, ClassFeatures) else test
-    own = features(head, images.with_protocol(test.protocol), what)
-    return evaluate(head, own, shape, episodes, seed=TEST_SEED, device=device())
+    baseline = [(head, _on(head, images, what)) for _, images in parts]
+    return selection.evaluate_folds(baseline, shape, episodes, seed=TEST_SEED, device=device())
+
+
+def _on(learner: Learner, images: ClassImages, what: str) -> ClassImages:
+    """The same classes as features of another backbone, or of other stages of the same."""
+    return features(learner, images.pixels() if isinstance(images, ClassFeatures) else images, what)
 
 
 def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:

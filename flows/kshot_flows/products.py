@@ -198,7 +198,7 @@ class Line:
     @property
     def key(self) -> str:
         """Its name in the file of arrays."""
-        across = "-groups" if self.protocol == "across groups" else ""
+        across = "-groups" if self.protocol.startswith("across groups") else ""
         return f"{self.shape.ways}w{self.shape.shots}s{across}{'-transductive' if self.transductive else ''}"
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from kshot.calibration import Calibration, Verification, calibrate, open_set, ve
 from kshot.datasets import ClassImages, ImageSet
 from kshot.episodes import Shape, check_shape, protocols
 from kshot.evaluation import Score
-from kshot.evaluation import evaluate as play
 from kshot.plugins import Provided
 from kshot.recipe import Recipe
+from kshot.selection import evaluate_folds, fitting
 from kshot_flows import contest, curves, heads, keys, learners, progress, records, registry, tracking, versioning
 from kshot_flows.gate import Evidence, GateSettings, judge
 from kshot_flows.heads import TEST_SEED
@@ -131,28 +131,30 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     if trials:
         pairs = verification(trials, VERIFICATION_PAIRS, seed=TEST_SEED, device=where)
     scores, lines = [], []
-    test = heads.features(model, test, data.name)
+    parts = heads.tested(model, recipe, data, test)
+    crossed = ", cross-validated" if heads.cross_validated(recipe) else ""
     for shape in shapes:
         fit = fits.get(shape)
-        temperature = fit.temperature if fit else 1.0
-        for images in protocols(test, shape):
+        for protocol in [images.protocol for images in protocols(parts[0][1], fitting(shape, parts[0][1]))]:
+            drawn = [(learner, images.with_protocol(protocol)) for learner, images in parts]
             for transductive in (False, True) if model.backbone.norm == "batch" else (False,):
-                with _stage(f"{recipe.evaluation.episodes} episodes, {shape}, {images.protocol}"):
-                    score = play(
-                        model, images, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
-                        temperature=temperature, device=where,
+                with _stage(f"{recipe.evaluation.episodes} episodes, {shape}, {protocol}"):
+                    score = evaluate_folds(
+                        drawn, shape, recipe.evaluation.episodes, seed=TEST_SEED, transductive=transductive,
+                        temperature=fit.temperature if fit else 1.0, device=where,
                     )  # fmt: skip
                     unknown = None
                     if fit and not transductive:
-                        unknown = open_set(model, images, shape, fit, _few(recipe), seed=TEST_SEED, device=where)
+                        smaller = fitting(shape, min((images for _, images in parts), key=len))
+                        unknown = open_set(drawn, smaller, fit, _few(recipe), seed=TEST_SEED, device=where)
                 scores.append(score)
                 lines.append(
                     Line(
-                        shape, score.episodes, transductive, images.protocol, score.accuracy, score.margin, score.ece,
-                        unknown,
+                        score.shape, score.episodes, transductive, f"{protocol}{crossed}",
+                        score.accuracy, score.margin, score.ece, unknown,
                     )
                 )  # fmt: skip
-    cosine = heads.cosine(model, test, shapes[0], recipe.evaluation.episodes, data.name)
+    cosine = heads.cosine(parts, shapes[0], recipe.evaluation.episodes, data.name)
     return _keep(scores, lines, tuple(dict.fromkeys(fits.values())), pairs, cosine, recipe, data, learner)
 
 
@@ -163,9 +165,10 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
-    test = score.data.classes(splits.test)
-    if recipe.training.refit and (known := heads.base(recipe, score.data)):
-        heads.learn_statistics(model, ClassImages.joined([known, test]), score.data.name)
+    test = known = score.data.classes(splits.test)
+    if recipe.training.refit and (base := heads.base(recipe, score.data)):
+        known = base if heads.cross_validated(recipe) else ClassImages.joined([base, test])
+        heads.learn_statistics(model, known, score.data.name)
     with _stage("tracing to ONNX, and comparing with torch"):
         report = exporting.export(
             model, folder, facts=_facts(learners.recipe(learner.learner.file), learner, score),
@@ -321,7 +324,7 @@ def _tested(recipe: Recipe, data: DataVersion) -> ClassImages:
     """The test classes: all episodes that the recipe asks for can be drawn."""
     splits, training = recipe.dataset, recipe.training
     test = data.classes(splits.test)
-    for shape in recipe.evaluation.shapes:
+    for shape in recipe.evaluation.shapes if not heads.cross_validated(recipe) else ():
         _fits(test, shape, splits.test, "evaluation.ways=[{}]", "evaluation.queries={}")
     if training.steps:
         validation, size = data.classes(splits.validation), training.validation_shape
@@ -356,10 +359,8 @@ def _stage(what: str) -> Iterator[None]:
 
 def _calibrated_at(shape: Shape, parts: Sequence[ClassImages]) -> Shape:
     """The size of episode to calibrate at: as it is tested, if one class at least is left to be unknown."""
-    classes = min(map(len, parts))
-    photos = min(int(images.counts.min()) for images in parts)
-    shots = min(shape.shots, photos - 1)
-    return Shape(min(shape.ways, max(2, classes - 1)), shots, min(shape.queries, photos - shots))
+    size = fitting(shape, min(parts, key=lambda images: int(images.counts.min())))
+    return replace(size, ways=min(shape.ways, max(2, min(map(len, parts)) - 1)))
 
 
 def _few(recipe: Recipe) -> int:
