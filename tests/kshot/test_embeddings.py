@@ -99,7 +99,7 @@ def test_whatever_is_measured_embeds_each_image_once(tmp_path: Path) -> None:
     fit = calibrate([(learner, seen)], shape, 10, seed=0)
     verification([(learner, seen)], 40, seed=0)
     evaluate(learner, unseen, shape, 30, seed=0)
-    open_set(learner, unseen, shape, fit, 10, seed=0)
+    open_set([(learner, unseen)], shape, fit, 10, seed=0)
     evaluate(Siamese(backbone, Siamese.Config()), unseen, shape, 30, seed=1)
     frame.complete()
     assert sum(backbone.seen) == CLASSES * IMAGES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kshot.calibration import _balanced, calibrate, open_set, similarities, verification
+from kshot.calibration import _balanced, calibrate, evidence, open_set, scores_of, similarities, verification
 from kshot.episodes import Shape, sample_episodes
 from kshot.evaluation import Score, answers, evaluate
 from kshot.statistics import auroc, calibration_error, fit_temperature, interval, logistic
@@ -116,7 +116,7 @@ def test_calibration_finds_a_threshold_that_rejects_most_of_the_unknown():
 def test_a_threshold_from_some_classes_is_held_against_episodes_of_others():
     learner, shape = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(5, 2, 3)
     fit = calibrate([(learner, toy_images())], shape, 40, seed=0)
-    found = open_set(learner, toy_images(seed=2), shape, fit, 40, seed=0)
+    found = open_set([(learner, toy_images(seed=2))], shape, fit, 40, seed=0)
     assert found.episodes == 40
     assert found.accepted == pytest.approx(fit.accepted, abs=0.1)
     assert found.false_accepts == pytest.approx(fit.false_accepts, abs=0.1)
@@ -126,7 +126,7 @@ def test_a_threshold_from_some_classes_is_held_against_episodes_of_others():
 def test_where_every_class_is_known_nothing_is_said_of_unknown_ones():
     learner, shape = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(len(toy_images()), 1, 1)
     fit = calibrate([(learner, toy_images())], Shape(5, 1, 1), 5, seed=0)
-    assert open_set(learner, toy_images(), shape, fit, 5, seed=0) is None
+    assert open_set([(learner, toy_images())], shape, fit, 5, seed=0) is None
 
 
 def test_each_operating_point_accepts_the_share_of_known_queries_that_it_says():
@@ -164,16 +164,30 @@ def test_both_errors_are_nearly_one_share_on_the_episodes_of_the_calibration():
     assert 1 - found.accepted == pytest.approx(found.false_accepts, abs=0.02)
 
 
-@pytest.mark.parametrize("by", ["logit", "probability", "energy"])
-def test_the_score_for_unknown_may_be_asked_for_and_else_is_the_one_that_tells_best(by):
-    trial = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), toy_images()
-    asked = calibrate([trial], Shape(5, 2, 3), 20, seed=0, by=by)
-    best = calibrate([trial], Shape(5, 2, 3), 20, seed=0)
-    assert asked.by == by
-    assert asked.auroc <= best.auroc
-    assert (asked.temperature, asked.ece) == (best.temperature, best.ece)
-    if best.by == by:
-        assert asked == best
+def test_scores_for_unknown_by_hand():
+    """Logits ln 3 and 0: powers 3 and 1, so 3/4, and the log of their mean, ln 2; at temperature 1/2, 9 and 1."""
+    answers = {"logits": np.array([[math.log(3), 0.0]]), "nearest": np.array([-2.0])}
+    assert scores_of(answers) == ["logit", "probability", "energy", "nearest"]
+    assert scores_of({"logits": answers["logits"]}) == ["logit", "probability", "energy"]
+    for temperature, probability, energy in ((1.0, 0.75, math.log(2)), (0.5, 0.9, math.log(5))):
+        found = {by: evidence(answers, by, temperature).item() for by in scores_of(answers)}
+        expected = {"logit": math.log(3), "probability": probability, "energy": energy, "nearest": -2.0}
+        assert found == pytest.approx(expected)
+
+
+def test_a_temperature_of_classes_that_were_seen_and_of_others_is_their_geometric_mean():
+    """The logits of the one are four times those of the other, so its temperature is."""
+
+    class Loud(ProtoNet):
+        def classify(self, state, query):
+            return 4 * super().classify(state, query)
+
+    quiet, loud = (kind(Pixels((1, 16, 16)), ProtoNet.Config()) for kind in (ProtoNet, Loud))
+    shape, classes = Shape(5, 2, 3), toy_images()
+    alone = calibrate([(quiet, classes)], shape, 20, seed=0)
+    both = calibrate([(quiet, classes)], shape, 20, seed=0, seen=(loud, classes))
+    assert both.temperature == pytest.approx(2 * alone.temperature, rel=1e-3)
+    assert both.threshold == pytest.approx(alone.threshold) or both.by != "logit"
 
 
 def test_several_trials_share_the_episodes_and_one_trial_twice_is_that_trial():
@@ -206,19 +220,32 @@ def test_trials_may_have_learners_and_classes_of_their_own():
     assert found.auroc > 0.8
 
 
-def test_a_learner_s_own_evidence_takes_part_and_is_held_against_test_episodes():
+def test_a_learner_s_own_evidence_is_taken_where_it_tells_best_and_held_against_test_episodes():
+    """Logits that say nothing of unknown classes, beside the distance of the nearest prototype, which does."""
+
     class Sees(ProtoNet):
+        def logits(self, state, features):
+            logits = super().logits(state, features)
+            return logits - logits.logsumexp(1, keepdim=True)
+
         def evidence(self, state, features):
-            nearest = (features[:, None] - state["prototypes"]).norm(dim=2).min(1).values
-            return {"nearest": -nearest}
+            return {"nearest": super().logits(state, features).max(1).values}
 
     learner, shape = Sees(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(5, 2, 3)
-    fit = calibrate([(learner, toy_images())], shape, 20, seed=0, by="nearest")
-    logit = calibrate([(learner, toy_images())], shape, 20, seed=0, by="logit")
+    fit = calibrate([(learner, toy_images())], shape, 20, seed=0)
+    plain = calibrate([(ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), toy_images())], shape, 20, seed=0)
     assert fit.by == "nearest"
-    assert fit.auroc == pytest.approx(logit.auroc)  # the root of a distance tells as well as the distance
-    assert fit.threshold == pytest.approx(-((-logit.threshold) ** 0.5), rel=0.02)
-    assert open_set(learner, toy_images(seed=2), shape, fit, 20, seed=0).auroc > 0.9
+    assert (fit.auroc, fit.threshold) == pytest.approx((plain.auroc, plain.threshold))
+    assert plain.by == "logit"
+    assert open_set([(learner, toy_images(seed=2))], shape, fit, 20, seed=0).auroc > 0.9
+
+
+def test_several_parts_share_the_episodes_of_an_open_set():
+    learner, shape = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config()), Shape(5, 2, 3)
+    fit = calibrate([(learner, toy_images())], shape, 20, seed=0)
+    one, two = (open_set([(learner, toy_images(seed=2))] * n, shape, fit, 10 * n, seed=0) for n in (1, 2))
+    assert (one.accepted, one.false_accepts, one.auroc) == pytest.approx((two.accepted, two.false_accepts, two.auroc))
+    assert (one.episodes, two.episodes) == (10, 20)
 
 
 def test_the_interval_is_one_function_of_any_values():
