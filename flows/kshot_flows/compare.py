@@ -20,7 +20,7 @@ from rich.markup import escape
 from kshot.datasets import splits_of
 from kshot.episodes import Shape, draw_indices
 from kshot.recipe import Recipe
-from kshot_flows import engine, progress, shipped, tracking
+from kshot_flows import engine, heads, progress, shipped, tracking
 from kshot_flows.heads import TEST_SEED
 from kshot_flows.pipeline import evaluate, export, meta_train, version_data
 from kshot_flows.products import Exported, Line, Scores
@@ -71,9 +71,9 @@ def run(asked: Sequence[str]) -> Comparison:
 def comparison(asked: list[str]) -> Comparison:
     """From recipes, each a path or a name, to one table and one picture."""
     taking_part = entrants(asked)
-    shapes = shared_shapes(taking_part)
+    shared_shapes(taking_part)
     played = [play(entrant) for entrant in taking_part]
-    return record(asked, standings(played, shapes), played)
+    return record(asked, standings(played), played)
 
 
 def play(entrant: Entrant) -> Played:
@@ -113,7 +113,7 @@ def _words(text: str) -> list[str]:
 
 
 def shared_shapes(taking_part: Sequence[Entrant]) -> list[Shape]:
-    """The shapes of episode at which all can be compared, known before anything is trained."""
+    """The shapes of episode at which all can be compared: an error where there are none, before anything is trained."""
     tested = [(_tested_on(one.recipe), one.recipe.evaluation.shapes) for one in taking_part]
     common = shared([shapes for _, shapes in tested])
     if common and all(classes == tested[0][0] for classes, _ in tested):
@@ -129,17 +129,19 @@ def shared_shapes(taking_part: Sequence[Entrant]) -> list[Shape]:
     )
 
 
-def standings(played: Sequence[Played], shapes: Sequence[Shape]) -> Standings:
+def standings(played: Sequence[Played]) -> Standings:
     """Set what was played side by side, and time the bundles."""
-    first = played[0].scores
-    if any(_episodes_of(one.scores) != _episodes_of(first) for one in played):
-        raise KshotError("the data changed while the recipes were played, so their episodes differ. Compare again.")
-    lines = [_lines(one.scores, shapes) for one in played]
+    if any(_episodes_of(one) != _episodes_of(played[0]) for one in played):
+        raise KshotError(
+            "the data changed while the recipes were played, or their folds or seeds differ where figures are "
+            "cross-validated: their episodes are not the same. Give them one training.folds and seed; compare again."
+        )
+    lines = [_lines(one.scores) for one in played]
     draws = [draw for draw in lines[0] if all(draw in each for each in lines)]
     accuracies = [_accuracies(one.scores, each) for one, each in zip(played, lines, strict=True)]
     counts = {draw: min(len(each[draw]) for each in accuracies) for draw in draws}  # the first ones are the same
     with progress.busy("timing the bundles, in turns"):
-        rounds, times = _times(played, shapes[0])
+        rounds, times = _times(played, draws[0].shape)
     rows = []
     for one, own, each, (adapt_ms, classify_ms) in zip(played, lines, accuracies, times, strict=True):
         measured = {
@@ -185,16 +187,16 @@ def _tested_on(recipe: Recipe) -> str:
     return " + ".join(f"{name}:{split}{turned if name == own else ''}" for name, split in parts)
 
 
-def _episodes_of(scores: Scores) -> tuple[object, ...]:
+def _episodes_of(played: Played) -> tuple[object, ...]:
     """What fixes the episodes that were played, but for their shape."""
-    return scores.data.identity_of(scores.split), scores.data.split_of(scores.split), scores.seed
+    scores, recipe = played.scores, played.entrant.recipe
+    folds = (recipe.training.folds, recipe.seed) if heads.cross_validated(recipe) else None
+    return scores.data.identity_of(scores.split), scores.data.split_of(scores.split), scores.seed, folds
 
 
-def _lines(scores: Scores, shapes: Sequence[Shape]) -> dict[Draw, Line]:
-    """The results at these shapes, as it is served: inductive."""
-    return {
-        Draw(line.shape, line.protocol): line for line in scores.lines if not line.transductive and line.shape in shapes
-    }
+def _lines(scores: Scores) -> dict[Draw, Line]:
+    """The results as it is served: inductive."""
+    return {Draw(line.shape, line.protocol): line for line in scores.lines if not line.transductive}
 
 
 def _accuracies(scores: Scores, lines: Mapping[Draw, Line]) -> dict[Draw, np.ndarray]:

@@ -15,13 +15,14 @@ from kshot.episodes import Shape
 from kshot.evaluation import evaluate
 from kshot.norms import Norm
 from kshot.served import Served
-from kshot_flows import progress, registry, tracking
+from kshot_flows import learners, progress, registry, tracking
 from kshot_flows.gate import EpisodeSet, Evidence
 from kshot_flows.products import DataVersion, Exported, Scores
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
 EVIDENCE = "evidence.json"
+_CROSS_VALIDATED = "cross-validated"  # in the name of a protocol
 
 
 def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
@@ -40,7 +41,7 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
             first.shape.queries,
             scores.seed,
             rotations,
-            first.protocol,
+            _protocol(first.protocol, scores),
         ),
         accuracies=accuracies,
         ece=first.ece,
@@ -53,15 +54,26 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
     )
 
 
-def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion, test: str) -> Evidence:
+def _protocol(drawn: str, scores: Scores) -> str:
+    """How episodes were drawn, with the folds where they were cross-validated."""
+    if _CROSS_VALIDATED not in drawn:
+        return drawn
+    recipe = learners.recipe(scores.learner.learner.file)
+    return f"{drawn} over {recipe.training.folds} folds of seed {recipe.seed}"
+
+
+def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion, test: str) -> Evidence | None:
     """The champion's results on the challenger's episodes: those on record if they are of these, else played now.
 
-    `test` is the split of `data` that the challenger's episodes were drawn from.
+    `test` is the split of `data` that the challenger's episodes were drawn from. None where they are cross-validated:
+    the champion may have learned from their classes.
     """
     episodes, count = challenger.episodes, len(challenger.accuracies)
     kept = _on_record(name, version)
     if kept is not None and kept.episodes == episodes and len(kept.accuracies) == count:
         return kept
+    if _CROSS_VALIDATED in episodes.protocol:
+        return None
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Bundle.open(registry.fetch_bundle(name, version, Path(scratch) / "champion"))
         images = data.classes(test)

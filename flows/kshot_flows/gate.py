@@ -129,7 +129,7 @@ class GateReport:
         return cls(**{**known, "checks": checks, "warnings": tuple(known.get("warnings", ()))})
 
     def to_markdown(self) -> str:
-        against = "with no champion to beat" if self.champion is None else f"against version {self.champion}"
+        against = "with no champion to beat" if self.difference is None else f"against version {self.champion}"
         who = "The challenger" if self.version is None else f"Version {self.version}"
         lines = [
             f"# {who} {'passed' if self.passed else 'did not pass'} the gate",
@@ -148,8 +148,13 @@ class GateReport:
         return "\n".join(lines) + "\n"
 
 
-def judge(challenger: Evidence, champion: Evidence | None, settings: GateSettings) -> GateReport:
-    """Compare a challenger with the champion, episode by episode, or a first version with the cosine baseline."""
+def judge(
+    challenger: Evidence, champion: Evidence | None, settings: GateSettings, unmeasured: int | None = None
+) -> GateReport:
+    """Compare a challenger with the champion, episode by episode, or a first version with the cosine baseline.
+
+    So too where there is a champion that cannot be measured on these episodes, the version `unmeasured`.
+    """
     count, accuracy, margin = len(challenger.accuracies), *_interval(challenger.accuracies)
     checks = [
         Check(
@@ -192,18 +197,20 @@ def judge(challenger: Evidence, champion: Evidence | None, settings: GateSetting
             )  # fmt: skip
     return GateReport(
         version=challenger.version,
-        champion=champion.version if champion else None,
+        champion=champion.version if champion else unmeasured,
         episodes=count,
         accuracy=accuracy,
         margin=margin,
         difference=difference,
         checks=tuple(checks),
-        warnings=tuple(_warnings(challenger, settings)),
+        warnings=tuple(_warnings(challenger, settings, unmeasured)),
     )
 
 
-def _warnings(measured: Evidence, settings: GateSettings) -> Iterator[str]:
+def _warnings(measured: Evidence, settings: GateSettings, unmeasured: int | None) -> Iterator[str]:
     """What is out of bounds that do not close the gate, and what helps."""
+    if unmeasured is not None:
+        yield f"was not compared with version {unmeasured}, which may have learned from the classes that are tested"
     if measured.false_accepts is not None and measured.false_accepts > settings.max_unknown_let_in:
         known = "" if measured.accepted is None else f" where {100 * measured.accepted:.0f} % of the known pass"
         yield (

@@ -230,9 +230,9 @@ class Scores:
             return arrays.get("cosine.accuracies")
 
     def label(self, line: Line) -> str:
-        """A line in words, which name the protocol where photos have groups."""
-        grouped = any(each.protocol == "across groups" for each in self.lines)
-        words = [f"{line.shape.ways}-way {line.shape.shots}-shot", line.protocol if grouped else ""]
+        """A line in words, which name the protocol unless all lines are of random photos."""
+        named = any(each.protocol != "random photos" for each in self.lines)
+        words = [f"{line.shape.ways}-way {line.shape.shots}-shot", line.protocol if named else ""]
         return ", ".join(filter(None, [*words, "transductive" if line.transductive else ""]))
 
     @property

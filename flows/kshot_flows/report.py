@@ -22,7 +22,7 @@ from kshot_flows.products import (
     Trained,
     relative,
 )  # fmt: skip
-from kshot_flows.tables import TRUST, numbers, table, trust
+from kshot_flows.tables import NARROW, TRUST, numbers, table, trust
 
 if TYPE_CHECKING:
     from kshot.episodes import Shape
@@ -107,23 +107,23 @@ def _summary(product: Product) -> str:
 
 
 def _tried(trained: Trained) -> Table:
-    """The best head of each learner, and which of them was chosen."""
+    """The head that was chosen, and the best of each other learner."""
     shapes = trained.tried[0].shapes
-    listed = table("heads tried, the best of each learner", *map(_size, shapes), "seconds", "")
+    listed = table("heads tried, the best of each learner", *map(_size, shapes), "seconds", "", padding=NARROW)
     numbers(listed, len(shapes) + 1)
     best: dict[str, Attempt] = {}
-    for one in sorted(trained.tried, key=lambda one: -one.accuracy):
+    for one in sorted(trained.tried, key=lambda one: (not one.chosen, -one.accuracy)):
         best.setdefault(one.label.split()[0], one)
-    for learner, one in best.items():
+    for learner, one in sorted(best.items(), key=lambda item: -item[1].accuracy):
         accuracies = [_percent(*each) for each in zip(one.accuracies, one.margins, strict=True)]
-        about = ["[bold green]chosen[/]" if one.label == trained.chosen else ""]
+        about = ["[bold green]chosen[/]" if one.chosen else ""]
         about += ["the baseline" if learner == "cosine" else ""]
         listed.add_row(escape(one.label), *accuracies, f"{one.seconds:.1f}", ", ".join(filter(None, about)))
     return listed
 
 
 def _scores(scores: Scores) -> Table:
-    listed = table("test episodes", "accuracy (±:\n95 % interval)", *TRUST)
+    listed = table("test episodes", "accuracy (±:\n95 % interval)", *TRUST, padding=NARROW)
     numbers(listed, 1 + len(TRUST))
     for line in scores.lines:
         measured = f"[bold]{_percent(line.accuracy, line.margin)}[/bold]"

@@ -84,9 +84,9 @@ class Standings:
         return list(self.episodes)
 
     def label(self, draw: Draw) -> str:
-        """Episodes in words, which name the protocol where photos have groups."""
-        grouped = any(each.protocol == "across groups" for each in self.draws)
-        return f"{draw.shape.ways}-way {draw.shape.shots}-shot" + (f", {draw.protocol}" if grouped else "")
+        """Episodes in words, which name the protocol unless all are of random photos."""
+        named = any(each.protocol != "random photos" for each in self.draws)
+        return f"{draw.shape.ways}-way {draw.shape.shots}-shot" + (f", {draw.protocol}" if named else "")
 
     @property
     def reference(self) -> Standing:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.markup import escape
 
 from kshot_flows.standings import Draw, Measured, Standings
-from kshot_flows.tables import TRUST, numbers, table, trust
+from kshot_flows.tables import NARROW, TRUST, numbers, table, trust
 
 _COLOURS = {"better": "#3a923a", "worse": "#d9822b", "no difference": "#2f6fad"}  # told apart in grey too
 _REFERENCE, _GREY = "#222222", "#8a8a8a"
@@ -31,7 +31,7 @@ _COSTS = {
 def tables(found: Standings) -> Iterator[Any]:
     """What the terminal shows."""
     yield f"\n[bold]The same test episodes for all, of {found.data}[/bold]"
-    listed = table("in %", "accuracy", "difference", "ECE", *TRUST[1:])
+    listed = table("in %", "accuracy", "difference", "ECE", *TRUST[1:], padding=NARROW)
     numbers(listed, 6)
     for draw in found.draws:
         listed.add_row(f"[bold]{found.label(draw)}[/bold]", f"[dim]{found.episodes[draw]:,} episodes[/dim]")

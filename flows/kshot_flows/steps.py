@@ -234,12 +234,13 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
                 other = contest.champions_evidence(name, champion, challenger, version.data, recipe.dataset.test)
         except KshotError as error:
             return Promotion(name, number, Stage.STAGING, champion, str(error), judged=False)
-        report = judge(challenger, other, settings)
+        report = judge(challenger, other, settings, champion if other is None else None)
         registry.record_gate(name, number, report.to_dict())
         if not report.passed:
             return Promotion(name, number, Stage.STAGING, champion, "; ".join(report.failures))
         with suppress(StageConflictError):  # another version came first: meet that one
-            why = "passed the gate" + (f" against version {champion}" if champion else ", the first version")
+            first = "the first version" if champion is None else f"not compared with version {champion}"
+            why = "passed the gate" + (f" against version {champion}" if other else f", {first}")
             registry.promote(name, number, Stage.PRODUCTION, why=why)
             return Promotion(name, number, Stage.PRODUCTION, champion, why, warnings=report.warnings)
 

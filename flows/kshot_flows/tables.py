@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kshot.calibration import OpenSet
 
 TRUST = ("calibration\nerror", "known\nthat\npass", "unknown\nlet in", "AUROC")
+NARROW = (0, 1, 0, 0)  # padding, so that a table of many numbers fits 80 columns
 
 
 def table(*columns: str, **more: Any) -> Table:

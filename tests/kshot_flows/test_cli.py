@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kshot import LearnerConfig, plugins
 from kshot.plugins import Found, Provided
-from kshot_flows import cli, figures, shipped
+from kshot_flows import cli, cli_algorithms, figures, shipped
 from kshot_flows.cli_algorithms import takes
 from kshot_runtime.errors import KshotError
 
@@ -157,7 +157,18 @@ def test_algorithms_with_a_name_explains_its_idea_its_paper_and_its_settings() -
     config = plugins.find().learner("maml").value.Config
     for name, field in config.model_fields.items():
         assert re.search(rf"^ *{name} .*{re.escape(field.description or '')}", shown, re.MULTILINE)
-    assert "where the backbone's normalisation takes its statistics from" in shown  # said by the field it overrides
+
+
+def test_a_setting_that_only_has_another_default_means_what_the_inherited_one_means() -> None:
+    maml = plugins.find().learner("maml").value
+
+    class Mine(maml):  # type: ignore[valid-type]
+        class Config(maml.Config):  # type: ignore[name-defined]
+            steps: int = 7
+
+    settings = cli_algorithms._settings(Provided("learners", "mine", Mine, "mine", "mine", "1"), "learner")
+    name, default, _, about = (next(iter(column.cells)) for column in settings.columns)
+    assert (name, default, about) == ("steps", "7", maml.Config.model_fields["steps"].description)
 
 
 def test_algorithms_shows_the_committed_figures_beside_the_published_ones() -> None:

@@ -63,6 +63,19 @@ def test_a_version_that_lets_in_many_unknown_photos_passes_with_a_warning_in_wor
     assert judge(usual, None, GateSettings(max_unknown_let_in=0.4)).warnings[0].startswith("lets in 50 %")
 
 
+def test_where_the_champion_cannot_be_measured_a_version_meets_cosine_and_says_so() -> None:
+    cosine = alternating(0.7, 0.25)
+    report = judge(evidence(cosine, cosine=cosine), None, STRICT, unmeasured=3)
+    assert (report.champion, report.difference, report.passed) == (3, None, True)
+    assert report.warnings == (
+        "was not compared with version 3, which may have learned from the classes that are tested",
+    )
+    assert "with no champion to beat" in report.to_markdown()
+    assert failed(judge(evidence(cosine - 0.01, cosine=cosine), None, STRICT, unmeasured=3)) == [
+        "not worse than cosine"
+    ]
+
+
 def test_a_report_from_before_there_were_warnings_has_none() -> None:
     written = judge(evidence(alternating(0.9, 0.1)), None, STRICT).to_dict()
     del written["warnings"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from typer.testing import CliRunner
 
 from kshot.datasets import file_sha256
-from kshot_flows import engine, learners, pipeline, records, registry, report, shipped, steps, tracking
+from kshot.episodes import Shape
+from kshot_flows import engine, heads, learners, pipeline, records, registry, report, shipped, steps, tracking
+from kshot_flows.cli import app
 from kshot_flows.engine import Done
-from kshot_flows.products import Exported, Promotion, Registered, Scores, Trained
+from kshot_flows.products import Attempt, Exported, Promotion, Registered, Scores, Trained
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
@@ -98,13 +101,17 @@ def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:
     curve = door.get_metric_history(version.run, "train.loss")
     assert [point.step for point in curve] == list(range(1, 41))
     assert [point.step for point in door.get_metric_history(version.run, "validation.accuracy")] == [20, 40]
-    assert {"test.3w1s.accuracy", "test.3w1s.ece", "test.3w1s.false_accepts", "calibration.3w1s.temperature"} <= set(
+    assert {f"test.3w1s.{name}" for name in ("accuracy", "ece", "accepted", "false_accepts", "auroc")} <= set(
         run.data.metrics
     )
-    assert "| 3-way 1-shot | **" in run.data.tags["mlflow.note.content"]  # what its page says first
+    assert "calibration.3w1s.temperature" in run.data.metrics
+    head, _, row, *_ = run.data.tags["mlflow.note.content"].splitlines()  # what its page says first
+    assert head.endswith("| calibration error | known that pass | unknown let in | AUROC |")
+    assert row.startswith("| 3-way 1-shot | **")
+    assert row.count("|") == head.count("|")
     assert door.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
     pictures = {artifact.path for artifact in door.list_artifacts(version.run, "pictures")}
-    drawn = ("learning-curve", "episodes-3w1s", "confusion", "embeddings", "reliability", "episode")
+    drawn = ("learning-curve", "episodes-3w1s", "confusion", "embeddings", "reliability", "episode", "unknown")
     assert pictures == {f"pictures/{name}.png" for name in drawn}
     files = {artifact.path for artifact in door.list_artifacts(version.run)}
     assert {"learner.pt", "evidence.json", "recipe.json"} <= files
@@ -146,17 +153,81 @@ def test_an_unchanged_run_needs_no_prefect_server_to_know_it(project: Project) -
 def test_the_result_says_what_was_done_how_good_it_is_and_where_to_look(
     project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     report.show(project.first, "kshot run tiny.toml")
     shown = capsys.readouterr().out
     exported, scores = of(project.first, Exported), of(project.first, Scores)
     assert isinstance(exported, Exported)
     assert isinstance(scores, Scores)
     assert "tiny version 1 is in production." in shown
-    assert f"{100 * scores.lines[0].accuracy:.2f} ± {100 * scores.lines[0].margin:.2f} %" in shown
+    line, cosine = scores.lines[0], scores.cosine()
+    assert line.open_set is not None
+    assert cosine is not None
+    shares = line.ece, line.open_set.accepted, line.open_set.false_accepts, line.open_set.auroc
+    cells = [f"{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %", *(f"{100 * share:.1f} %" for share in shares)]
+    assert f"3-way 1-shot {' '.join(cells)}" in " ".join(shown.split())
+    assert f"cosine baseline {100 * cosine.mean():.2f} ±" in " ".join(shown.split())
+    assert "% on 3-way 1-shot validation episodes at step" in " ".join(shown.split())
     assert f'Bundle.open("{exported.files[0].path.rpartition("/")[0]}")' in shown
     assert "kshot trace tiny 1" in shown
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
+
+
+def test_the_result_says_what_whoever_uses_a_version_must_know_and_models_says_it_too(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["name=mind", "gate.max_unknown_let_in=0", "gate.max_ece=0"]
+    done = project.run(*changes)
+    promotion = of(done, Promotion)
+    assert isinstance(promotion, Promotion)
+    assert promotion.stage == "Production"
+    assert [sentence.split(" % ")[0].rstrip("0123456789.") for sentence in promotion.warnings] == [
+        "lets in ", "has a calibration error of ",
+    ]  # fmt: skip
+    capsys.readouterr()
+    report.show(done, "kshot run tiny.toml")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"mind version 1 is in production. Mind: it {promotion.warnings[0]}" in shown
+    listed = " ".join(CliRunner().invoke(app, ["models", "mind"]).output.split())
+    assert f"Version 1 is in production; mind: it {promotion.warnings[0]}" in listed
+    assert registry.trace("mind", 1).facts["mind"] == "; ".join(promotion.warnings)
+    again = steps.promote(shipped.load(str(project.home / "tiny.toml"), changes), of(done, Registered))  # type: ignore[arg-type]
+    assert (again.why, again.warnings) == ("it is in production already", promotion.warnings)
+
+
+def test_heads_that_were_tried_are_listed_with_the_best_of_each_learner_and_the_baseline(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = (Shape(5, 1, 5), Shape(5, 5, 5))
+    tried = (
+        Attempt("cosine", shapes, (0.6, 0.8), (0.01, 0.02), 0.5, False),
+        Attempt("plda features=last", shapes, (0.65, 0.85), (0.01, 0.02), 1.5, False),
+        Attempt("plda features=stages", shapes, (0.7, 0.9), (0.01, 0.02), 2.5, True),
+    )
+    trained = of(project.first, Trained)
+    assert isinstance(trained, Trained)
+    chosen = replace(trained, steps=0, shape=shapes[0], validation=0.7, margin=0.01, chosen=tried[2].label, tried=tried)
+    report.show([replace(project.first[1], product=chosen)], "kshot run tiny.toml")
+    steps_table, heads_table = (
+        [" ".join(line.split()) for line in part.splitlines()] for part in capsys.readouterr().out.split("heads tried")
+    )
+    assert "plda features=stages: 70.00 ± 1.00 % on 5-way 1-shot" in " ".join(steps_table)
+    assert [line for line in heads_table if "±" in line] == [
+        "plda features=stages 70.00 ± 1.00 % 90.00 ± 2.00 % 2.5 chosen",
+        "cosine 60.00 ± 1.00 % 80.00 ± 2.00 % 0.5 the baseline",
+    ]
+
+
+def test_results_name_the_protocol_where_photos_have_groups(project: Project) -> None:
+    scores = of(project.first, Scores)
+    assert isinstance(scores, Scores)
+    [line] = scores.lines
+    assert scores.label(line) == "3-way 1-shot"
+    across = replace(line, protocol="across groups", transductive=True)
+    both = replace(scores, lines=(line, across))
+    assert [both.label(each) for each in both.lines] == [
+        "3-way 1-shot, random photos", "3-way 1-shot, across groups, transductive",
+    ]  # fmt: skip
 
 
 def test_a_changed_learning_rate_uses_the_data_again_and_nothing_else(project: Project) -> None:
@@ -242,7 +313,7 @@ def test_a_device_that_is_not_there_is_told_with_what_to_set(device: str, monkey
         pytest.skip("there is a GPU")
     monkeypatch.setenv("KSHOT_DEVICE", device)
     with pytest.raises(KshotError, match=rf"KSHOT_DEVICE={device} cannot be computed on: .*Set it to cpu"):
-        steps.device()
+        heads.device()
 
 
 def test_data_that_changed_are_noticed(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", shipped.recipes())
 def test_a_recipe_opens_with_its_command_and_says_what_it_is(name: str) -> None:
     path = shipped.recipes()[name]
-    assert path.read_text().startswith(f"# kshot run {name}\n")
+    command = "learn ./photos" if name == "photos" else f"run {name}"
+    assert path.read_text().startswith(f"# kshot {command}\n")
     assert len(shipped.about(path)) > 20
 
 
@@ -27,8 +28,9 @@ def test_a_recipe_is_valid_down_to_its_plugins_and_its_gate(name: str) -> None:
     recipe = shipped.load(name)
     assert recipe.name == name
     GateSettings.of(recipe.gate)
-    side = (3, 84, 84) if "imagenet" in name else (1, 28, 28)
-    assert sum(parameter.numel() for parameter in recipe.build(side).parameters()) > 1000
+    side = (3, 84, 84) if "imagenet" in name or name == "photos" else (1, 28, 28)
+    for variant in recipe.variants():
+        assert sum(parameter.numel() for parameter in variant.build(side).parameters()) > 1000
 
 
 def test_the_recipes_of_the_first_issue_are_there() -> None:

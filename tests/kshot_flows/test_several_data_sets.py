@@ -13,7 +13,8 @@ from PIL import Image
 from kshot import plugins
 from kshot.importing import finish, import_dataset
 from kshot_flows import keys, learners, registry, shipped, steps, tracking
-from kshot_flows.products import Registered
+from kshot_flows.gate import GateReport
+from kshot_flows.products import Promotion, Registered
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
@@ -224,7 +225,8 @@ def test_a_folder_of_new_classes_only_is_served_without_any_training(
     shutil.rmtree(home / "data")
     add(home / "data", "photos", {"test": 5})
     version = run(home, "dataset.name=photos", "training.steps=0")
-    assert "photos has no classes 'val': taken as it is" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "photos has no classes to train or validate on: taken as it is, without a validation" in shown
     [bundle] = home.glob("runs/tiny/*/bundle-*/bundle.json")
     opened = Bundle.open(bundle.parent)
     assert opened.manifest.calibration == ()
@@ -233,6 +235,28 @@ def test_a_folder_of_new_classes_only_is_served_without_any_training(
     assert opened.classify(state, list(photos[:, 1])).probabilities.shape == (3, 3)
     promotion = steps.promote(shipped.load(str(home / "tiny.toml"), SHORT), version)
     assert promotion.stage == "Production"
+
+
+def test_cross_validated_versions_are_compared_on_the_same_folds_only(home: Path) -> None:
+    def promoted(*changes: str) -> tuple[Promotion, GateReport]:
+        splits = ("dataset.name=stripes", "dataset.train=test", "dataset.validation=val", "dataset.test=test")
+        version = run(home, "training.steps=0", "gate.margin=1.0", *splits, *changes)
+        found = steps.promote(
+            shipped.load(str(home / "tiny.toml"), ["gate.margin=1.0", "gate.ece_margin=1.0"]), version
+        )
+        report = registry.gate_report("tiny", version.version)
+        assert report is not None
+        return found, report
+
+    first, _ = promoted("name=tiny")
+    assert (first.stage, first.why) == ("Production", "passed the gate, the first version")
+    _, report = promoted("backbone.width=4")
+    assert (report.champion, report.difference is None) == (1, False)
+    champion = registry.champion("tiny")
+    other, report = promoted("seed=7")
+    assert (report.champion, report.difference) == (champion, None)
+    assert (other.stage, other.why) == ("Production", f"passed the gate, not compared with version {champion}")
+    assert other.warnings[0].startswith(f"was not compared with version {champion}, which may have learned from")
 
 
 def test_with_validation_classes_an_untrained_learner_is_validated_and_calibrated(home: Path) -> None:
