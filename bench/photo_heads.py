@@ -1,0 +1,462 @@
+"""Heads on frozen features of photographs: accuracy, unknown classes, calibration and cost, on the same episodes.
+
+    python bench/photo_heads.py DATA [fruit coins emoji-4v mini-imagenet omniglot mnist] [--cache DIR] [--out DIR]
+    python bench/photo_heads.py DATA --report
+
+DATA holds a folder for each data set, with its archives. The backbone is efficientnet-lite0, frozen; its features are
+kept in the cache, a folder of the temporary ones by default. Classes are split in two: statistics and all settings come
+from the base classes, by the folds of `kshot learn`, and episodes are drawn from the others, the same for every head.
+Results of each data set are written as they come, and `--report` joins those that are there: it writes
+bench/results/photo_heads.json, the tables of docs/photographs.md between their markers, and the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kshot import memory
+from kshot.backbones import Backbone
+from kshot.calibration import Calibration, Trial, calibrate
+from kshot.datasets import ClassImages, ImageSet
+from kshot.embeddings import ClassFeatures
+from kshot.episodes import Shape
+from kshot.evaluation import evaluate
+from kshot.importing import finish, import_dataset
+from kshot.learner import FeatureLearner
+from kshot.recipe import LearnerSettings, PluginSettings, Recipe
+from kshot.selection import Tried, choose, folds_of, select, trials
+from kshot.statistics import auroc, calibration_error, interval
+from kshot_plugins.whitening import WhitenedSpace
+from kshot_runtime.bundle import evidence
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "photo_heads.json"
+HEADS = ("cosine", "simpleshot", "ridge", "finetune", "whitened", "plda")
+KINDS = ("last", "stages", "inner")
+EPISODES, CALIBRATION_EPISODES, QUERIES, MOST_UNKNOWN = 300, 100, 5, 20
+RANDOM, ACROSS = "random photos", "across groups"
+SHOWN = {"fruit": ACROSS, "coins": ACROSS, "emoji-4v": RANDOM}  # in the pictures
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A data set: what it is packed from, its base and its test classes, and the sizes of its episodes."""
+
+    source: str  # an archive in its folder, or nothing for a source of kshot's own
+    shapes: tuple[Shape, ...] = (Shape(5, 1, QUERIES), Shape(5, 5, QUERIES))
+    base: int | None = None  # of the shuffled classes; half if None
+    splits: tuple[str, str] | None = None  # of base and of test classes, where the data set brings them
+    groups: bool = False  # whether file names begin with train_ or test_: another visit, other coins
+    most: tuple[int, int] = (10_000, 10_000)  # classes of a split, and images of a class, that are taken
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        return (RANDOM, ACROSS) if self.groups else (RANDOM,)
+
+
+SETS = {
+    "fruit": Photos("fruit.zip", groups=True),
+    "coins": Photos("coins.zip", (Shape(4, 1, QUERIES), Shape(4, 5, QUERIES)), base=3, groups=True),
+    "emoji-4v": Photos("emoji-4v.zip", (Shape(5, 1, 3), Shape(20, 1, 3)), base=300),
+    "mini-imagenet": Photos("", splits=("val", "test"), most=(20, 60)),
+    "omniglot": Photos("", splits=("val", "test"), most=(60, 20)),
+    "mnist": Photos("", splits=None, most=(10, 100)),
+}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An episode by the numbers of its photos among those of the test classes."""
+
+    support: np.ndarray  # class by class
+    labels: np.ndarray
+    queries: np.ndarray
+    truth: np.ndarray
+    unknown: np.ndarray
+
+
+class Classes:
+    """Base and test classes of a data set, as pixels and as features of each kind."""
+
+    def __init__(self, name: str, data: Path, cache: Path) -> None:
+        self.name, self.photos, self.cache = name, SETS[name], cache
+        if not (cache / name).exists():
+            own = {"rule": {"size": 224, "fit": "crop", "resize": "bicubic"}} if self.photos.source else {}
+            finish(
+                import_dataset(
+                    str(data / name / self.photos.source) if self.photos.source else name, name, cache,
+                    from_dir=None if self.photos.source else data / name,
+                    split="test" if name == "mnist" else None,
+                    group_by="{visit}_*" if self.photos.groups else None,
+                    allow_leaks=True, **own,
+                )
+            )  # fmt: skip
+        packed = ImageSet.open(cache / name)
+        every = packed.split("+".join(packed.splits))
+        entries = {entry.name: entry for entry in packed.classes}
+        base, test = self._split(packed, every)
+        most = self.photos.most[1]
+        self.base, self.test = every.only(base).limited(most), every.only(test).limited(most)
+        files = [entries[n] for n in self.test.names]
+        self.visits = [
+            np.array([packed.index.files[e.start + i].group or "" for i in range(min(e.count, most))]) for e in files
+        ]
+
+    def _split(self, packed: ImageSet, every: ClassImages) -> tuple[np.ndarray, np.ndarray]:
+        random, split_of = np.random.default_rng(1), {entry.name: entry.split for entry in packed.classes}
+        if splits := self.photos.splits:
+            parts = [np.flatnonzero([split_of[name] == split for name in every.names]) for split in splits]
+            return tuple(random.permutation(part)[: self.photos.most[0]] for part in parts)  # type: ignore[return-value]
+        order = np.argsort(every.names)[random.permutation(len(every))]
+        count = self.photos.base or len(order) // 2
+        return order[:count], order[count:]
+
+    @cached_property
+    def bodies(self) -> dict[str, Backbone]:
+        """A backbone for each kind of features."""
+        return {kind: recipe("cosine", kind).build_backbone(self.base.shape) for kind in KINDS}
+
+    @cached_property
+    def features(self) -> dict[str, tuple[ClassFeatures, ClassFeatures]]:
+        """Base and test classes as features of each kind."""
+        store = self.cache / "embeddings"
+        return {
+            kind: (ClassFeatures(self.base, body, store).complete(), ClassFeatures(self.test, body, store).complete())
+            for kind, body in self.bodies.items()
+        }
+
+    @cached_property
+    def tables(self) -> dict[str, Tensor]:
+        """The features (N, D) of all photos of the test classes, class by class."""
+        return {kind: torch.cat([*test.by_class]) for kind, (_, test) in self.features.items()}
+
+    def draws(self, shape: Shape, protocol: str, episodes: int, seed: int = 0) -> list[Draw]:
+        """Episodes: across groups, the support is of `train` and the queries of `test`."""
+        random, across, found = np.random.default_rng(seed), protocol == ACROSS, list[Draw]()
+        starts = np.cumsum(self.test.counts) - self.test.counts
+        for _ in range(episodes):
+            support, queries, unknown = [], [], []
+            chosen = random.permutation(len(starts))[: shape.ways + MOST_UNKNOWN]
+            for place, klass in enumerate(chosen):
+                order = random.permutation(int(self.test.counts[klass]))
+                visit = self.visits[klass][order]
+                first = order[visit == "train"] if across else order
+                later = order[visit == "test"] if across else order[shape.shots :]
+                later = starts[klass] + later[: shape.queries]
+                if place < shape.ways:
+                    support.append(starts[klass] + first[: shape.shots])
+                    queries.append(later)
+                else:
+                    unknown.append(later)
+            found.append(
+                Draw(
+                    np.concatenate(support), np.repeat(np.arange(shape.ways), [len(part) for part in support]),
+                    np.concatenate(queries), np.repeat(np.arange(shape.ways), [len(part) for part in queries]),
+                    np.concatenate([np.empty(0, np.int64), *unknown]).astype(np.int64),
+                )
+            )  # fmt: skip
+        return found
+
+
+def recipe(head: str, kind: str) -> Recipe:
+    """The recipe of `kshot learn` with one head and one kind of features."""
+    return LEARN.model_copy(
+        update={
+            "learner": LearnerSettings(name=head),
+            "backbone": PluginSettings(name="efficientnet-lite0", features=kind, frozen=True),
+        }
+    )
+
+
+LEARN = Recipe.load(HERE.parent / "flows" / "recipes" / "photos.toml")
+
+
+@torch.no_grad()
+def play(head: FeatureLearner, table: Tensor, draws: Sequence[Draw]) -> dict[str, Any]:
+    """What a head answers: the accuracy of each episode, and its scores of known and of unknown queries."""
+    if isinstance(head, WhitenedSpace) and getattr(head.config, "whiten", True):  # all rows once, for all episodes
+        table, head = head.space(table), copy.copy(head)
+        head.space = lambda rows: rows  # type: ignore[method-assign]
+    accuracies, known, unknown, right = [], [], [], []
+    for draw in draws:
+        labels = torch.from_numpy(draw.labels)
+        state = head.fit(table[draw.support], labels, torch.unique(labels))
+        rows = table[np.concatenate([draw.queries, draw.unknown])]
+        given = {"logits": head.logits(state, rows), **head.evidence(state, rows)}
+        count = len(draw.queries)
+        right.append(given["logits"][:count].argmax(1).numpy() == draw.truth)
+        accuracies.append(right[-1].mean())
+        known.append({name: value[:count].numpy() for name, value in given.items()})
+        unknown.append({name: value[count:].numpy() for name, value in given.items()})
+    return {
+        "accuracies": np.array(accuracies), "right": np.concatenate(right),
+        "known": _joined(known), "unknown": _joined(unknown),
+    }  # fmt: skip
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def calibrated(head: FeatureLearner, base: ClassFeatures, shape: Shape) -> Calibration:
+    """Temperature and score for unknown from the base classes, as `kshot learn` does: halves, and the classes seen."""
+    parts: list[Trial] = [(head, base)]
+    if head.closed_form:
+        parts = trials(head, folds_of(base, 2, LEARN.seed))
+    fewest, photos = min(len(images) for _, images in parts), int(base.counts.min())
+    shots = min(shape.shots, photos - 1)
+    size = Shape(min(shape.ways, max(2, fewest - 1)), shots, min(shape.queries, photos - shots))
+    return calibrate(parts, size, CALIBRATION_EPISODES, seed=0, seen=(head, base) if head.closed_form else None)
+
+
+def figures(head: FeatureLearner, table: Tensor, base: ClassFeatures, shape: Shape, draws: Sequence[Draw],
+            baseline: np.ndarray | None = None) -> dict[str, Any]:  # fmt: skip
+    """The figures of a head with its statistics, and the accuracies of its episodes."""
+    fit = calibrated(head, base, shape)
+    played = play(head, table, draws)
+    accuracies, inside, outside = played["accuracies"], played["known"], played["unknown"]
+    confidences = torch.from_numpy(inside["logits"] / fit.temperature).softmax(1).amax(1).numpy()
+    found: dict[str, Any] = {"ways": shape.ways, "shots": shape.shots}
+    found["accuracy"], found["margin"] = percents(accuracies)
+    if baseline is not None:
+        found["minus_cosine"], found["minus_cosine_margin"] = percents(accuracies - baseline)
+    if len(outside["logits"]):
+        known, unknown = (evidence(side, fit.by, fit.temperature) for side in (inside, outside))
+        found |= {
+            "unknown_by": fit.by,
+            "auroc": percent(auroc(known, unknown)),
+            "let_in": percent(let_in(known, unknown)),
+        }
+    found |= {"ece": percent(calibration_error(confidences, played["right"])), "temperature": round(fit.temperature, 3)}
+    return {**found, "accuracies": accuracies}
+
+
+def let_in(known: np.ndarray, unknown: np.ndarray) -> float:
+    """The share of unknown queries that pass where 95 % of the known do."""
+    return float((unknown >= np.quantile(known, 0.05)).mean())
+
+
+def percent(share: float) -> float:
+    return round(100 * share, 2)
+
+
+def percents(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half its 95 % interval."""
+    mean, margin = interval(values)
+    return percent(mean), percent(margin)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen on the base classes of a data set."""
+
+    base: Mapping[str, ClassFeatures]  # by kind of features, with the protocol of their episodes
+    by_pair: Mapping[tuple[str, str], Tried]  # for each head and kind of features, its settings
+    learnt: Tried  # by `kshot learn`, among all
+    of_two: Tried  # among whitened and plda
+    seconds: float
+
+
+def chosen(classes: Classes, protocol: str) -> Chosen:
+    """Choose heads and settings as `kshot learn` does, by folds over the base classes."""
+    started, bodies = time.perf_counter(), classes.bodies
+    base = {kind: known.with_protocol(protocol) for kind, (known, _) in classes.features.items()}
+    kind_of = {id(body): kind for kind, body in bodies.items()}
+    order = [(variant.learner.one, variant.backbone.options["features"]) for variant in LEARN.variants()]
+    others = [(head, kind) for head in ("plda", "whitened", "ridge") for kind in KINDS if (head, kind) not in order]
+    variants = [(one, one.build_head(bodies[kind])) for head, kind in order + others for one in [recipe(head, kind)]]
+    settings = LEARN.training
+    tried = select(
+        variants, lambda head: base[kind_of[id(head.backbone)]], settings.shapes,
+        folds=settings.folds, episodes=settings.validation_episodes, seed=LEARN.seed,
+    )  # fmt: skip
+    groups: dict[tuple[str, str], list[Tried]] = {}
+    for one in tried:
+        groups.setdefault((one.recipe.learner.one, one.recipe.backbone.options["features"]), []).append(one)
+    learnt = choose([one for pair in order for one in groups[pair]])
+    of_two = choose([one for pair in order if pair[0] in ("plda", "whitened") for one in groups[pair]])
+    by_pair = {pair: choose(group) for pair, group in groups.items()}
+    by_pair |= {(one.recipe.learner.one, one.recipe.backbone.options["features"]): one for one in (of_two, learnt)}
+    return Chosen(base, by_pair, learnt, of_two, time.perf_counter() - started)
+
+
+def built(classes: Classes, head: str, kind: str, settings: Mapping[str, Any], base: ClassFeatures) -> FeatureLearner:
+    """A head with these settings and the statistics of these classes."""
+    made = recipe(head, kind).build_head(classes.bodies[kind])
+    assert isinstance(made, FeatureLearner)
+    made.config = made.config.model_copy(update=dict(settings))
+    made.learn_statistics(base.by_class)
+    return made.eval()
+
+
+def measured(classes: Classes, protocol: str) -> dict[str, Any]:
+    """All heads on all kinds of features, on the same test episodes."""
+    picked = chosen(classes, protocol)
+    print(f"{classes.name}, {protocol}: {picked.learnt} chosen in {picked.seconds:.0f} s", flush=True)
+    rows, distances = [], []
+    for shape in classes.photos.shapes:
+        draws = classes.draws(shape, protocol, EPISODES)
+        baseline, accuracies = None, dict[str, np.ndarray]()
+        for head, kind in [(head, kind) for head in HEADS for kind in KINDS]:
+            if head == "finetune" and kind != "last" and (classes.name not in SHOWN or protocol != SHOWN[classes.name]):
+                continue  # it takes as long as all others together
+            one = picked.by_pair.get((head, kind))
+            settings = one.settings if one else {}
+            made = built(classes, head, kind, settings, picked.base[kind])
+            found = figures(made, classes.tables[kind], picked.base[kind], shape, draws, baseline)
+            name = f"{head} {kind}"
+            accuracies[name] = found.pop("accuracies")
+            baseline = accuracies["cosine last"]
+            where = {"data": classes.name, "protocol": protocol, "head": head, "features": kind, "settings": settings}
+            rows.append({
+                **where, **({"validation": percent(one.accuracy)} if one else {}),
+                "kshot_learn": one is picked.learnt, "of_two": one is picked.of_two, **found,
+            })  # fmt: skip
+            print(f"  {name:18} {found}", flush=True)
+        best = max(accuracies, key=lambda name: accuracies[name].mean())
+        learnt = next(f"{row['head']} {row['features']}" for row in rows if row["kshot_learn"])
+        distances.append({
+            "data": classes.name, "protocol": protocol, "ways": shape.ways, "shots": shape.shots, "learnt": learnt,
+            "best": best, "distance": percents(accuracies[best] - accuracies[learnt]),
+        })  # fmt: skip
+        print(f"  {distances[-1]}", flush=True)
+    found = {"rows": rows, "distances": distances, "seconds_to_choose": round(picked.seconds)}
+    if classes.name == "fruit":
+        found["served"] = [served(classes, protocol, picked, shots) for shots in (1, 5)]
+        print(found["served"])
+    if protocol == ACROSS:
+        found["either_direction"] = either_direction(classes, picked)
+        print(found["either_direction"])
+    return found
+
+
+def served(classes: Classes, protocol: str, picked: Chosen, shots: int) -> dict[str, Any]:
+    """The calibration error of a label space of 10 classes, calibrated on what the base classes allow."""
+    one, shape = picked.learnt, Shape(10, shots, QUERIES)
+    head, kind = one.recipe.learner.one, one.recipe.backbone.options["features"]
+    made = built(classes, head, kind, one.settings, picked.base[kind])
+    found = figures(made, classes.tables[kind], picked.base[kind], shape, classes.draws(shape, protocol, EPISODES))
+    found.pop("accuracies")
+    return {"data": classes.name, "protocol": protocol, "head": head, "features": kind, **found}
+
+
+def either_direction(classes: Classes, picked: Chosen) -> list[dict[str, Any]]:
+    """kshot's own protocol across groups: the support of any group, the queries of all others."""
+    found = []
+    one = picked.learnt
+    pairs = [("cosine", "last", {}), (one.recipe.learner.one, one.recipe.backbone.options["features"], one.settings)]
+    for shape in classes.photos.shapes:
+        for head, kind, settings in pairs:
+            made = built(classes, head, kind, settings, picked.base[kind])
+            score = evaluate(made, classes.features[kind][1].with_protocol(ACROSS), shape, EPISODES, seed=0)
+            found.append({
+                "head": head, "features": kind, "ways": shape.ways, "shots": shape.shots,
+                "accuracy": percent(score.accuracy), "margin": percent(score.margin),
+            })  # fmt: skip
+    return found
+
+
+def foreign(classes: Classes, other: Classes) -> list[dict[str, Any]]:
+    """Episodes of a label space without base classes: with the statistics of another data set, and with none."""
+    found = []
+    for shape in classes.photos.shapes:
+        draws = classes.draws(shape, ACROSS, EPISODES)
+        for kind in KINDS:
+            for head, statistics in (
+                ("cosine", "none"),
+                ("whitened", "none"),
+                *((h, other.name) for h in ("whitened", "plda")),
+            ):
+                made = recipe(head, kind).build_head(classes.bodies[kind]).eval()
+                assert isinstance(made, FeatureLearner)
+                if statistics != "none":
+                    made.learn_statistics(other.features[kind][0].by_class)
+                accuracy, margin = percents(play(made, classes.tables[kind], draws)["accuracies"])
+                found.append({
+                    "data": classes.name, "protocol": ACROSS, "statistics": statistics, "head": head, "features": kind,
+                    "ways": shape.ways, "shots": shape.shots, "accuracy": accuracy, "margin": margin,
+                })  # fmt: skip
+                print(f"  {found[-1]}", flush=True)
+    return found
+
+
+def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
+    """Processor time on one thread, heads in turns: to learn statistics, to adapt, to classify a photo's features."""
+    [draw] = classes.draws(Shape(5, 5, QUERIES), RANDOM, 1)
+    labels, times = torch.from_numpy(draw.labels), dict[tuple[str, str], dict[str, list[float]]]()
+    heads = {}
+    for kind in KINDS:
+        base = [*classes.features[kind][0].by_class]
+        for name in HEADS:
+            head = recipe(name, kind).build_head(classes.bodies[kind]).eval()
+            head.config = head.config.model_copy(update={"whiten": True} if name == "ridge" else {})
+            began = time.process_time()
+            head.learn_statistics([part.clone() for part in base])  # new tensors: nothing of another head's is reused
+            heads[name, kind] = head
+            times[name, kind] = {"statistics": [time.process_time() - began], "adapt": [], "classify": []}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for (name, kind), head in heads.items():
+                support, query = classes.tables[kind][draw.support], classes.tables[kind][draw.queries[:1]]
+                began = time.process_time()
+                state = head.fit(support, labels, torch.arange(5))
+                then = time.process_time()
+                for _ in range(10):
+                    head.logits(state, query)
+                times[name, kind]["classify"].append((time.process_time() - then) / 10)
+                times[name, kind]["adapt"].append(then - began)
+    return [
+        {
+            "head": name, "features": kind, "statistics_s": round(float(np.median(taken["statistics"])), 2),
+            "adapt_ms": round(1000 * float(np.median(taken["adapt"])), 2),
+            "classify_ms": round(1000 * float(np.median(taken["classify"])), 3),
+        }
+        for (name, kind), taken in times.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("sets", nargs="*", choices=[*SETS], default=[*SETS])
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
+    parser.add_argument("--embed", action="store_true", help="compute the features only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    for name in options.sets:
+        classes, started = Classes(name, options.data, options.cache), time.perf_counter()
+        with memory.kept():
+            _ = classes.features
+        print(f"{name}: {len(classes.base)} base and {len(classes.test)} test classes, "
+              f"{int(classes.base.counts.sum())} and {int(classes.test.counts.sum())} photos, "
+              f"{time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+        if options.embed:
+            continue
+        found: dict[str, Any] = {
+            "data": name, "base": len(classes.base), "test": len(classes.test),
+            "photos": [int(part.counts.sum()) for part in (classes.base, classes.test)],
+            "protocols": [measured(classes, protocol) for protocol in classes.photos.protocols],
+        }  # fmt: skip
+        if name == "fruit":
+            found["costs"] = costs(classes)
+        if name == "coins":
+            found["foreign"] = foreign(classes, Classes("fruit", options.data, options.cache))
+        (options.cache / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
