@@ -108,7 +108,7 @@ class ClassFeatures(ClassImages):
     def pixels(self) -> ClassImages:
         """The same classes as images."""
         images = copy.copy(self)
-        images.__class__ = ClassImages
+        images.__class__ = ClassImages  # type: ignore[assignment]  # whose `read` gives pixels
         return images
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kshot import folders, parity
 from kshot.datasets import ClassImages
-from kshot.embeddings import embedded
+from kshot.embeddings import backbone_key, embedded
 from kshot.episodes import Shape
 from kshot.graphs import adapt_model, classify_model, embed_model
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State
@@ -73,10 +74,19 @@ def export(
             f"{data.shape}: they must be one"
         )
     with _appearing(folder) as staging:
+        contents = {}
+        if learner.backbone.norm in BY_ITSELF:
+            contents[EMBED] = _embed(learner, image, store)
         models, state = _models(learner, image, [fit.by for fit in facts.calibration])
-        contents = {name: _serialised(model, name) for name, model in models.items()}
+        contents |= {name: _serialised(model, name) for name, model in models.items()}
         compared = parity.compare(
-            learner, Graphs(contents), embedded(learner, data, store=store), shape, seed=seed, episodes=episodes
+            learner,
+            Graphs(contents),
+            embedded(learner, data, store=store),
+            shape,
+            seed=seed,
+            episodes=episodes,
+            store=store,
         )
         manifest = Manifest(
             **dict(facts),
@@ -94,15 +104,27 @@ def export(
     return Report(folder, manifest, time.perf_counter() - started)
 
 
+def _embed(learner: Learner, image: tuple[int, int, int], store: Path | None) -> bytes:
+    """The graph that embeds images: traced, or taken from the embedding store if it was traced for this backbone."""
+    kind = getattr(learner.backbone, "selected", "")
+    kept = store / f"{backbone_key(learner.backbone)[:24]}-{kind}-{torch.__version__}.onnx" if store else None
+    if kept and kept.is_file():
+        return kept.read_bytes()
+    images = {"images": Spec(("Q", *image))}
+    piece = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
+    content = _serialised(embed_model(piece), EMBED)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(content)
+        unfinished.replace(kept)
+    return content
+
+
 def _models(
     learner: Learner, image: tuple[int, int, int], scores: Sequence[str]
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
-    """The graphs, and the shapes of the state that goes from adapting to classifying; `scores` are asked of a query."""
-    models = {}
-    if learner.backbone.norm in BY_ITSELF:
-        images = {"images": Spec(("Q", *image))}
-        embed = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
-        models[EMBED] = embed_model(embed)
+    """Adapting and classifying, and the shapes of the state between them; `scores` are asked of a query."""
     each = (learner.backbone.features,) if learner.takes_features else image
     episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
     pieces: tuple[Piece, ...]
@@ -121,7 +143,7 @@ def _models(
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
         raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
     used = classify.used()
-    models |= {ADAPT: adapt_model(*pieces, wanted=used), CLASSIFY: classify_model(classify)}
+    models = {ADAPT: adapt_model(*pieces, wanted=used), CLASSIFY: classify_model(classify)}
     return models, {name: spec for name, spec in state.items() if name in used}
 
 

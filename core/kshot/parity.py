@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,7 +89,14 @@ def check_learner(learner: Learner, images: ClassImages, shape: Shape, *, seed: 
 
 
 def compare(
-    learner: Learner, graphs: Graphs, images: ClassImages, shape: Shape, *, seed: int, episodes: int = 100
+    learner: Learner,
+    graphs: Graphs,
+    images: ClassImages,
+    shape: Shape,
+    *,
+    seed: int,
+    episodes: int = 100,
+    store: Path | None = None,
 ) -> Parity:
     """Run both on the same episodes; the figures, or an ExportError that says which check failed."""
     _check_weights(learner)
@@ -99,7 +107,7 @@ def compare(
         _check_embed(learner, precise, graphs, images.images)
         images = images.limited(max(shape.shots + shape.queries, MOST_IMAGES // len(images)))
         images = images.with_protocol("random photos")
-        theirs = ClassFeatures(images, served.backbone)
+        theirs = ClassFeatures(images, served.backbone, store)
     check_learner(learner, images, shape, seed=seed)
     _check_sizes(learner, precise, graphs, images, seed=seed)
     batch = sample_episodes(images, shape, COMPARED, seed=seed, step=0, stream="test")

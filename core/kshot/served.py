@@ -39,6 +39,7 @@ class _Embedding(Backbone):
     def __init__(self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm) -> None:
         super().__init__(image, BackboneConfig(norm=norm))
         self.graphs, self.features = graphs, features
+        self.register_buffer("digest", torch.tensor(list(graphs.digest), dtype=torch.uint8))  # tells it from others
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.graphs.embed(to_bytes(images)))

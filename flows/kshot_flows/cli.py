@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kshot_flows import cli_algorithms, cli_data, cli_models, cli_plugin, cli_serve
+from kshot_flows import cli_algorithms, cli_data, cli_learn, cli_models, cli_plugin, cli_serve
 from kshot_flows.tables import table
 from kshot_runtime.errors import KshotError
 
@@ -20,6 +20,7 @@ from kshot_runtime.errors import KshotError
 
 
 _ORDER = (
+    "learn",
     "run",
     "data",
     "recipes",
@@ -61,17 +62,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Few-shot image classification, from versioned data to a served model.
 
-    [bold]A first run[/bold], data and all, in about three minutes: [cyan]kshot run glyphs-protonet[/cyan]
+    [bold]Your own photos[/bold], a folder for each class, to a page that knows them:
 
-    [bold]Your own photos[/bold], a folder for each class:
+    [cyan]kshot learn ./photos[/cyan]
 
-    [cyan]kshot data import ./photos pets[/cyan]
+    [cyan]kshot serve models:/photos@production --space ./photos[/cyan]
 
-    [cyan]kshot run glyphs-protonet name=pets dataset.name=pets[/cyan]
+    [bold]Without photos[/bold], data and all, in about three minutes: [cyan]kshot run glyphs-protonet[/cyan]
     """,
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_plugin.app, name="plugin")
+cli_learn.add_commands(app)
 cli_algorithms.add_commands(app)
 cli_models.add_commands(app)
 cli_serve.add_commands(app)

@@ -32,6 +32,11 @@ def pipeline(recipe: str, changes: list[str] | None = None) -> Promotion:
     return promote(experiment, version)
 
 
+def unchanged(recipe: str, changes: Sequence[str] = ()) -> bool:
+    """Whether every step has a result that can be used again."""
+    return not engine.configured() and engine.recalled(lambda: pipeline.fn(recipe, list(changes))) is not None
+
+
 def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
     """Run the pipeline, against Prefect's API if one is set up and embedded if not, and say what each step gave."""
     if not engine.configured() and (done := engine.recalled(lambda: pipeline.fn(recipe, list(changes)))):

@@ -24,6 +24,7 @@ class ANIL(FeatureLoop, GradientLearner):
     """
 
     name = "anil"
+    batched = True  # its gradient is written out
 
     class Config(GradientLearner.Config):
         steps: int = Field(5, ge=0, description="inner steps while meta-training")
