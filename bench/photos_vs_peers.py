@@ -1,0 +1,284 @@
+"""The same few photos by kshot and by what one would take instead: scikit-learn, easyfsl, Teachable Machine, fine-tuning.
+
+    python bench/photos_vs_peers.py DATA [fruit coins emoji-4v] [--cache DIR] [--episodes 300] [--tuned 10]
+    python bench/photos_vs_peers.py DATA --report
+
+DATA and the cache are those of bench/photo_heads.py, which has to run first: kshot's head is what it chose there on the
+base classes. The peers get the same episodes of the same backbone's last features in a file, and are installed into an
+environment of their own, cache/peers, by `python -m venv` and `pip install scikit-learn easyfsl` (some GB with torch).
+Each is used as its documents say, its score for unknown is the largest probability. The backbone that is fine-tuned for
+each episode takes so long that it gets the first few episodes only. kshot and the peers take turns, episode by episode;
+seconds are processor time of one thread, medians. Writes bench/results/photos_vs_peers.json and its part of
+docs/photographs.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "photos_vs_peers.json"
+PEERS = ("scikit-learn", "easyfsl")
+TRANSDUCTIVE = ("easyfsl BD-CSPN", "easyfsl TIM")
+Classify = Callable[[np.ndarray], np.ndarray]
+"""Probabilities (N, W) of features (N, D)."""
+
+
+# ---- in the environment of the peers: no kshot here
+
+
+def answer(file: Path) -> None:
+    """Answer the episodes of a file, one for each line of standard input."""
+    import torch
+
+    torch.set_num_threads(1)
+    held, found = np.load(file), {}  # type: ignore[var-annotated]
+    features = held["features"]
+    methods = peers()
+    for line in sys.stdin:
+        number = int(line)
+        draw = {part: held[f"{number}-{part}"] for part in ("support", "labels", "queries", "unknown")}
+        for name, fit in methods.items():
+            torch.manual_seed(number)
+            began = time.process_time()
+            classify = fit(features[draw["support"]], draw["labels"])
+            found[f"{number}-{name}-seconds"] = time.process_time() - began
+            asked = draw["queries"] if name in TRANSDUCTIVE else np.concatenate([draw["queries"], draw["unknown"]])
+            found[f"{number}-{name}"] = classify(features[asked])
+        print(number, flush=True)
+    np.savez(file.with_suffix(".answers.npz"), **found)
+
+
+def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], Classify]]:
+    from easyfsl.methods import BDCSPN, TIM, Finetune, PrototypicalNetworks, SimpleShot
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def scikit(make: Callable[[int], Any]) -> Callable[[np.ndarray, np.ndarray], Classify]:
+        return lambda features, labels: make(len(labels)).fit(features, labels).predict_proba
+
+    return {
+        "scikit-learn LogisticRegression": scikit(lambda _: LogisticRegression(max_iter=1000)),
+        "scikit-learn KNeighborsClassifier": scikit(lambda count: KNeighborsClassifier(min(5, count))),
+        "easyfsl PrototypicalNetworks": easyfsl(PrototypicalNetworks),
+        "easyfsl SimpleShot": easyfsl(SimpleShot),
+        "easyfsl Finetune": easyfsl(Finetune),
+        "easyfsl BD-CSPN": easyfsl(BDCSPN),
+        "easyfsl TIM": easyfsl(TIM),
+        "Teachable Machine's head": two_layers,
+    }
+
+
+def easyfsl(method: Any) -> Callable[[np.ndarray, np.ndarray], Classify]:
+    """A method of easyfsl on features: its backbone is the identity, as its notebooks on extracted features do it."""
+    import torch
+
+    def fit(features: np.ndarray, labels: np.ndarray) -> Classify:
+        model = method(backbone=torch.nn.Identity())
+        model.process_support_set(torch.from_numpy(features), torch.from_numpy(labels))
+
+        def classify(
+            queries: np.ndarray,
+        ) -> np.ndarray:  # some methods learn here: what they take is not in the seconds
+            return model(torch.from_numpy(queries)).detach().softmax(1).numpy()
+
+        return classify
+
+    return fit
+
+
+def two_layers(features: np.ndarray, labels: np.ndarray) -> Classify:
+    """What Teachable Machine trains on its backbone's features: 100 units, 50 epochs of Adam, batches of 16."""
+    import torch
+    from torch.nn import functional as F
+
+    x, y, ways = torch.from_numpy(features), torch.from_numpy(labels), int(labels.max()) + 1
+    hidden, last = torch.nn.Linear(x.shape[1], 100), torch.nn.Linear(100, ways, bias=False)
+    for layer in (hidden, last):  # its varianceScaling
+        torch.nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+    torch.nn.init.zeros_(hidden.bias)
+    head = torch.nn.Sequential(hidden, torch.nn.ReLU(), last)
+    optimiser = torch.optim.Adam(head.parameters(), lr=0.001)
+    for _ in range(50):
+        for part in torch.randperm(len(x)).split(16):
+            optimiser.zero_grad()
+            F.cross_entropy(head(x[part]), y[part]).backward()
+            optimiser.step()
+    return lambda queries: head(torch.from_numpy(queries)).detach().softmax(1).numpy()
+
+
+# ---- in kshot's
+
+
+def environment(cache: Path) -> Path:
+    """The python of an environment that holds the peers, made if it is not there."""
+    folder = cache / "peers"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        print(f"installing {' and '.join(PEERS)} into {folder}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def compared(name: str, data: Path, cache: Path, episodes: int, tuned: int) -> list[dict[str, Any]]:
+    """A data set: every method on the episodes of each size."""
+    from photo_heads import SHOWN, Classes, built
+
+    protocol, classes, rows = SHOWN[name], Classes(name, data, cache), []
+    of = json.loads((cache / f"{name}.json").read_text())["protocols"][classes.photos.protocols.index(protocol)]["rows"]
+    for shape in classes.photos.shapes:
+        mine = next(
+            row for row in of if row["kshot_learn"] and (row["ways"], row["shots"]) == (shape.ways, shape.shots)
+        )
+        base = classes.features[mine["features"]][0].with_protocol(protocol)
+        head = built(classes, mine["head"], mine["features"], mine["settings"], base)
+        print(f"{name}, {protocol}, {shape}", flush=True)
+        draws = classes.draws(shape, protocol, episodes)
+        rows += duel(name, protocol, shape, draws, head, classes, mine, cache, tuned)
+    return rows
+
+
+def duel(name: str, protocol: str, shape: Any, draws: Sequence[Any], head: Any, classes: Any, mine: dict[str, Any],
+         cache: Path, tuned: int) -> list[dict[str, Any]]:  # fmt: skip
+    """One size of episode: all in turns, then what each answered."""
+    import torch
+    from photo_heads import percent, percents, play
+
+    from kshot.statistics import auroc
+    from kshot_runtime.bundle import evidence
+
+    parts = ("support", "labels", "queries", "unknown")
+    file = cache / f"{name}-{shape.ways}-{shape.shots}.npz"
+    held = {f"{i}-{part}": getattr(draw, part) for i, draw in enumerate(draws) for part in parts}
+    np.savez(file, features=classes.tables["last"].numpy(), **held)
+    table, seconds = classes.tables[mine["features"]], list[float]()
+    asked = subprocess.Popen(
+        [environment(cache), __file__, "--answer", file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert asked.stdin
+    assert asked.stdout
+    for i, draw in enumerate(draws):
+        print(i, file=asked.stdin, flush=True)
+        if not asked.stdout.readline():
+            raise SystemExit("the peers failed; see above")
+        support, labels = table[draw.support], torch.from_numpy(draw.labels)
+        began = time.process_time()
+        with torch.no_grad():
+            head.fit(support, labels, torch.arange(shape.ways))
+        seconds.append(time.process_time() - began)
+    asked.stdin.close()
+    asked.wait()
+    answers = np.load(file.with_suffix(".answers.npz"))
+    methods = list(dict.fromkeys(key.split("-", 1)[1] for key in answers.files if not key.endswith("-seconds")))
+    found = play(head, table, draws)
+    ours = found["accuracies"]
+    sides = [evidence(found[side], mine["unknown_by"], mine["temperature"]) for side in ("known", "unknown")]
+    where = {"data": name, "protocol": protocol, "ways": shape.ways, "shots": shape.shots}
+    accuracy, margin = percents(ours)
+    rows = [{
+        **where, "method": f"kshot: {mine['head']} on {mine['features']}", "episodes": len(draws),
+        "accuracy": accuracy, "margin": margin, "auroc": percent(auroc(*sides)),
+        "seconds": round(float(np.median(seconds)), 4),
+    }]  # fmt: skip
+    given = {
+        method: ([answers[f"{i}-{method}"] for i in range(len(draws))],
+                 [float(answers[f"{i}-{method}-seconds"]) for i in range(len(draws))])
+        for method in methods
+    }  # fmt: skip
+    if tuned:
+        given["efficientnet-lite0, fine-tuned"] = tune(classes, shape, draws[:tuned])
+    for method, (probabilities, taken) in given.items():
+        pairs = list(zip(probabilities, draws, strict=False))
+        accuracies = np.array([(p[: len(d.truth)].argmax(1) == d.truth).mean() for p, d in pairs])
+        accuracy, margin = percents(accuracies)
+        ahead, ahead_margin = percents(ours[: len(accuracies)] - accuracies)
+        rows.append({
+            **where, "method": method, "episodes": len(accuracies), "accuracy": accuracy, "margin": margin,
+            "auroc": None if method in TRANSDUCTIVE else percent(told(pairs)),
+            "seconds": round(float(np.median(taken)), 4), "kshot_ahead": ahead, "kshot_ahead_margin": ahead_margin,
+        })  # fmt: skip
+    for row in rows:
+        print(f"  {row}", flush=True)
+    return rows
+
+
+def told(pairs: Sequence[tuple[np.ndarray, Any]]) -> float:
+    """AUROC of known against unknown queries by the largest probability."""
+    from kshot.statistics import auroc
+
+    known = np.concatenate([p[: len(d.truth)].max(1) for p, d in pairs])
+    unknown = np.concatenate([p[len(d.truth) :].max(1) for p, d in pairs])
+    return auroc(known, unknown)
+
+
+def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarray], list[float]]:
+    """The whole backbone with a linear layer, trained on the support: 20 epochs of Adam at 1e-4, batches of 16, flips."""
+    import torch
+    from photo_heads import recipe
+    from torch.nn import functional as F
+
+    from kshot import memory
+    from kshot.episodes import as_floats
+
+    images = [classes.test.gather(np.full(count, i), np.arange(count)) for i, count in enumerate(classes.test.counts)]
+    pixels, probabilities, taken = np.concatenate(images), [], []
+    last = recipe("cosine", "last")
+    fresh = last.model_copy(update={"backbone": last.backbone.model_copy(update={"frozen": False})})
+    for number, draw in enumerate(draws):
+        torch.manual_seed(number)
+        began = time.process_time()
+        body = fresh.build_backbone(classes.test.shape)
+        model = torch.nn.Sequential(body, torch.nn.Linear(body.features, shape.ways))
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        x, y = as_floats(pixels[draw.support]), torch.from_numpy(draw.labels)
+        with memory.kept():
+            for _ in range(20):
+                for part in torch.randperm(len(x)).split(16):
+                    flipped = torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, x[part].flip(3), x[part])
+                    optimiser.zero_grad()
+                    F.cross_entropy(model(flipped), y[part]).backward()
+                    optimiser.step()
+            taken.append(time.process_time() - began)
+            with torch.no_grad():
+                asked = np.concatenate([draw.queries, draw.unknown[:25]])
+                probabilities.append(torch.cat([model(as_floats(pixels[part])).softmax(1) for part in
+                                                np.array_split(asked, -(-len(asked) // 16))]).numpy())  # fmt: skip
+    return probabilities, taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("sets", nargs="*", default=["fruit", "coins", "emoji-4v"])
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
+    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("--tuned", type=int, default=10)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.answer:
+        return answer(options.answer)
+    import torch
+
+    torch.set_num_threads(1)
+    for name in options.sets:
+        rows = compared(name, options.data, options.cache, options.episodes, options.tuned)
+        (options.cache / f"{name}-peers.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
