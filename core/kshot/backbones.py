@@ -41,6 +41,8 @@ class Backbone(nn.Module, ABC):
     """The width of the features."""
     grid: tuple[int, int, int] | None = None
     """(channels, height, width) of the map that the features are, flattened; None where they are no map."""
+    mirrors: bool = False
+    """Whether features of a support image are averaged with those of its mirror image."""
 
     def __init__(self, image: tuple[int, int, int], config: Any) -> None:
         """For images of shape (channels, height, width)."""
@@ -76,13 +78,17 @@ class PretrainedBackbone(Backbone):
             description="pooled outputs of the last stage, of all stages, of all but the last, or chosen on validation",
         )
         frozen: bool = Field(False, description="keep the weights as they came, while meta-training too")
+        mirror: bool = Field(
+            False,
+            description="average a support photo's features with its mirror image's, in twice the time",
+        )
 
     widths: Sequence[Sequence[int]]
     """Widths of the parts of each stage, the last stage last, such as ((32, 32), (64, 64), (1280, 1280))."""
 
     def __init__(self, image: tuple[int, int, int], config: Config) -> None:
         super().__init__(image, config)
-        self.selected = config.features
+        self.selected, self.mirrors = config.features, config.mirror
 
     @abstractmethod
     def pooled(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:

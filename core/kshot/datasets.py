@@ -21,6 +21,7 @@ from kshot_runtime.images import ImageRule
 
 IMAGES, INDEX, SHEET = "images.npy", "index.json", "sheet.png"
 SPLITS = ("train", "val", "test")
+MIRRORED = 4  # in the place of quarter turns: left and right exchanged
 Protocol = Literal["random photos", "across groups"]
 """Where an episode takes a class's queries from: any of its photos, or those of other groups than its support."""
 
@@ -343,12 +344,12 @@ class ClassImages:
             raise IndexError(f"image {sample} of class {klass}, which has {self.counts[klass]}")
         return self._home[classes], self._starts[classes] + samples, self._turns[classes]
 
-    def gather(self, classes: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> np.ndarray:
         """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
         return self.read(*self.rows(classes, samples))
 
     def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """The images at these places, as `rows` gives them: uint8 (*batch, C, H, W)."""
+        """The images at these places, as `rows` gives them, or mirrored: uint8 (*batch, C, H, W)."""
         images = np.empty((*row.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
         for number, packed in enumerate(self._packed):
             here = home == number
@@ -357,6 +358,8 @@ class ClassImages:
             turned = turn == quarters
             if turned.any():
                 images[turned] = np.rot90(images[turned], quarters, axes=(-2, -1))
+        mirrored = turn == MIRRORED
+        images[mirrored] = images[mirrored][..., ::-1]
         return images
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kshot import memory
 from kshot.backbones import Backbone, PretrainedBackbone
-from kshot.datasets import ClassImages
+from kshot.datasets import MIRRORED, ClassImages
 from kshot.episodes import as_floats
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
@@ -30,7 +30,12 @@ _AT_ONCE = 64  # images in a forward pass: of 84 x 84 pixels, a layer's maps the
 _PIXELS = 64 * 84 * 84  # of a forward pass on a CPU
 _KEPT = 256  # images between two writes to disk, which is what a kill can lose
 _MOST_BYTES = 20 << 30  # of all features in a store; what was not used for longest goes first
-_UNSEEN = {"features", "frozen", "start"}  # settings of a backbone that leave the outputs of its stages as they are
+_UNSEEN = {
+    "features",
+    "frozen",
+    "mirror",
+    "start",
+}  # settings of a backbone that leave the outputs of its stages as they are
 
 Watch = Callable[[int, int], None]
 """Called with the number of images that have been embedded, and how many there are to embed."""
@@ -72,7 +77,7 @@ class ClassFeatures(ClassImages):
             if store and key
             else _InMemory(count, width)
             for home, (key, count) in enumerate(zip(self.keys, self.packed_counts, strict=True))
-            for turn in range(4)
+            for turn in (0, 1, 2, 3, MIRRORED)
         }
 
     @property
@@ -84,9 +89,21 @@ class ClassFeatures(ClassImages):
         """Compute all features of these classes that are not there yet; itself."""
         classes = np.repeat(np.arange(len(self)), self.counts)
         samples = np.arange(len(classes)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        for _ in self._by_table(*self.rows(classes, samples)):
-            pass
+        home, row, turn = self.rows(classes, samples)
+        for turned in (turn, np.full_like(turn, MIRRORED)) if self.backbone.mirrors else (turn,):
+            for _ in self._by_table(home, row, turned):
+                pass
         return self
+
+    def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> np.ndarray:
+        """The features of these images: float32 (*batch, D); of support images over both views where these are wanted."""
+        home, row, turn = self.rows(classes, samples)
+        own = self.read(home, row, turn)
+        if not (support and self.backbone.mirrors):
+            return own
+        if turn.any():
+            raise KshotError("classes made by rotation have no mirror images: set mirror = false in [backbone]")
+        return (own + self.read(home, row, np.full_like(turn, MIRRORED))) / 2
 
     def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
         """The features of the images at these places: float32 (*batch, D)."""

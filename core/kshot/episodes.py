@@ -129,8 +129,8 @@ def sample_episodes(
 ) -> Episodes:
     """A batch of `count` episodes as tensors, gathered from the packed images in one go."""
     classes, samples = draw_indices(images, shape, count, seed=seed, step=step, stream=stream)
-    pixels = images.gather(classes[..., None], samples)  # (count, ways, shots + queries, C, H, W) uint8
-    support, query = pixels[:, :, : shape.shots], pixels[:, :, shape.shots :]
+    support = images.gather(classes[..., None], samples[..., : shape.shots], support=True)  # (count, ways, shots, ...)
+    query = images.gather(classes[..., None], samples[..., shape.shots :])  # (count, ways, queries, C, H, W) uint8
     floats = [as_floats(part).flatten(1, 2) for part in (support, query)]
     return Episodes(shape, floats[0], floats[1], torch.from_numpy(classes))
 

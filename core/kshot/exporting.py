@@ -19,12 +19,12 @@ from kshot import folders, parity
 from kshot.datasets import ClassImages
 from kshot.embeddings import backbone_key, embedded
 from kshot.episodes import Shape
-from kshot.graphs import adapt_model, classify_model, embed_model
+from kshot.graphs import adapt_model, classify_model, embed_model, views_model
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State
 from kshot.norms import BY_ITSELF
 from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
-from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, Facts, FileFacts, Manifest, TensorSpec
+from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, VIEWS, Facts, FileFacts, Manifest, TensorSpec
 
 __all__ = ["ExportError", "Facts", "Report", "export"]
 
@@ -77,6 +77,8 @@ def export(
         contents = {}
         if learner.backbone.norm in BY_ITSELF:
             contents[EMBED] = _embed(learner, image, store)
+        if learner.backbone.mirrors:
+            contents[VIEWS] = _serialised(views_model(image), VIEWS)
         models, state = _models(learner, image, [fit.by for fit in facts.calibration])
         contents |= {name: _serialised(model, name) for name, model in models.items()}
         compared = parity.compare(

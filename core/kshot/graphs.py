@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 import onnx
+import onnx.parser
 import torch
 from onnxscript import ir
 
@@ -23,6 +24,25 @@ def embed_model(embed: Piece) -> onnx.ModelProto:
     """images in, features out."""
     model = _Model("embed")
     return model.finish(model.place("embed", embed, model.inputs(embed, "images")), embed.outputs)
+
+
+def views_model(image: tuple[int, int, int]) -> onnx.ModelProto:
+    """images in, the views of each out: itself and its mirror image."""
+    size = ", ".join(map(str, image))
+    model: onnx.ModelProto = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": {OPSET}]>
+        views (uint8[N, {size}] images) => (uint8[N, 2, {size}] views) {{
+            width = Constant <value = int64[1] {{3}}> ()
+            first = Constant <value = int64[1] {{-1}}> ()
+            beyond = Constant <value = int64[1] {{-1000000}}> ()
+            one = Constant <value = int64[1] {{1}}> ()
+            mirrored = Slice (images, first, beyond, width, first)
+            a = Unsqueeze (images, one)
+            b = Unsqueeze (mirrored, one)
+            views = Concat <axis = 1> (a, b)
+        }}""")
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def adapt_model(

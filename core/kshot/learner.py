@@ -122,6 +122,8 @@ class Learner(nn.Module, ABC):
         """Features (N, D) of a support set, and its statistics as state entries; none unless the norm needs them."""
         with recorded(self.backbone) as statistics:
             features = self.embed(images, state)
+        if self.backbone.mirrors and features is not images:
+            features = (features + self.embed(images.flip(-1), state)) / 2
         return features, {_STATISTICS + name: value for name, value in statistics.items()}
 
     def embed_episodes(self, episodes: Episodes) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,7 @@ def compare(
         _check_embed(learner, precise, graphs, images.images)
         images = images.limited(max(shape.shots + shape.queries, MOST_IMAGES // len(images)))
         images = images.with_protocol("random photos")
+        served.backbone.mirrors = backbone.mirrors
         theirs = ClassFeatures(images, served.backbone, store)
     check_learner(learner, images, shape, seed=seed)
     _check_sizes(learner, precise, graphs, images, seed=seed)

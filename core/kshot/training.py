@@ -117,9 +117,7 @@ def meta_train(
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
     torch.manual_seed(seed)
-    if not any(
-        parameter.requires_grad for parameter in learner.parameters()
-    ):  # `prepare` adds what only it needs
+    if not any(parameter.requires_grad for parameter in learner.parameters()):  # `prepare` adds what only it needs
         raise KshotError(
             f"{learner.name!r} has nothing to train on this backbone: all weights that an answer uses are frozen. "
             "Take it as it is with training.steps = 0, or let the backbone train."

@@ -105,7 +105,7 @@ def changes(photos: Photos, chosen: Sequence[str], backbone: str | None, across:
     if photos.classes < 3 or photos.fewest < 2:
         raise KshotError(
             f"{photos.name} has {photos.classes} classes, the smallest with {photos.fewest} photos. Choosing a head and "
-            "saying how good it is, takes 3 classes of 2 photos at least: add classes of similar things. To serve only "
+            "saying how good it is takes 3 classes of 2 photos at least: add classes of similar things. To serve only "
             "these, take a bundle that exists: kshot serve BUNDLE --space FOLDER"
         )
     tested = photos.tested or photos.classes
@@ -148,7 +148,7 @@ def announce(photos: Photos, settings: Sequence[str]) -> None:
 
 def _seconds_an_image(recipe: Recipe, images: ImageSet) -> float:
     backbone = recipe.build_backbone(images.rule.shape).eval().to(heads.device())
-    few = torch.from_numpy(np.asarray(images.images[:8])).to(heads.device()) / 255
+    few = torch.from_numpy(np.array(images.images[:8])).to(heads.device()) / 255
     with torch.no_grad(), memory.kept():
         backbone(few[:1])
         began = time.perf_counter()
