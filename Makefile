@@ -32,7 +32,8 @@ reproduce: $(READY)  ## train the recipes at full length (days without a GPU; be
 	@bash bench/reproduce.sh
 
 # What `make bench` does not run: parts and tools, and what needs data or a GPU.
-APART := $(addprefix bench/,gpu.py record_figures.py results_table.py schema_hooks.py serve_parity.py serving_load.py)
+APART := $(addprefix bench/,gpu.py photo_heads.py photos_vs_peers.py record_figures.py results_table.py schema_hooks.py serve_parity.py \
+	serving_load.py)
 
 bench: $(READY)  ## side-by-side measurements, written to bench/results/
 	@for script in $(filter-out $(APART),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

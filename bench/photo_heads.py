@@ -1,6 +1,6 @@
 """Heads on frozen features of photographs: accuracy, unknown classes, calibration and cost, on the same episodes.
 
-    python bench/photo_heads.py DATA [fruit coins emoji-4v mini-imagenet omniglot mnist] [--cache DIR] [--out DIR]
+    python bench/photo_heads.py DATA [fruit coins emoji-4v mini-imagenet omniglot mnist] [--cache DIR]
     python bench/photo_heads.py DATA --report
 
 DATA holds a folder for each data set, with its archives. The backbone is efficientnet-lite0, frozen; its features are
@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbone_speed import machine
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from kshot import memory
@@ -44,12 +46,14 @@ from kshot_runtime.bundle import evidence
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "photo_heads.json"
+DOCS = HERE.parent / "docs" / "photographs.md"
 HEADS = ("cosine", "simpleshot", "ridge", "finetune", "whitened", "plda")
 KINDS = ("last", "stages", "inner")
 EPISODES, CALIBRATION_EPISODES, QUERIES, MOST_UNKNOWN = 300, 100, 5, 20
 PASSING = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
 RANDOM, ACROSS = "random photos", "across groups"
 SHOWN = {"fruit": ACROSS, "coins": ACROSS, "emoji-4v": RANDOM}  # in the pictures
+COLOURS = {"cosine": "#9aa5b1", "finetune": "#e0a458", "whitened": "#5b8fd9", "plda": "#1f4e9e"}
 
 
 @dataclass(frozen=True)
@@ -433,13 +437,277 @@ def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+# ---- what was found, as tables and pictures
+
+
+def report(cache: Path) -> None:
+    sets = [json.loads(file.read_text()) for name in SETS if (file := cache / f"{name}.json").exists()]
+    found = {
+        "what": f"heads on frozen efficientnet-lite0, {EPISODES} episodes of test classes, the same for all",
+        "machine": machine(),
+        "versions": {"torch": torch.__version__},
+        "targets": targets(sets),
+        "data": sets,
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    put("targets", target_table(found["targets"]))
+    put("summary", summary(sets))
+    put("heads", "\n\n".join(head_table(one, part) for one in sets for part in one["protocols"]))
+    for one in sets:
+        if one["data"] == "fruit":
+            put("served", served_table(one))
+            put("costs", cost_table(one["costs"]))
+        if one["data"] == "coins":
+            put("foreign", foreign_table(one["foreign"]))
+    put("directions", direction_table(sets))
+    bars(sets)
+    unknown_curves(sets)
+
+
+def targets(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked for beside what was found."""
+    found: list[dict[str, Any]] = []
+    every = [row for one in sets for part in one["protocols"] for row in part["rows"]]
+
+    def ask(what: str, value: float, least: float | None = None, most: float | None = None) -> None:
+        met = (least is None or value >= least) and (most is None or value <= most)
+        found.append({"what": what, "found": value, "at_least": least, "at_most": most, "met": met})
+
+    asked = {
+        ("fruit", ACROSS): {
+            1: {"minus_cosine": 15, "auroc": 79.5, "let_in": -70},
+            5: {"minus_cosine": 14, "auroc": 86, "let_in": -54},
+        },
+        ("coins", ACROSS): {1: {"minus_cosine": 22}, 5: {"minus_cosine": 19}},
+    }
+    for row in (row for row in every if row["of_two"]):
+        where = f"{row['data']}, {row['protocol']}, {row['ways']}-way {row['shots']}-shot"
+        wanted = asked.get((row["data"], row["protocol"]), {}).get(row["shots"], {})
+        if row["data"] == "emoji-4v":
+            wanted = {"accuracy": {5: 95, 20: 87}[row["ways"]]}
+        for name, bound in wanted.items():
+            ask(f"{where}: {WORDS[name]}", row[name], *((None, -bound) if bound < 0 else (bound,)))
+    for name in ("whitened", "plda"):
+        rows = [row for row in every if row["head"] == name]
+        for key in dict.fromkeys((row["data"], row["protocol"]) for row in rows):
+            mine = [row for row in rows if (row["data"], row["protocol"]) == key]
+            best = max(mine, key=lambda row: row["validation"])["features"]
+            for row in (row for row in mine if row["features"] == best):
+                where = f"{', '.join(key)}, {row['ways']}-way {row['shots']}-shot"
+                ask(f"{where}: {name} on {best} minus cosine, at least minus the interval", row["minus_cosine"],
+                    -row["minus_cosine_margin"])  # fmt: skip
+    for one in sets:
+        for part in one["protocols"]:
+            for row in part.get("served", ()):
+                ask(f"fruit, {row['protocol']}, a served space of 10 classes, {row['shots']} photos: calibration error",
+                    row["ece"], most=5)  # fmt: skip
+            for row in part["distances"]:
+                where = f"{row['data']}, {row['protocol']}, {row['ways']}-way {row['shots']}-shot"
+                ask(f"{where}: kshot's choice ({row['learnt']}) behind the best on test ({row['best']})",
+                    row["distance"][0], most=1)  # fmt: skip
+        for row in one.get("foreign", ()):
+            if row["head"] == "whitened" and row["features"] != "last" and row["shots"] == 5:
+                ask(f"coins, 4-way 5-shot, statistics: {row['statistics']}, whitened on {row['features']}",
+                    row["accuracy"], 71)  # fmt: skip
+    return found
+
+
+WORDS = {
+    "minus_cosine": "the better of whitened and plda, minus cosine",
+    "auroc": "AUROC of unknown", "let_in": "unknown let in where 95 % of known pass", "accuracy": "accuracy",
+}  # fmt: skip
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def target_table(rows: Sequence[dict[str, Any]]) -> str:
+    return table(
+        ["target", "bound", "found", ""],
+        [
+            [row["what"], f"≥ {row['at_least']:g}" if row["at_most"] is None else f"≤ {row['at_most']:g}",
+             f"{row['found']:.1f}", "met" if row["met"] else "**missed**"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    return f"{row['accuracy']:.1f} ± {row['margin']:.1f}"
+
+
+def gain(row: Mapping[str, Any]) -> str:
+    return f"{row['minus_cosine']:+.1f} ± {row['minus_cosine_margin']:.1f}" if "minus_cosine" in row else ""
+
+
+def trust(row: Mapping[str, Any]) -> str:
+    return f"{row['auroc']:.1f} / {row['let_in']:.0f}" if "auroc" in row else ""
+
+
+def head_table(one: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """All heads on all kinds of features."""
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for row in part["rows"]:
+        pairs.setdefault(f"{row['head']} {row['features']}", []).append(row)
+    first = next(iter(pairs.values()))
+    sizes = [f"{row['ways']}-way {row['shots']}-shot" for row in first]
+    columns = [
+        "head, features",
+        "settings",
+        *(c for size in sizes for c in (size, "minus cosine", "AUROC / let in", "ECE")),
+    ]
+    lines = []
+    for name, rows in pairs.items():
+        settings = ", ".join(f"{key} {value}" for key, value in rows[0]["settings"].items())
+        name = f"**{name}**" if rows[0]["kshot_learn"] else name
+        cells = [cell for row in rows for cell in (shown(row), gain(row), trust(row), f"{row['ece']:.1f}")]
+        lines.append([name, settings, *cells])
+    title = f"**{one['data']}, {part['rows'][0]['protocol']}** ({one['base']} base classes, {one['test']} test classes)"
+    return f"{title}\n\n{table(columns, lines)}"
+
+
+def summary(sets: Sequence[dict[str, Any]]) -> str:
+    """Cosine, finetune, and what `kshot learn` chooses."""
+    lines = []
+    for one in sets:
+        for part in one["protocols"]:
+            for gap in part["distances"]:
+                rows = [row for row in part["rows"] if (row["ways"], row["shots"]) == (gap["ways"], gap["shots"])]
+                cosine, tuned = (next(r for r in rows if r["head"] == name) for name in ("cosine", "finetune"))
+                learnt = next(row for row in rows if row["kshot_learn"])
+                lines.append([
+                    f"{one['data']}, {cosine['protocol']}", f"{gap['ways']}-way {gap['shots']}-shot", shown(cosine),
+                    trust(cosine), shown(tuned), gap["learnt"], shown(learnt), gain(learnt), trust(learnt),
+                    f"{gap['distance'][0]:.1f} ± {gap['distance'][1]:.1f} ({gap['best']})",
+                ])  # fmt: skip
+    return table(
+        ["data, protocol", "episode", "cosine", "AUROC / let in", "finetune", "kshot's choice", "", "minus cosine",
+         "AUROC / let in", "behind the best on test"], lines,
+    )  # fmt: skip
+
+
+def served_table(one: Mapping[str, Any]) -> str:
+    rows = [row for part in one["protocols"] for row in part["served"]]
+    return table(
+        ["fruit, 10-way", "photos of a class", "head", "accuracy", "ECE", "AUROC / let in"],
+        [
+            [r["protocol"], r["shots"], f"{r['head']} {r['features']}", shown(r), f"{r['ece']:.1f}", trust(r)]
+            for r in rows
+        ],
+    )
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    return table(
+        ["head, features", "statistics, s", "adapt, ms", "classify, ms"],
+        [[f"{r['head']} {r['features']}", r["statistics_s"], r["adapt_ms"], r["classify_ms"]] for r in rows],
+    )
+
+
+def foreign_table(rows: Sequence[dict[str, Any]]) -> str:
+    pairs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        pairs.setdefault((row["head"], row["features"], row["statistics"]), []).append(row)
+    return table(
+        ["coins, 4-way, across groups", "statistics", "1 photo", "5 photos"],
+        [[f"{head} {kind}", of, *map(shown, found)] for (head, kind, of), found in pairs.items()],
+    )
+
+
+def direction_table(sets: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [one["data"], f"{row['head']} {row['features']}", f"{row['ways']}-way {row['shots']}-shot", shown(row)]
+        for one in sets for part in one["protocols"] for row in part.get("either_direction", ())
+    ]  # fmt: skip
+    return table(["data", "head, features", "episode", "accuracy"], lines)
+
+
+def put(name: str, text: str) -> None:
+    """Replace what stands between the markers of this name in docs/photographs.md."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = DOCS.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{DOCS} has no {begin} ... {end}")
+    DOCS.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def _drawn(sets: Sequence[dict[str, Any]], name: str, protocol: str) -> dict[str, list[dict[str, Any]]]:
+    """For each head of the pictures its rows, on the features that validation prefers."""
+    found = {}
+    rows = [
+        r
+        for one in sets
+        if one["data"] == name
+        for p in one["protocols"]
+        for r in p["rows"]
+        if r["protocol"] == protocol
+    ]
+    for head in COLOURS:
+        mine = [row for row in rows if row["head"] == head]
+        kinds = [row for row in mine if head in ("plda", "whitened") and "validation" in row]
+        kind = max(kinds, key=lambda row: row["validation"])["features"] if kinds else "last"
+        found[head] = [row for row in mine if row["features"] == kind]
+    return found
+
+
+def bars(sets: Sequence[dict[str, Any]]) -> None:
+    """Accuracies with intervals, at one photo and at five."""
+    there = [(name, protocol) for name, protocol in SHOWN.items() if any(one["data"] == name for one in sets)]
+    figure = Figure((9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    places, labels = [], []
+    for group, (name, protocol) in enumerate(there):
+        drawn = _drawn(sets, name, protocol)
+        for size, row in enumerate(drawn["cosine"]):
+            place = 2.3 * group + size
+            places.append(place + 0.3)
+            words = {ACROSS: {"fruit": "other visit", "coins": "other coins"}.get(name, "")}.get(protocol, "")
+            photos = "1 photo" if row["shots"] == 1 else f"{row['shots']} photos"
+            labels.append(
+                f"{name.removesuffix('-4v')}, {row['ways']} classes\n{photos} of each{', ' * bool(words)}{words}"
+            )
+            for i, (head, rows) in enumerate(drawn.items()):
+                axes.bar(place + 0.2 * i, rows[size]["accuracy"], 0.19, yerr=rows[size]["margin"], color=COLOURS[head],
+                         label=head if not place else None, ecolor="#333", error_kw={"linewidth": 1})  # fmt: skip
+    axes.set_xticks(places, labels, fontsize=7.5)
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(30, 100)
+    axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS.with_suffix(".png"), dpi=110)
+
+
+def unknown_curves(sets: Sequence[dict[str, Any]]) -> None:
+    """Unknown photos let in against known that pass, fruit on another visit."""
+    drawn = _drawn(sets, "fruit", ACROSS)
+    if not drawn["cosine"]:
+        return
+    figure = Figure((8, 3.4), layout="constrained")
+    for size, axes in enumerate(figure.subplots(1, 2, sharey=True)):
+        for head, rows in drawn.items():
+            axes.plot([100 * share for share in PASSING], rows[size]["let_in_at"], color=COLOURS[head], label=head)
+        axes.set_title(f"{rows[size]['shots']} photo{'s' * (size > 0)} of each class", fontsize=9)
+        axes.set_xlabel("known photos that pass, %")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0, 100)
+    figure.axes[0].set_ylabel("unknown let in, %")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS.with_name("photographs-unknown.png"), dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--report", action="store_true", help="join what was measured before; measure nothing")
     parser.add_argument("sets", nargs="*", choices=[*SETS], default=[*SETS])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
     parser.add_argument("--embed", action="store_true", help="compute the features only")
     options = parser.parse_args()
+    if options.report:
+        return report(options.cache)
     torch.set_num_threads(1)
     options.cache.mkdir(parents=True, exist_ok=True)
     for name in options.sets:

@@ -1,4 +1,4 @@
-"""The same few photos by kshot and by what one would take instead: scikit-learn, easyfsl, Teachable Machine, fine-tuning.
+"""The same few photos by kshot and by what one would take instead: scikit-learn, easyfsl, fine-tuning and others.
 
     python bench/photos_vs_peers.py DATA [fruit coins emoji-4v] [--cache DIR] [--episodes 300] [--tuned 10]
     python bench/photos_vs_peers.py DATA --report
@@ -227,7 +227,7 @@ def told(pairs: Sequence[tuple[np.ndarray, Any]]) -> float:
 
 
 def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarray], list[float]]:
-    """The whole backbone with a linear layer, trained on the support: 20 epochs of Adam at 1e-4, batches of 16, flips."""
+    """The whole backbone with a linear layer, trained on the support: 20 epochs of Adam at 1e-4, with flips."""
     import torch
     from photo_heads import recipe
     from torch.nn import functional as F
@@ -261,6 +261,51 @@ def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarra
     return probabilities, taken
 
 
+def report(cache: Path, data: Sequence[str]) -> None:
+    from photo_heads import machine, put
+
+    rows = [
+        row for name in data if (file := cache / f"{name}-peers.json").exists() for row in json.loads(file.read_text())
+    ]
+    versions = subprocess.run(
+        [environment(cache), "-c", VERSIONS, *PEERS, "torch"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    found = {
+        "what": "the same episodes by kshot's choice and by what one would take instead",
+        "machine": machine(),
+        "versions": dict(zip((*PEERS, "torch"), versions, strict=True)),
+        "behind": [row for row in rows if "kshot_ahead" in row and row["kshot_ahead"] <= row["kshot_ahead_margin"]],
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    put("peers", "\n\n".join(peer_table([row for row in rows if row["data"] == name]) for name in data))
+
+
+VERSIONS = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
+
+
+def peer_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each method, with what it does at each size of episode."""
+    from photo_heads import shown, table
+
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    first = rows[0]
+    sizes = [f"{row['ways']}-way {row['shots']}-shot" for row in methods[first["method"]]]
+    lines = []
+    for method, own in methods.items():
+        few = f", {own[0]['episodes']} episodes" if own[0]["episodes"] < first["episodes"] else ""
+        line = [method + (" (transductive)" if method in TRANSDUCTIVE else "") + few]
+        for row in own:
+            ahead = f"{row['kshot_ahead']:+.1f} ± {row['kshot_ahead_margin']:.1f}" if "kshot_ahead" in row else ""
+            told = "" if row["auroc"] is None else f"{row['auroc']:.1f}"
+            line += [shown(row), ahead, told, f"{1000 * row['seconds']:.3g}"]
+        lines.append(line)
+    columns = ["method", *(cell for size in sizes for cell in (size, "kshot ahead", "AUROC", "ms to adapt"))]
+    return f"**{first['data']}, {first['protocol']}**\n\n{table(columns, lines)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?")
@@ -268,8 +313,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
     parser.add_argument("--episodes", type=int, default=300)
     parser.add_argument("--tuned", type=int, default=10)
+    parser.add_argument("--report", action="store_true", help="join what was measured before; measure nothing")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.report:
+        return report(options.cache, options.sets)
     if options.answer:
         return answer(options.answer)
     import torch
