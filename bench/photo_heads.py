@@ -52,6 +52,7 @@ KINDS = ("last", "stages", "inner")
 EPISODES, CALIBRATION_EPISODES, QUERIES, MOST_UNKNOWN = 300, 100, 5, 20
 PASSING = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
 RANDOM, ACROSS = "random photos", "across groups"
+PROTOCOLS = {"random": RANDOM, "across": ACROSS}
 SHOWN = {"fruit": ACROSS, "coins": ACROSS, "emoji-4v": RANDOM}  # in the pictures
 COLOURS = {"cosine": "#9aa5b1", "finetune": "#e0a458", "whitened": "#5b8fd9", "plda": "#1f4e9e"}
 
@@ -273,6 +274,7 @@ class Chosen:
     by_pair: Mapping[tuple[str, str], Tried]  # for each head and kind of features, its settings
     learnt: Tried  # by `kshot learn`, among all
     of_two: Tried  # among whitened and plda
+    tried: Sequence[Tried]
     seconds: float
 
 
@@ -285,10 +287,10 @@ def chosen(classes: Classes, protocol: str) -> Chosen:
     others = [(head, kind) for head in ("plda", "whitened", "ridge") for kind in KINDS if (head, kind) not in order]
     variants = [(one, one.build_head(bodies[kind])) for head, kind in order + others for one in [recipe(head, kind)]]
     settings = LEARN.training
-    tried = select(
+    tried = [*select(
         variants, lambda head: base[kind_of[id(head.backbone)]], settings.shapes,
         folds=settings.folds, episodes=settings.validation_episodes, seed=LEARN.seed,
-    )  # fmt: skip
+    )]  # fmt: skip
     groups: dict[tuple[str, str], list[Tried]] = {}
     for one in tried:
         groups.setdefault((one.recipe.learner.one, one.recipe.backbone.options["features"]), []).append(one)
@@ -296,7 +298,7 @@ def chosen(classes: Classes, protocol: str) -> Chosen:
     of_two = choose([one for pair in order if pair[0] in ("plda", "whitened") for one in groups[pair]])
     by_pair = {pair: choose(group) for pair, group in groups.items()}
     by_pair |= {(one.recipe.learner.one, one.recipe.backbone.options["features"]): one for one in (of_two, learnt)}
-    return Chosen(base, by_pair, learnt, of_two, time.perf_counter() - started)
+    return Chosen(base, by_pair, learnt, of_two, tried, time.perf_counter() - started)
 
 
 def built(classes: Classes, head: str, kind: str, settings: Mapping[str, Any], base: ClassFeatures) -> FeatureLearner:
@@ -325,7 +327,7 @@ def measured(classes: Classes, protocol: str) -> dict[str, Any]:
             found = figures(made, classes.tables[kind], picked.base[kind], shape, draws, baseline)
             name = f"{head} {kind}"
             accuracies[name] = found.pop("accuracies")
-            if classes.name != "fruit" or kind == "stages":
+            if (classes.name, protocol) != ("fruit", ACROSS):
                 found.pop("let_in_at", None)  # only what a picture shows
             baseline = accuracies["cosine last"]
             where = {"data": classes.name, "protocol": protocol, "head": head, "features": kind, "settings": settings}
@@ -341,7 +343,11 @@ def measured(classes: Classes, protocol: str) -> dict[str, Any]:
             "best": best, "distance": percents(accuracies[best] - accuracies[learnt]),
         })  # fmt: skip
         print(f"  {distances[-1]}", flush=True)
-    found = {"rows": rows, "distances": distances, "seconds_to_choose": round(picked.seconds)}
+    found: dict[str, Any] = {
+        "protocol": protocol, "learnt": str(picked.learnt), "of_two": str(picked.of_two),
+        "seconds_to_choose": round(picked.seconds),
+        "tried": {str(one): percent(one.accuracy) for one in picked.tried}, "rows": rows, "distances": distances,
+    }  # fmt: skip
     if classes.name == "fruit":
         found["served"] = [served(classes, protocol, picked, shots) for shots in (1, 5)]
         print(found["served"])
@@ -441,75 +447,78 @@ def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
 
 
 def report(cache: Path) -> None:
-    sets = [json.loads(file.read_text()) for name in SETS if (file := cache / f"{name}.json").exists()]
+    files = [cache / f"{name}-{word}.json" for name in SETS for word in PROTOCOLS]
+    parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    others = {
+        name: json.loads(file.read_text()) for name in ("foreign", "costs") if (file := cache / f"{name}.json").exists()
+    }
+    foreign, costs = others.get("foreign", []), others.get("costs", [])
     found = {
         "what": f"heads on frozen efficientnet-lite0, {EPISODES} episodes of test classes, the same for all",
         "machine": machine(),
         "versions": {"torch": torch.__version__},
-        "targets": targets(sets),
-        "data": sets,
+        "targets": targets(parts, foreign),
+        "data": parts,
+        "foreign": foreign,
+        "costs": costs,
     }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     put("targets", target_table(found["targets"]))
-    put("summary", summary(sets))
-    put("heads", "\n\n".join(head_table(one, part) for one in sets for part in one["protocols"]))
-    for one in sets:
-        if one["data"] == "fruit":
-            put("served", served_table(one))
-            put("costs", cost_table(one["costs"]))
-        if one["data"] == "coins":
-            put("foreign", foreign_table(one["foreign"]))
-    put("directions", direction_table(sets))
-    bars(sets)
-    unknown_curves(sets)
+    put("summary", summary(parts))
+    put("heads", "\n\n".join(map(head_table, parts)))
+    put("served", served_table(parts))
+    put("directions", direction_table(parts))
+    put("foreign", foreign_table(foreign))
+    put("costs", cost_table(costs))
+    bars(parts)
+    unknown_curves(parts)
 
 
-def targets(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+Part = Mapping[str, Any]
+"""What was measured on a data set by a protocol."""
+
+
+def targets(parts: Sequence[Part], foreign: Sequence[Part]) -> list[dict[str, Any]]:
     """What was asked for beside what was found."""
     found: list[dict[str, Any]] = []
-    every = [row for one in sets for part in one["protocols"] for row in part["rows"]]
 
     def ask(what: str, value: float, least: float | None = None, most: float | None = None) -> None:
         met = (least is None or value >= least) and (most is None or value <= most)
         found.append({"what": what, "found": value, "at_least": least, "at_most": most, "met": met})
 
-    asked = {
+    asked: dict[tuple[str, str], dict[int, dict[str, float]]] = {
         ("fruit", ACROSS): {
             1: {"minus_cosine": 15, "auroc": 79.5, "let_in": -70},
             5: {"minus_cosine": 14, "auroc": 86, "let_in": -54},
         },
         ("coins", ACROSS): {1: {"minus_cosine": 22}, 5: {"minus_cosine": 19}},
     }
-    for row in (row for row in every if row["of_two"]):
-        where = f"{row['data']}, {row['protocol']}, {row['ways']}-way {row['shots']}-shot"
+    for row in (row for part in parts for row in part["rows"] if row["of_two"]):
         wanted = asked.get((row["data"], row["protocol"]), {}).get(row["shots"], {})
         if row["data"] == "emoji-4v":
             wanted = {"accuracy": {5: 95, 20: 87}[row["ways"]]}
         for name, bound in wanted.items():
-            ask(f"{where}: {WORDS[name]}", row[name], *((None, -bound) if bound < 0 else (bound,)))
-    for name in ("whitened", "plda"):
-        rows = [row for row in every if row["head"] == name]
-        for key in dict.fromkeys((row["data"], row["protocol"]) for row in rows):
-            mine = [row for row in rows if (row["data"], row["protocol"]) == key]
-            best = max(mine, key=lambda row: row["validation"])["features"]
-            for row in (row for row in mine if row["features"] == best):
-                where = f"{', '.join(key)}, {row['ways']}-way {row['shots']}-shot"
-                ask(f"{where}: {name} on {best} minus cosine, at least minus the interval", row["minus_cosine"],
-                    -row["minus_cosine_margin"])  # fmt: skip
-    for one in sets:
-        for part in one["protocols"]:
-            for row in part.get("served", ()):
-                ask(f"fruit, {row['protocol']}, a served space of 10 classes, {row['shots']} photos: calibration error",
-                    row["ece"], most=5)  # fmt: skip
-            for row in part["distances"]:
-                where = f"{row['data']}, {row['protocol']}, {row['ways']}-way {row['shots']}-shot"
-                ask(f"{where}: kshot's choice ({row['learnt']}) behind the best on test ({row['best']})",
-                    row["distance"][0], most=1)  # fmt: skip
-        for row in one.get("foreign", ()):
-            if row["head"] == "whitened" and row["features"] != "last" and row["shots"] == 5:
-                ask(f"coins, 4-way 5-shot, statistics: {row['statistics']}, whitened on {row['features']}",
-                    row["accuracy"], 71)  # fmt: skip
+            ask(f"{place(row)}: {WORDS[name]}", row[name], *((None, -bound) if bound < 0 else (bound,)))
+    for part in parts:
+        for name in ("whitened", "plda"):
+            rows = [row for row in part["rows"] if row["head"] == name]
+            best = max(rows, key=lambda row: row["validation"])["features"]
+            for row in (row for row in rows if row["features"] == best):
+                ask(f"{place(row)}: {name} on {best} minus cosine, not below by more than the interval",
+                    row["minus_cosine"], -row["minus_cosine_margin"])  # fmt: skip
+        for row in part.get("served", ()):
+            ask(f"{place(row)}: calibration error of a served space", row["ece"], most=5)
+        for row in part["distances"]:
+            ask(f"{place(row)}: kshot's choice ({row['learnt']}) behind the best on test ({row['best']})",
+                row["distance"][0], most=1)  # fmt: skip
+    for row in foreign:
+        if row["head"] == "whitened" and row["features"] != "last" and row["shots"] == 5:
+            ask(f"{place(row)}: whitened on {row['features']}, statistics: {row['statistics']}", row["accuracy"], 71)
     return found
+
+
+def place(row: Part) -> str:
+    return f"{row['data']}, {row['protocol']}, {row['ways']}-way {row['shots']}-shot"
 
 
 WORDS = {
@@ -546,7 +555,7 @@ def trust(row: Mapping[str, Any]) -> str:
     return f"{row['auroc']:.1f} / {row['let_in']:.0f}" if "auroc" in row else ""
 
 
-def head_table(one: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+def head_table(part: Part) -> str:
     """All heads on all kinds of features."""
     pairs: dict[str, list[dict[str, Any]]] = {}
     for row in part["rows"]:
@@ -564,32 +573,31 @@ def head_table(one: Mapping[str, Any], part: Mapping[str, Any]) -> str:
         name = f"**{name}**" if rows[0]["kshot_learn"] else name
         cells = [cell for row in rows for cell in (shown(row), gain(row), trust(row), f"{row['ece']:.1f}")]
         lines.append([name, settings, *cells])
-    title = f"**{one['data']}, {part['rows'][0]['protocol']}** ({one['base']} base classes, {one['test']} test classes)"
+    title = f"**{part['data']}, {part['protocol']}** ({part['base']} base classes, {part['test']} test classes)"
     return f"{title}\n\n{table(columns, lines)}"
 
 
-def summary(sets: Sequence[dict[str, Any]]) -> str:
+def summary(parts: Sequence[Part]) -> str:
     """Cosine, finetune, and what `kshot learn` chooses."""
     lines = []
-    for one in sets:
-        for part in one["protocols"]:
-            for gap in part["distances"]:
-                rows = [row for row in part["rows"] if (row["ways"], row["shots"]) == (gap["ways"], gap["shots"])]
-                cosine, tuned = (next(r for r in rows if r["head"] == name) for name in ("cosine", "finetune"))
-                learnt = next(row for row in rows if row["kshot_learn"])
-                lines.append([
-                    f"{one['data']}, {cosine['protocol']}", f"{gap['ways']}-way {gap['shots']}-shot", shown(cosine),
-                    trust(cosine), shown(tuned), gap["learnt"], shown(learnt), gain(learnt), trust(learnt),
-                    f"{gap['distance'][0]:.1f} ± {gap['distance'][1]:.1f} ({gap['best']})",
-                ])  # fmt: skip
+    for part in parts:
+        for gap in part["distances"]:
+            rows = [row for row in part["rows"] if (row["ways"], row["shots"]) == (gap["ways"], gap["shots"])]
+            cosine, tuned = (next(row for row in rows if row["head"] == name) for name in ("cosine", "finetune"))
+            learnt = next(row for row in rows if row["kshot_learn"])
+            lines.append([
+                f"{part['data']}, {part['protocol']}", f"{gap['ways']}-way {gap['shots']}-shot", shown(cosine),
+                trust(cosine), shown(tuned), gap["learnt"], shown(learnt), gain(learnt), trust(learnt),
+                f"{gap['distance'][0]:.1f} ± {gap['distance'][1]:.1f} ({gap['best']})",
+            ])  # fmt: skip
     return table(
-        ["data, protocol", "episode", "cosine", "AUROC / let in", "finetune", "kshot's choice", "", "minus cosine",
-         "AUROC / let in", "behind the best on test"], lines,
+        ["data, protocol", "episode", "cosine", "AUROC / let in", "finetune", "kshot's choice", "accuracy",
+         "minus cosine", "AUROC / let in", "behind the best on test"], lines,
     )  # fmt: skip
 
 
-def served_table(one: Mapping[str, Any]) -> str:
-    rows = [row for part in one["protocols"] for row in part["served"]]
+def served_table(parts: Sequence[Part]) -> str:
+    rows = [row for part in parts for row in part.get("served", ())]
     return table(
         ["fruit, 10-way", "photos of a class", "head", "accuracy", "ECE", "AUROC / let in"],
         [
@@ -616,11 +624,12 @@ def foreign_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def direction_table(sets: Sequence[dict[str, Any]]) -> str:
+def direction_table(parts: Sequence[Part]) -> str:
     lines = [
-        [one["data"], f"{row['head']} {row['features']}", f"{row['ways']}-way {row['shots']}-shot", shown(row)]
-        for one in sets for part in one["protocols"] for row in part.get("either_direction", ())
-    ]  # fmt: skip
+        [part["data"], f"{row['head']} {row['features']}", f"{row['ways']}-way {row['shots']}-shot", shown(row)]
+        for part in parts
+        for row in part.get("either_direction", ())
+    ]
     return table(["data", "head, features", "episode", "accuracy"], lines)
 
 
@@ -634,44 +643,30 @@ def put(name: str, text: str) -> None:
     DOCS.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
-def _drawn(sets: Sequence[dict[str, Any]], name: str, protocol: str) -> dict[str, list[dict[str, Any]]]:
+def drawn(part: Part) -> dict[str, list[Any]]:
     """For each head of the pictures its rows, on the features that validation prefers."""
     found = {}
-    rows = [
-        r
-        for one in sets
-        if one["data"] == name
-        for p in one["protocols"]
-        for r in p["rows"]
-        if r["protocol"] == protocol
-    ]
     for head in COLOURS:
-        mine = [row for row in rows if row["head"] == head]
-        kinds = [row for row in mine if head in ("plda", "whitened") and "validation" in row]
-        kind = max(kinds, key=lambda row: row["validation"])["features"] if kinds else "last"
-        found[head] = [row for row in mine if row["features"] == kind]
+        rows = [row for row in part["rows"] if row["head"] == head]
+        kind = max(rows, key=lambda row: row["validation"])["features"] if head in ("plda", "whitened") else "last"
+        found[head] = [row for row in rows if row["features"] == kind]
     return found
 
 
-def bars(sets: Sequence[dict[str, Any]]) -> None:
+def bars(parts: Sequence[Part]) -> None:
     """Accuracies with intervals, at one photo and at five."""
-    there = [(name, protocol) for name, protocol in SHOWN.items() if any(one["data"] == name for one in sets)]
     figure = Figure((9, 3.4), layout="constrained")
     axes = figure.subplots()
     places, labels = [], []
-    for group, (name, protocol) in enumerate(there):
-        drawn = _drawn(sets, name, protocol)
-        for size, row in enumerate(drawn["cosine"]):
-            place = 2.3 * group + size
-            places.append(place + 0.3)
-            words = {ACROSS: {"fruit": "other visit", "coins": "other coins"}.get(name, "")}.get(protocol, "")
+    for group, part in enumerate(part for part in parts if SHOWN.get(part["data"]) == part["protocol"]):
+        for size, row in enumerate(drawn(part)["cosine"]):
+            start = 2.3 * group + size
+            places.append(start + 0.3)
             photos = "1 photo" if row["shots"] == 1 else f"{row['shots']} photos"
-            labels.append(
-                f"{name.removesuffix('-4v')}, {row['ways']} classes\n{photos} of each{', ' * bool(words)}{words}"
-            )
-            for i, (head, rows) in enumerate(drawn.items()):
-                axes.bar(place + 0.2 * i, rows[size]["accuracy"], 0.19, yerr=rows[size]["margin"], color=COLOURS[head],
-                         label=head if not place else None, ecolor="#333", error_kw={"linewidth": 1})  # fmt: skip
+            labels.append(f"{row['data'].removesuffix('-4v')}, {row['ways']} classes\n{photos} of each")
+            for i, (head, rows) in enumerate(drawn(part).items()):
+                axes.bar(start + 0.2 * i, rows[size]["accuracy"], 0.19, yerr=rows[size]["margin"], color=COLOURS[head],
+                         label=None if start else head, ecolor="#333", error_kw={"linewidth": 1})  # fmt: skip
     axes.set_xticks(places, labels, fontsize=7.5)
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(30, 100)
@@ -680,14 +675,12 @@ def bars(sets: Sequence[dict[str, Any]]) -> None:
     figure.savefig(DOCS.with_suffix(".png"), dpi=110)
 
 
-def unknown_curves(sets: Sequence[dict[str, Any]]) -> None:
-    """Unknown photos let in against known that pass, fruit on another visit."""
-    drawn = _drawn(sets, "fruit", ACROSS)
-    if not drawn["cosine"]:
-        return
+def unknown_curves(parts: Sequence[Part]) -> None:
+    """Unknown photos let in against known that pass: fruit, another visit."""
+    [part] = [part for part in parts if (part["data"], part["protocol"]) == ("fruit", ACROSS)]
     figure = Figure((8, 3.4), layout="constrained")
     for size, axes in enumerate(figure.subplots(1, 2, sharey=True)):
-        for head, rows in drawn.items():
+        for head, rows in drawn(part).items():
             axes.plot([100 * share for share in PASSING], rows[size]["let_in_at"], color=COLOURS[head], label=head)
         axes.set_title(f"{rows[size]['shots']} photo{'s' * (size > 0)} of each class", fontsize=9)
         axes.set_xlabel("known photos that pass, %")
@@ -701,6 +694,7 @@ def unknown_curves(sets: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--only", choices=[*PROTOCOLS, "costs", "foreign"], help="a part of what is measured")
     parser.add_argument("--report", action="store_true", help="join what was measured before; measure nothing")
     parser.add_argument("sets", nargs="*", choices=[*SETS], default=[*SETS])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
@@ -719,16 +713,21 @@ def main() -> None:
               f"{time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
         if options.embed:
             continue
-        found: dict[str, Any] = {
+        about = {
             "data": name, "base": len(classes.base), "test": len(classes.test),
             "photos": [int(part.counts.sum()) for part in (classes.base, classes.test)],
-            "protocols": [measured(classes, protocol) for protocol in classes.photos.protocols],
         }  # fmt: skip
-        if name == "fruit":
-            found["costs"] = costs(classes)
-        if name == "coins":
-            found["foreign"] = foreign(classes, Classes("fruit", options.data, options.cache))
-        (options.cache / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        for word, protocol in PROTOCOLS.items():
+            if protocol in classes.photos.protocols and options.only in (None, word):
+                keep(options.cache / f"{name}-{word}.json", {**about, **measured(classes, protocol)})
+        if name == "fruit" and options.only in (None, "costs"):
+            keep(options.cache / "costs.json", costs(classes))
+        if name == "coins" and options.only in (None, "foreign"):
+            keep(options.cache / "foreign.json", foreign(classes, Classes("fruit", options.data, options.cache)))
+
+
+def keep(file: Path, found: Any) -> None:
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
