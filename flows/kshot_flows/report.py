@@ -127,7 +127,7 @@ def _scores(scores: Scores) -> Table:
     numbers(listed, 1 + len(TRUST))
     for line in scores.lines:
         measured = f"[bold]{_percent(line.accuracy, line.margin)}[/bold]"
-        listed.add_row(scores.label(line), measured, *trust(line.ece, line.open_set))
+        listed.add_row(scores.label(line).replace(", ", ",\n"), measured, *trust(line.ece, line.open_set))
         if line is scores.lines[0] and (cosine := scores.cosine()) is not None:
             listed.add_row("cosine baseline", _percent(*interval(cosine)))
     return listed

@@ -34,7 +34,8 @@ def tables(found: Standings) -> Iterator[Any]:
     listed = table("in %", "accuracy", "difference", "ECE", *TRUST[1:], padding=NARROW)
     numbers(listed, 6)
     for draw in found.draws:
-        listed.add_row(f"[bold]{found.label(draw)}[/bold]", f"[dim]{found.episodes[draw]:,} episodes[/dim]")
+        label = found.label(draw).replace(", ", ",\n")
+        listed.add_row(f"[bold]{label}[/bold]", f"[dim]{found.episodes[draw]:,} episodes[/dim]")
         for row in found.rows:
             measured = row.measured[draw]
             difference = "[dim]the reference[/dim]"
@@ -131,7 +132,7 @@ def _trust(axes: Axes, found: Standings, draw: Draw) -> None:
 
 
 def _shares(axes: Axes, title: str) -> None:
-    axes.set_title(textwrap.fill(title, 34), fontsize=9.5)
+    axes.set_title(title.replace(", ", "\n"), fontsize=9.5)
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)

@@ -187,7 +187,7 @@ def test_the_picture_takes_any_number_of_recipes_and_kinds_of_episode(
     accuracies, trust, costs = (part.axes for part in figure.subfigs)
     assert (len(accuracies), len(trust), len(costs)) == (len(draws), len(draws), 4)
     assert len(trust[0].lines) == 3 * (rows - 1)  # unknown photos were tried with all but the first
-    titles = [axes.get_title().replace("\n", " ") for axes in accuracies]
+    titles = [axes.get_title().replace("\n", ", ") for axes in accuracies]
     assert titles[0] == "accuracy, 5-way 1-shot" + (", across groups" if len(protocols) == 2 else "")
     assert len(set(titles)) == len(draws)
     colours = [to_hex(container.lines[0].get_color()) for container in accuracies[0].containers]
