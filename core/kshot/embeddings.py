@@ -30,12 +30,7 @@ _AT_ONCE = 64  # images in a forward pass: of 84 x 84 pixels, a layer's maps the
 _PIXELS = 64 * 84 * 84  # of a forward pass on a CPU
 _KEPT = 256  # images between two writes to disk, which is what a kill can lose
 _MOST_BYTES = 20 << 30  # of all features in a store; what was not used for longest goes first
-_UNSEEN = {
-    "features",
-    "frozen",
-    "mirror",
-    "start",
-}  # settings of a backbone that leave the outputs of its stages as they are
+_UNSEEN = {"features", "frozen", "mirror", "start"}  # settings that leave the outputs of all stages as they are
 
 Watch = Callable[[int, int], None]
 """Called with the number of images that have been embedded, and how many there are to embed."""
@@ -96,7 +91,7 @@ class ClassFeatures(ClassImages):
         return self
 
     def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> np.ndarray:
-        """The features of these images: float32 (*batch, D); of support images over both views where these are wanted."""
+        """The features of these images: float32 (*batch, D); of support images over both views where asked for."""
         home, row, turn = self.rows(classes, samples)
         own = self.read(home, row, turn)
         if not (support and self.backbone.mirrors):

@@ -104,9 +104,9 @@ def changes(photos: Photos, chosen: Sequence[str], backbone: str | None, across:
     """The values of the recipe that follow from the photos, and from what was asked for."""
     if photos.classes < 3 or photos.fewest < 2:
         raise KshotError(
-            f"{photos.name} has {photos.classes} classes, the smallest with {photos.fewest} photos. Choosing a head and "
-            "saying how good it is takes 3 classes of 2 photos at least: add classes of similar things. To serve only "
-            "these, take a bundle that exists: kshot serve BUNDLE --space FOLDER"
+            f"{photos.name} has {photos.classes} classes, the smallest with {photos.fewest} photos. Choosing a head, "
+            "and saying how good it is, takes 3 classes of 2 photos at least: add classes of similar things. To serve "
+            "only these, take a bundle that exists: kshot serve BUNDLE --space FOLDER"
         )
     tested = photos.tested or photos.classes
     shots = [1, MANY_PHOTOS] if photos.fewest > MANY_PHOTOS else sorted({1, max(1, photos.fewest - 1)})
