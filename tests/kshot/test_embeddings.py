@@ -21,6 +21,7 @@ from kshot.datasets import ClassImages, PackedImages
 from kshot.embeddings import ClassFeatures, backbone_key, embedded
 from kshot.episodes import Shape
 from kshot.evaluation import evaluate
+from kshot.training import Training, meta_train
 from kshot_plugins.maml import MAML
 from kshot_plugins.protonet import ProtoNet
 from kshot_plugins.siamese import Siamese
@@ -107,6 +108,20 @@ def test_whatever_is_measured_embeds_each_image_once(tmp_path: Path) -> None:
     learner = ProtoNet(again, ProtoNet.Config())
     evaluate(learner, embedded(learner, classes(), store=tmp_path), shape, 30, seed=2)
     assert again.seen == []
+
+
+def test_training_on_a_frozen_backbone_embeds_each_image_once_and_one_that_trains_or_augments_does_not(tmp_path: Path):
+    settings = Training(steps=12, queries=2, episodes_per_step=4, validate_every=6, validation_queries=2)
+    augmented = Training(**{**settings.model_dump(), "augment": {"flip": True}})
+    for number, (chosen, frozen) in enumerate([(settings, True), (settings, False), (augmented, True)]):
+        backbone = Pieces().requires_grad_(not frozen)
+        learner = Siamese(backbone, Siamese.Config())
+        train, validation = classes("a" * 64).only(range(30)), classes("b" * 64).only(range(30, 60))
+        before = learner.score.weight.clone()
+        for _ in meta_train(learner, train, validation, chosen, folder=tmp_path / str(number), seed=0, store=tmp_path):
+            pass
+        assert not torch.equal(learner.score.weight, before)
+        assert (sum(backbone.seen) <= 600) is (number == 0)
 
 
 def test_without_a_store_features_are_kept_as_long_as_the_classes() -> None:

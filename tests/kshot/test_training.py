@@ -82,28 +82,6 @@ def test_unlabelled_images_come_with_every_batch_and_others_at_every_step(tmp_pa
     assert torch.equal(again[2], first[1])
 
 
-def test_no_steps_take_a_learner_as_it_is_with_one_validation_and_one_checkpoint(tmp_path):
-    learner = Subject("protonet", tmp_path).build()
-    before = {name: value.clone() for name, value in learner.state_dict().items()}
-    settings = Training(**{**SETTINGS, "steps": 0})
-    assert list(meta_train(learner, None, toy_images(seed=1), settings, folder=tmp_path, seed=3)) == []
-    assert equal(learner.state_dict(), before)
-    held = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert equal(held["learner"], before)
-    assert (held["step"], held["best_step"], len(held["history"])) == (0, 0, 1)
-    assert 0.3 < held["history"][0]["validation"] <= 1
-
-
-def test_no_steps_need_no_classes_at_all(tmp_path):
-    learner = Subject("protonet", tmp_path).build()
-    settings = Training(**{**SETTINGS, "steps": 0})
-    assert list(meta_train(learner, None, None, settings, folder=tmp_path, seed=3)) == []
-    held = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (held["best_step"], held["history"]) == (None, [])
-    with pytest.raises(KshotError, match=r"only training.steps = 0 needs none"):
-        list(meta_train(learner, None, None, Training(**SETTINGS), folder=tmp_path, seed=3))
-
-
 def test_a_learner_without_a_weight_to_train_is_told_to_be_taken_as_it_is(tmp_path):
     learner = ProtoNet(Pixels((1, 16, 16)), ProtoNet.Config())
     with pytest.raises(KshotError, match=r"nothing to train .* training.steps = 0"):
