@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from kshot.datasets import ClassImages
 from kshot.embeddings import embedded
 from kshot.episodes import Shape, Stream, sample_episodes
-from kshot.evaluation import evaluating
-from kshot.learner import FeatureLearner, Learner
+from kshot.evaluation import AT_ONCE, answer, evaluating
+from kshot.learner import Learner
 from kshot.norms import BY_ITSELF
 from kshot.statistics import auroc, calibration_error, fit_temperature, logistic
 from kshot_runtime.bundle import evidence
@@ -212,23 +212,23 @@ def _answers(
     unknown = min(shape.ways, len(images) - shape.ways)
     wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
     images = embedded(learner, images, device=device)
-    inside, outside, labels = [], [], []
+    answers: list[dict[str, np.ndarray]] = []
     with evaluating(learner):
-        for step in range(episodes):
-            [episode] = sample_episodes(images, wider, 1, seed=seed, step=step, stream=stream).to(device)
-            in_support = episode.support_labels < shape.ways
-            state = learner.adapt(
-                episode.support[in_support], episode.support_labels[in_support], episode.classes[: shape.ways]
-            )
-            found = {"logits": learner.classify(state, episode.query)}
-            if isinstance(learner, FeatureLearner):
-                found |= learner.evidence(state, learner.embed(episode.query, state))
-            is_known = (episode.query_labels < shape.ways).cpu().numpy()
-            given = {name: value.cpu().numpy() for name, value in found.items()}
-            inside.append({name: value[is_known] for name, value in given.items()})
-            outside.append({name: value[~is_known] for name, value in given.items()})
-            labels.append(episode.query_labels.cpu().numpy()[is_known])
-    return _concatenated(inside), _concatenated(outside), np.concatenate(labels)
+        for start in range(0, episodes, AT_ONCE):
+            batch = sample_episodes(images, wider, AT_ONCE, seed=seed, step=start, stream=stream).to(device)
+            batch = batch.part(0, episodes - start)
+            first, known = batch[0], shape.ways * shape.shots  # support comes class by class
+            found = answer(
+                learner, batch.support[:, :known], first.support_labels[:known], batch.query,
+                first.classes[: shape.ways], evidence=True,
+            )  # fmt: skip
+            answers.append({name: value.cpu().numpy() for name, value in found.items()})
+    every, known = _concatenated(answers), shape.ways * shape.queries  # (episodes, queries, ...)
+    inside, outside = (
+        {name: value[:, part].reshape(-1, *value.shape[2:]) for name, value in every.items()}
+        for part in (slice(known), slice(known, None))
+    )
+    return inside, outside, np.tile(np.arange(shape.ways).repeat(shape.queries), len(every["logits"]))
 
 
 def _concatenated(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

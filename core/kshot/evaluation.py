@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from kshot.datasets import ClassImages
 from kshot.embeddings import embedded
-from kshot.episodes import Episode, Shape, Stream, sample_episodes
-from kshot.learner import Learner, without_statistics
+from kshot.episodes import Episode, Episodes, Shape, Stream, sample_episodes
+from kshot.learner import FeatureLearner, Learner, State, without_statistics
 from kshot.statistics import calibration_error, interval
 
-_AT_ONCE = 8  # episodes sampled together
+AT_ONCE = 8  # episodes sampled together, and answered together where that goes
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,58 @@ def answers(
     """
     images = embedded(learner, images, device=device)
     with evaluating(learner):
-        for episode in drawn(images, shape, episodes, seed=seed, stream=stream, device=device):
-            state = learner.adapt(episode.support, episode.support_labels, episode.classes)
-            if transductive:
-                state = without_statistics(state)
-            yield episode, learner.classify(state, episode.query)
+        for batch in _batches(images, shape, episodes, seed=seed, stream=stream, device=device):
+            first = batch[0]
+            logits = answer(
+                learner, batch.support, first.support_labels, batch.query, first.classes, transductive=transductive
+            )["logits"]
+            yield from zip(batch, logits, strict=True)
+
+
+def answer(
+    learner: Learner,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    classes: Tensor,
+    *,
+    transductive: bool = False,
+    evidence: bool = False,
+) -> State:
+    """The `logits` (E, Q, W) of the queries of E episodes that share their labels, and the learner's `evidence` (E, Q).
+
+    `support` (E, S, ...) and `query` (E, Q, ...) are images or features; heads on features answer all episodes at once.
+    """
+
+    def one(support: Tensor, query: Tensor) -> State:
+        state = learner.adapt(support, labels, classes)
+        if transductive:
+            state = without_statistics(state)
+        found = {"logits": learner.classify(state, query)}
+        if evidence and isinstance(learner, FeatureLearner):
+            found |= learner.evidence(state, learner.embed(query, state))
+        return found
+
+    if isinstance(learner, FeatureLearner) and learner.batched and support.dim() == 3:
+        return vmap(one)(support, query)
+    parts = [one(*pair) for pair in zip(support, query, strict=True)]
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def drawn(
     images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", device: str = "cpu"
 ) -> Iterator[Episode]:
     """The evaluation's episodes, one by one: of images, or of their features."""
-    for step in range(math.ceil(episodes / _AT_ONCE)):
-        batch = sample_episodes(images, shape, _AT_ONCE, seed=seed, step=step, stream=stream).to(device)
-        yield from batch.part(0, episodes - step * _AT_ONCE)
+    for batch in _batches(images, shape, episodes, seed=seed, stream=stream, device=device):
+        yield from batch
+
+
+def _batches(
+    images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream, device: str
+) -> Iterator[Episodes]:
+    for step in range(math.ceil(episodes / AT_ONCE)):
+        batch = sample_episodes(images, shape, AT_ONCE, seed=seed, step=step, stream=stream).to(device)
+        yield batch.part(0, episodes - step * AT_ONCE)
 
 
 @contextmanager

@@ -120,9 +120,11 @@ class Learner(nn.Module, ABC):
 
     def measure(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
         """Features (N, D) of a support set, and its statistics as state entries; none unless the norm needs them."""
+        if images.dim() == 2:
+            return images, {}
         with recorded(self.backbone) as statistics:
             features = self.embed(images, state)
-        if self.backbone.mirrors and features is not images:
+        if self.backbone.mirrors:
             features = (features + self.embed(images.flip(-1), state)) / 2
         return features, {_STATISTICS + name: value for name, value in statistics.items()}
 

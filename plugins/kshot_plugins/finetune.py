@@ -25,6 +25,7 @@ class FineTune(FeatureLoop):
     """
 
     name = "finetune"
+    batched = True  # its gradient is written out
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=1, description="gradient steps for the head")
