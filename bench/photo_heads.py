@@ -4,7 +4,7 @@
     python bench/photo_heads.py DATA --report
 
 DATA holds a folder for each data set, with its archives. The backbone is efficientnet-lite0, frozen; its features are
-kept in the cache, a folder of the temporary ones by default. Classes are split in two: statistics and all settings come
+kept in the cache, a folder of the temporary ones by default, as are choices. Classes are split in two: statistics and all settings come
 from the base classes, by the folds of `kshot learn`, and episodes are drawn from the others, the same for every head.
 Results of each data set are written as they come, and `--report` joins those that are there: it writes
 bench/results/photo_heads.json, the tables of docs/photographs.md between their markers, and the pictures beside it.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import pickle
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -280,17 +281,21 @@ class Chosen:
 
 def chosen(classes: Classes, protocol: str) -> Chosen:
     """Choose heads and settings as `kshot learn` does, by folds over the base classes."""
-    started, bodies = time.perf_counter(), classes.bodies
+    bodies = classes.bodies
     base = {kind: known.with_protocol(protocol) for kind, (known, _) in classes.features.items()}
     kind_of = {id(body): kind for kind, body in bodies.items()}
     order = [(variant.learner.one, variant.backbone.options["features"]) for variant in LEARN.variants()]
     others = [(head, kind) for head in ("plda", "whitened", "ridge") for kind in KINDS if (head, kind) not in order]
     variants = [(one, one.build_head(bodies[kind])) for head, kind in order + others for one in [recipe(head, kind)]]
     settings = LEARN.training
-    tried = [*select(
-        variants, lambda head: base[kind_of[id(head.backbone)]], settings.shapes,
-        folds=settings.folds, episodes=settings.validation_episodes, seed=LEARN.seed,
-    )]  # fmt: skip
+    file = classes.cache / f"{classes.name}-{protocol.split()[0]}.tried"
+    if not file.exists():
+        tried = select(
+            variants, lambda head: base[kind_of[id(head.backbone)]], settings.shapes,
+            folds=settings.folds, episodes=settings.validation_episodes, seed=LEARN.seed,
+        )  # fmt: skip
+        file.write_bytes(pickle.dumps([*tried]))
+    tried = pickle.loads(file.read_bytes())
     groups: dict[tuple[str, str], list[Tried]] = {}
     for one in tried:
         groups.setdefault((one.recipe.learner.one, one.recipe.backbone.options["features"]), []).append(one)
@@ -298,7 +303,7 @@ def chosen(classes: Classes, protocol: str) -> Chosen:
     of_two = choose([one for pair in order if pair[0] in ("plda", "whitened") for one in groups[pair]])
     by_pair = {pair: choose(group) for pair, group in groups.items()}
     by_pair |= {(one.recipe.learner.one, one.recipe.backbone.options["features"]): one for one in (of_two, learnt)}
-    return Chosen(base, by_pair, learnt, of_two, tried, time.perf_counter() - started)
+    return Chosen(base, by_pair, learnt, of_two, tried, sum(one.seconds for one in tried))
 
 
 def built(classes: Classes, head: str, kind: str, settings: Mapping[str, Any], base: ClassFeatures) -> FeatureLearner:

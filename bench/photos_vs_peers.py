@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "photos_vs_peers.json"
 PEERS = ("scikit-learn", "easyfsl")
 TRANSDUCTIVE = ("easyfsl BD-CSPN", "easyfsl TIM")
+LATE = (*TRANSDUCTIVE, "easyfsl Finetune")  # they learn when they are asked, and their seconds count to the answer
 Classify = Callable[[np.ndarray], np.ndarray]
 """Probabilities (N, W) of features (N, D)."""
 
@@ -46,7 +47,7 @@ def answer(file: Path) -> None:
     torch.set_num_threads(1)
     held, found = np.load(file), {}  # type: ignore[var-annotated]
     features = held["features"]
-    methods = peers()
+    methods = peers(held["centre"])
     for line in sys.stdin:
         number = int(line)
         draw = {part: held[f"{number}-{part}"] for part in ("support", "labels", "queries", "unknown")}
@@ -54,26 +55,30 @@ def answer(file: Path) -> None:
             torch.manual_seed(number)
             began = time.process_time()
             classify = fit(features[draw["support"]], draw["labels"])
-            found[f"{number}-{name}-seconds"] = time.process_time() - began
+            then = time.process_time()
             asked = draw["queries"] if name in TRANSDUCTIVE else np.concatenate([draw["queries"], draw["unknown"]])
             found[f"{number}-{name}"] = classify(features[asked])
+            found[f"{number}-{name}-seconds"] = (time.process_time() if name in LATE else then) - began
         print(number, flush=True)
     np.savez(file.with_suffix(".answers.npz"), **found)
 
 
-def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], Classify]]:
+def peers(centre: np.ndarray) -> dict[str, Callable[[np.ndarray, np.ndarray], Classify]]:
+    """By name: features (S, D) and labels to a classifier. `centre` (D,) is the mean of the base classes' features."""
+    import torch
     from easyfsl.methods import BDCSPN, TIM, Finetune, PrototypicalNetworks, SimpleShot
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
     def scikit(make: Callable[[int], Any]) -> Callable[[np.ndarray, np.ndarray], Classify]:
-        return lambda features, labels: make(len(labels)).fit(features, labels).predict_proba
+        return lambda features, labels: make(int((labels == 0).sum())).fit(features, labels).predict_proba
 
     return {
         "scikit-learn LogisticRegression": scikit(lambda _: LogisticRegression(max_iter=1000)),
-        "scikit-learn KNeighborsClassifier": scikit(lambda count: KNeighborsClassifier(min(5, count))),
+        "scikit-learn KNeighborsClassifier": scikit(lambda shots: KNeighborsClassifier(min(5, shots))),
         "easyfsl PrototypicalNetworks": easyfsl(PrototypicalNetworks),
         "easyfsl SimpleShot": easyfsl(SimpleShot),
+        "easyfsl SimpleShot, centred": easyfsl(SimpleShot, feature_centering=torch.from_numpy(centre)),
         "easyfsl Finetune": easyfsl(Finetune),
         "easyfsl BD-CSPN": easyfsl(BDCSPN),
         "easyfsl TIM": easyfsl(TIM),
@@ -81,18 +86,18 @@ def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], Classify]]:
     }
 
 
-def easyfsl(method: Any) -> Callable[[np.ndarray, np.ndarray], Classify]:
-    """A method of easyfsl on features: its backbone is the identity, as its notebooks on extracted features do it."""
+def easyfsl(method: Any, **options: Any) -> Callable[[np.ndarray, np.ndarray], Classify]:
+    """A method of easyfsl on features, as it comes."""
     import torch
 
     def fit(features: np.ndarray, labels: np.ndarray) -> Classify:
-        model = method(backbone=torch.nn.Identity())
+        model = method(use_softmax=True, **options)
         model.process_support_set(torch.from_numpy(features), torch.from_numpy(labels))
 
         def classify(
             queries: np.ndarray,
         ) -> np.ndarray:  # some methods learn here: what they take is not in the seconds
-            return model(torch.from_numpy(queries)).detach().softmax(1).numpy()
+            return model(torch.from_numpy(queries)).detach().numpy()
 
         return classify
 
@@ -136,10 +141,11 @@ def environment(cache: Path) -> Path:
 
 def compared(name: str, data: Path, cache: Path, episodes: int, tuned: int) -> list[dict[str, Any]]:
     """A data set: every method on the episodes of each size."""
-    from photo_heads import SHOWN, Classes, built
+    from photo_heads import PROTOCOLS, SHOWN, Classes, built
 
     protocol, classes, rows = SHOWN[name], Classes(name, data, cache), []
-    of = json.loads((cache / f"{name}.json").read_text())["protocols"][classes.photos.protocols.index(protocol)]["rows"]
+    [word] = [word for word, one in PROTOCOLS.items() if one == protocol]
+    of = json.loads((cache / f"{name}-{word}.json").read_text())["rows"]
     for shape in classes.photos.shapes:
         mine = next(
             row for row in of if row["kshot_learn"] and (row["ways"], row["shots"]) == (shape.ways, shape.shots)
@@ -164,7 +170,8 @@ def duel(name: str, protocol: str, shape: Any, draws: Sequence[Any], head: Any, 
     parts = ("support", "labels", "queries", "unknown")
     file = cache / f"{name}-{shape.ways}-{shape.shots}.npz"
     held = {f"{i}-{part}": getattr(draw, part) for i, draw in enumerate(draws) for part in parts}
-    np.savez(file, features=classes.tables["last"].numpy(), **held)
+    centre = torch.cat([*classes.features["last"][0].by_class]).mean(0).numpy()
+    np.savez(file, features=classes.tables["last"].numpy(), centre=centre, **held)
     table, seconds = classes.tables[mine["features"]], list[float]()
     asked = subprocess.Popen(
         [environment(cache), __file__, "--answer", file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
