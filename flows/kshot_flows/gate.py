@@ -173,7 +173,9 @@ def judge(
     difference = None
     if champion is None and challenger.cosine is not None:
         gain = _difference(challenger.accuracies, challenger.cosine)
-        check = _not_worse("cosine", "against cosine on the same backbone and episodes", gain, settings.margin)
+        check = _not_worse(
+            "cosine", "against cosine on the same backbone and episodes", gain, settings.margin, clearly=True
+        )
         mend = "" if check.passed else ": train for longer, evaluate more episodes, or take learner.name=cosine"
         checks.append(replace(check, sentence=check.sentence + mend))
     if champion is not None:
@@ -258,12 +260,19 @@ def _same_episodes(challenger: Evidence, champion: Evidence) -> None:
         )
 
 
-def _not_worse(than: str, what: str, difference: tuple[float, float, float], margin: float) -> Check:
+def _not_worse(
+    than: str, what: str, difference: tuple[float, float, float], margin: float, clearly: bool = False
+) -> Check:
+    """Whether the interval's lower end, or with `clearly` its upper end, loses no more than the margin.
+
+    A champion is kept unless the challenger is shown to be as good; a baseline refuses what is shown to be worse.
+    """
     lower, mean, upper = difference
+    bound = upper if clearly else lower
     # Equal answers differ by exactly zero; rounding must not turn that into a loss.
-    passed = lower >= -margin - 1e-9
+    passed = bound >= -margin - 1e-9
     return Check(
-        f"not worse than {than}", passed, lower, 0.0 - margin,
+        f"not worse than {than}", passed, bound, 0.0 - margin,
         f"{mean * 100:+.2f} points {what}, between {lower * 100:+.2f} and {upper * 100:+.2f} "
         f"with 95 % confidence; at most {_points(margin)} may be lost",
     )  # fmt: skip
