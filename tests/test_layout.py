@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = {"mlflow", "onnx", "prefect", "dvc", "torch", "onnxruntime", "torchvision"}
+LIBRARIES = {"mlflow", "onnx", "prefect", "dvc", "torch", "onnxruntime", "torchvision", "timm"}
 
 
 def test_no_python_file_shadows_a_library():

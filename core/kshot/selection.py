@@ -56,7 +56,9 @@ def choose(tried: Sequence[Tried]) -> Tried:
 
 
 def held_out(classes: int, folds: int, seed: int) -> list[np.ndarray]:
-    """For each fold the numbers of the classes that it holds out: at least 2 of them, and not all."""
+    """For each fold the numbers of the classes that it holds out: at least 2, and not all, unless there is one fold."""
+    if folds == 1:
+        return [np.arange(classes)]
     if classes < 3:
         raise KshotError(
             f"folds over classes need 3 classes, to learn from one and to test on two; there are {classes}"

@@ -153,6 +153,12 @@ def _logits(learner: Learner, episode: Episode) -> Tensor:
         return learner.classify(state, episode.query)
 
 
+def _precise(subject: Subject) -> tuple[Learner, Episode]:
+    """A fresh learner and an episode, both in float64, where steps amplify no rounding."""
+    episode = subject.episode()
+    return subject.build().double(), replace(episode, support=episode.support.double(), query=episode.query.double())
+
+
 def _require_close(got: Tensor, expected: Tensor, promise: str, tolerance: float = 1e-3) -> None:
     """Equal up to float32 noise, which steps on a kinked loss amplify: relative to the logits' own scale."""
     assert got.shape == expected.shape, f"{promise}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
@@ -232,7 +238,7 @@ def order_of_the_support_set_does_not_matter(subject: Subject) -> None:
 
     Bring the support set together by what has no order: sums, means, largest values, attention without positions.
     """
-    learner, episode = subject.build(), subject.episode()
+    learner, episode = _precise(subject)
     order = torch.randperm(len(episode.support), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         state = learner.adapt(episode.support[order], episode.support_labels[order], episode.classes)
@@ -246,7 +252,7 @@ def permuting_the_classes_permutes_the_logits(subject: Subject) -> None:
 
     Treat every class alike: let no number depend on its place in the list, as rows of a learned head do.
     """
-    learner, episode = subject.build(), subject.episode()
+    learner, episode = _precise(subject)
     order = torch.tensor([3, 0, 4, 2, 1])
     with torch.no_grad():
         state = learner.adapt(episode.support, episode.support_labels, episode.classes[order])
@@ -362,7 +368,7 @@ def meta_gradient_agrees_with_finite_differences(subject: Subject) -> str | None
     learner = subject.build()
     if learner.surrogate:
         return "not measured: `surrogate` says that its gradient is an approximation or a game"
-    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 2, seed=5, step=0)
+    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 3, seed=5, step=0)
     batch = replace(batch, unlabelled=sample_images(toy_images(seed=3), 12, seed=5, step=0))
     learner.prepare(toy_images().classes_per_data_set)
     learner.double().train()

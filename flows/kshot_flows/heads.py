@@ -109,10 +109,12 @@ def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[At
         progress.say(f"  {data.name} has no classes to train or validate on: taken as it is, without a validation")
         return *variants[0], ()
     settings, tried = recipe.training, list[Tried]()
+    learns = any(isinstance(head, FeatureLearner) and head.closed_form for _, head in variants)
     count = sum(len(head.choices()) if isinstance(head, FeatureLearner) else 1 for _, head in variants)
     with progress.counting("comparing heads") as watch:
         for one in select(
-            variants, lambda head: features(head, classes, data.name), settings.shapes, folds=settings.folds,
+            variants, lambda head: features(head, classes, data.name), settings.shapes,
+            folds=settings.folds if learns or len(variants) > 1 else 1,
             episodes=settings.validation_episodes, seed=recipe.seed, device=device(),
         ):  # fmt: skip
             tried.append(one)
