@@ -25,6 +25,8 @@ from kshot_runtime.manifest import By
 
 ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # shares of known queries to choose from
 
+_ENOUGH = 8  # classes from which a temperature can be fitted to a learner whose statistics come from them
+
 Similarity = Literal["logit", "cosine", "distance"]
 Trial = tuple[Learner, ClassImages]
 """A learner, and classes that it was not trained on."""
@@ -95,7 +97,7 @@ def calibrate(
 
     `seen` is for a learner whose statistics come from the validation classes themselves, beside folds with those of
     fewer classes as trials. On classes that it has seen it is over-confident, with fewer under-confident: the
-    temperature is the geometric mean of the two.
+    temperature is the geometric mean of the two. Very few classes say too little: the learner's own scale then stays.
     """
     parts = [
         _answers(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
@@ -104,7 +106,9 @@ def calibrate(
     known, unknown = _concatenated(part[0] for part in parts), _concatenated(part[1] for part in parts)
     labels = np.concatenate([part[2] for part in parts])
     temperature = fit_temperature(known["logits"], labels)
-    if seen:
+    if seen and len(seen[1]) < _ENOUGH:
+        temperature = 1.0
+    elif seen:
         within, _, truth = _answers(*seen, shape, episodes, seed, "calibration", device)
         temperature = math.sqrt(temperature * fit_temperature(within["logits"], truth))
     probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()

@@ -30,7 +30,7 @@ def kshot_learners() -> Sequence[type[Learner]]:  # type: ignore[empty-body]  # 
 
 @hookspec
 def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-body]  # likewise
-    """Backbones by name: subclasses of `kshot.Backbone`. One named "x/*" gives that of "x/NAME" by its `named(NAME)`."""
+    """Backbones by name: subclasses of `kshot.Backbone`. One named "x/*" gives "x/NAME" by its `named(NAME)`."""
 
 
 @hookspec
