@@ -41,7 +41,7 @@ from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
 
 SIDE = 16
-GAIN = 0.1  # of accuracy, by which training on the toy problem lifts every learner at least
+GAIN = 0.05  # of accuracy, beyond the margin: most learners gain 0.2 to 0.5, and without training it is 0
 Check = Callable[["Subject"], str | None]
 CHECKS: list[Check] = []
 
@@ -98,8 +98,8 @@ class Pixels(Backbone):
 def toy_images(classes: int = 30, images: int = 10, seed: int = 0, stripes: bool = False) -> ClassImages:
     """Classes that are smooth random patterns, and images that are noisy, shifted copies of their class's pattern.
 
-    With `stripes`, each image is crossed by stripes of its own, stronger than the pattern: a learner that has not
-    learned to ignore them is hardly better than chance.
+    With `stripes`, each image is crossed by strong stripes of its own: a learner that has not learned to ignore them
+    is little better than chance.
     """
     random = np.random.default_rng(seed)
     coarse = random.uniform(0, 255, (classes, 4, 4))
@@ -109,7 +109,7 @@ def toy_images(classes: int = 30, images: int = 10, seed: int = 0, stripes: bool
         copies = [np.roll(pattern, random.integers(-1, 2, 2), (0, 1)) for _ in range(images)]
         noisy = np.stack(copies) + random.normal(0, 20, (images, SIDE, SIDE))
         if stripes:
-            noisy = 0.6 * noisy + 51 + _stripes(images, random)
+            noisy = 0.8 * noisy + 25 + _stripes(images, random)
         arrays.append(noisy.clip(0, 255).astype(np.uint8)[:, None])  # (images, 1, SIDE, SIDE)
     return ClassImages.from_arrays(arrays)
 
@@ -118,7 +118,7 @@ def _stripes(images: int, random: np.random.Generator) -> np.ndarray:
     """Waves (images, SIDE, SIDE), about three pixels long, each of an angle, a phase and a strength of its own."""
     angle, phase = random.uniform(0, np.pi, (images, 1, 1)), random.uniform(0, 2 * np.pi, (images, 1, 1))
     y, x = np.mgrid[:SIDE, :SIDE]
-    waves: np.ndarray = random.uniform(30, 90, (images, 1, 1)) * np.sin(
+    waves: np.ndarray = random.uniform(20, 60, (images, 1, 1)) * np.sin(
         2.2 * (x * np.cos(angle) + y * np.sin(angle)) + phase
     )
     return waves
