@@ -369,7 +369,7 @@ BROKEN_STATISTICS = {
 def test_a_head_in_closed_form_is_held_to_what_its_statistics_are(
     how: str | None, installed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    statistics, words = BROKEN_STATISTICS[how] if how else ("torch.stack([part.std(0) for part in base]).mean(0)", "")
+    statistics, words = BROKEN_STATISTICS[how] if how else ("2 * torch.ones_like(self.scale)", "")
     learns = LEARNS.replace("STATISTICS", statistics).lstrip()
     installed(("def fit", learns), (FIT, f"features = features * self.scale; {FIT}"),
               (LOGITS, f"features = features * self.scale; {LOGITS}"), source=HEAD)  # fmt: skip
@@ -388,7 +388,7 @@ def test_a_head_that_cannot_be_batched_may_say_so(installed: Callable[..., Path]
     installed((FIT, number + FIT), ('name = "mine"', 'name = "mine"; batched = False'), source=HEAD)
     outcome = plugin_check.run(batch, plugin_check.subject("mine", [], tmp_path))
     assert (outcome.failure, outcome.exempt) == (None, "`batched` says that its episodes take turns")
-    outcome = plugin_check.run(batch, plugin_check.subject("finetune", [], tmp_path))
+    outcome = plugin_check.run(batch, plugin_check.subject("baselinepp", [], tmp_path))
     assert (outcome.failure, outcome.exempt) == (None, "`batched` says that its episodes take turns")
 
 

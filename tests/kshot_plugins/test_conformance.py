@@ -64,7 +64,7 @@ def test_without_training_no_learner_passes_for_one_that_learns(tmp_path):
     for name in ("protonet", "metanet", "cosine"):
         torch.manual_seed(0)
         learner = Subject(name, tmp_path).recipe.build((1, SIDE, SIDE))
-        assert evaluate(learner, problem, Shape(5, 1, 9), 25, seed=0).accuracy < 0.4
+        assert evaluate(learner, problem, Shape(5, 1, 9), 25, seed=0).accuracy < 0.5
     [learns] = [check for check in CHECKS if check.__name__ == "learns_a_toy_problem"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kshot.testing.meta_train", lambda *_, **__: iter(()))
