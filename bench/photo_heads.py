@@ -4,8 +4,9 @@
     python bench/photo_heads.py DATA --report
 
 DATA holds a folder for each data set, with its archives. The backbone is efficientnet-lite0, frozen; its features are
-kept in the cache, a folder of the temporary ones by default, as are choices. Classes are split in two: statistics and all settings come
-from the base classes, by the folds of `kshot learn`, and episodes are drawn from the others, the same for every head.
+kept in the cache, a folder of the temporary ones by default, as are choices. Classes are split in two: statistics and
+all settings come from the base classes, by the folds of `kshot learn`, and episodes are drawn from the others, the same
+for every head.
 Results of each data set are written as they come, and `--report` joins those that are there: it writes
 bench/results/photo_heads.json, the tables of docs/photographs.md between their markers, and the pictures beside it.
 """
@@ -453,7 +454,11 @@ def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
 
 def report(cache: Path) -> None:
     files = [cache / f"{name}-{word}.json" for name in SETS for word in PROTOCOLS]
-    parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    parts = [
+        {**json.loads(file.read_text()), "chosen_features": chosen_features(pickle.loads(tried.read_bytes()))}
+        for file in files
+        if file.exists() and (tried := file.with_suffix(".tried")).exists()
+    ]
     others = {
         name: json.loads(file.read_text()) for name in ("foreign", "costs") if (file := cache / f"{name}.json").exists()
     }
@@ -477,6 +482,12 @@ def report(cache: Path) -> None:
     put("costs", cost_table(costs))
     bars(parts)
     unknown_curves(parts)
+
+
+def chosen_features(tried: Sequence[Tried]) -> dict[str, str]:
+    """For each head whose settings are open the kind of features that `choose` takes, by itself."""
+    of = {name: [one for one in tried if one.recipe.learner.one == name] for name in ("whitened", "plda")}
+    return {name: choose(own).recipe.backbone.options["features"] for name, own in of.items()}
 
 
 Part = Mapping[str, Any]
@@ -506,9 +517,8 @@ def targets(parts: Sequence[Part], foreign: Sequence[Part]) -> list[dict[str, An
             ask(f"{place(row)}: {WORDS[name]}", row[name], *((None, -bound) if bound < 0 else (bound,)))
     for part in parts:
         for name in ("whitened", "plda"):
-            rows = [row for row in part["rows"] if row["head"] == name]
-            best = max(rows, key=lambda row: row["validation"])["features"]
-            for row in (row for row in rows if row["features"] == best):
+            best = part["chosen_features"][name]
+            for row in (row for row in part["rows"] if (row["head"], row["features"]) == (name, best)):
                 ask(f"{place(row)}: {name} on {best} minus cosine, not below by more than the interval",
                     row["minus_cosine"], -row["minus_cosine_margin"])  # fmt: skip
         for row in part.get("served", ()):
@@ -649,12 +659,11 @@ def put(name: str, text: str) -> None:
 
 
 def drawn(part: Part) -> dict[str, list[Any]]:
-    """For each head of the pictures its rows, on the features that validation prefers."""
+    """For each head of the pictures its rows, on the features that were chosen for it."""
     found = {}
     for head in COLOURS:
-        rows = [row for row in part["rows"] if row["head"] == head]
-        kind = max(rows, key=lambda row: row["validation"])["features"] if head in ("plda", "whitened") else "last"
-        found[head] = [row for row in rows if row["features"] == kind]
+        kind = part["chosen_features"].get(head, "last")
+        found[head] = [row for row in part["rows"] if (row["head"], row["features"]) == (head, kind)]
     return found
 
 
@@ -674,7 +683,7 @@ def bars(parts: Sequence[Part]) -> None:
                          label=None if start else head, ecolor="#333", error_kw={"linewidth": 1})  # fmt: skip
     axes.set_xticks(places, labels, fontsize=7.5)
     axes.set_ylabel("accuracy, %")
-    axes.set_ylim(30, 100)
+    axes.set_ylim(0, 105)
     axes.legend(loc="upper left", ncols=4, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS.with_suffix(".png"), dpi=110)
@@ -701,7 +710,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", choices=[*PROTOCOLS, "costs", "foreign"], help="a part of what is measured")
     parser.add_argument("--report", action="store_true", help="join what was measured before; measure nothing")
-    parser.add_argument("sets", nargs="*", choices=[*SETS], default=[*SETS])
+    parser.add_argument("sets", nargs="*", default=[*SETS])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
     parser.add_argument("--embed", action="store_true", help="compute the features only")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """The same few photos by kshot and by what one would take instead: scikit-learn, easyfsl, fine-tuning and others.
 
-    python bench/photos_vs_peers.py DATA [fruit coins emoji-4v] [--cache DIR] [--episodes 300] [--tuned 10]
+    python bench/photos_vs_peers.py DATA [fruit coins emoji-4v] [--cache DIR] [--episodes 300] [--tuned 8]
     python bench/photos_vs_peers.py DATA --report
 
 DATA and the cache are those of bench/photo_heads.py, which has to run first: kshot's head is what it chose there on the
@@ -30,6 +30,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "photos_vs_peers.json"
+PARTS = {"peers": slice(None), "tuned-small": slice(1), "tuned-large": slice(1, None)}
+"""What is measured apart, and on which sizes of episode."""
 PEERS = ("scikit-learn", "easyfsl")
 TRANSDUCTIVE = ("easyfsl BD-CSPN", "easyfsl TIM")
 LATE = (*TRANSDUCTIVE, "easyfsl Finetune")  # they learn when they are asked, and their seconds count to the answer
@@ -139,44 +141,65 @@ def environment(cache: Path) -> Path:
     return python
 
 
-def compared(name: str, data: Path, cache: Path, episodes: int, tuned: int) -> list[dict[str, Any]]:
-    """A data set: every method on the episodes of each size."""
-    from photo_heads import PROTOCOLS, SHOWN, Classes, built
-
-    protocol, classes, rows = SHOWN[name], Classes(name, data, cache), []
-    [word] = [word for word, one in PROTOCOLS.items() if one == protocol]
-    of = json.loads((cache / f"{name}-{word}.json").read_text())["rows"]
-    for shape in classes.photos.shapes:
-        mine = next(
-            row for row in of if row["kshot_learn"] and (row["ways"], row["shots"]) == (shape.ways, shape.shots)
-        )
-        base = classes.features[mine["features"]][0].with_protocol(protocol)
-        head = built(classes, mine["head"], mine["features"], mine["settings"], base)
-        print(f"{name}, {protocol}, {shape}", flush=True)
-        draws = classes.draws(shape, protocol, episodes)
-        rows += duel(name, protocol, shape, draws, head, classes, mine, cache, tuned)
-    return rows
+Answers = dict[str, tuple[list[np.ndarray], list[float]]]
+"""Of each method: the probabilities (queries, ways) and the seconds of each episode."""
 
 
-def duel(name: str, protocol: str, shape: Any, draws: Sequence[Any], head: Any, classes: Any, mine: dict[str, Any],
-         cache: Path, tuned: int) -> list[dict[str, Any]]:  # fmt: skip
-    """One size of episode: all in turns, then what each answered."""
-    import torch
-    from photo_heads import percent, percents, play
+def compared(name: str, data: Path, cache: Path, part: str, episodes: int) -> list[dict[str, Any]]:
+    """A data set: the peers on the episodes of each size, or the fine-tuned backbone on those of one size."""
+    from photo_heads import PROTOCOLS, SHOWN, Classes, built, percent, percents, play
 
     from kshot.statistics import auroc
     from kshot_runtime.bundle import evidence
 
+    protocol, classes, rows = SHOWN[name], Classes(name, data, cache), list[dict[str, Any]]()
+    [word] = [word for word, one in PROTOCOLS.items() if one == protocol]
+    chosen = [row for row in json.loads((cache / f"{name}-{word}.json").read_text())["rows"] if row["kshot_learn"]]
+    for shape, mine in list(zip(classes.photos.shapes, chosen, strict=True))[PARTS[part]]:
+        where = {"data": name, "protocol": protocol, "ways": shape.ways, "shots": shape.shots}
+        draws, kind = classes.draws(shape, protocol, episodes), mine["features"]
+        base = classes.features[kind][0].with_protocol(protocol)
+        head = built(classes, mine["head"], kind, mine["settings"], base)
+        found, seconds = play(head, classes.tables[kind], draws), list[float]()
+        if part != "peers":
+            given = {"efficientnet-lite0, fine-tuned": tune(classes, shape, draws)}
+        else:
+            given, seconds = turns(classes, shape, draws, head, classes.tables[kind], cache)
+            sides = [evidence(found[side], mine["unknown_by"], mine["temperature"]) for side in ("known", "unknown")]
+            accuracy, margin = percents(found["accuracies"])
+            rows.append({
+                **where, "method": f"kshot: {mine['head']} on {kind}", "episodes": len(draws), "accuracy": accuracy,
+                "margin": margin, "auroc": percent(auroc(*sides)), "seconds": round(float(np.median(seconds)), 4),
+            })  # fmt: skip
+        for method, (probabilities, taken) in given.items():
+            pairs = list(zip(probabilities, draws, strict=True))
+            accuracies = np.array([(p[: len(d.truth)].argmax(1) == d.truth).mean() for p, d in pairs])
+            accuracy, margin = percents(accuracies)
+            ahead, ahead_margin = percents(found["accuracies"] - accuracies)
+            rows.append({
+                **where, "method": method, "episodes": len(draws), "accuracy": accuracy, "margin": margin,
+                "auroc": None if method in TRANSDUCTIVE else percent(told(pairs)),
+                "seconds": round(float(np.median(taken)), 4), "kshot_ahead": ahead, "kshot_ahead_margin": ahead_margin,
+            })  # fmt: skip
+            print(f"  {rows[-1]}", flush=True)
+    return rows
+
+
+def turns(
+    classes: Any, shape: Any, draws: Sequence[Any], head: Any, table: Any, cache: Path
+) -> tuple[Answers, list[float]]:
+    """What the peers answer, and the seconds that kshot takes to adapt to the same episodes in between."""
+    import torch
+
     parts = ("support", "labels", "queries", "unknown")
-    file = cache / f"{name}-{shape.ways}-{shape.shots}.npz"
+    file = cache / f"{classes.name}-{shape.ways}-{shape.shots}.npz"
     held = {f"{i}-{part}": getattr(draw, part) for i, draw in enumerate(draws) for part in parts}
     centre = torch.cat([*classes.features["last"][0].by_class]).mean(0).numpy()
     np.savez(file, features=classes.tables["last"].numpy(), centre=centre, **held)
-    table, seconds = classes.tables[mine["features"]], list[float]()
-    asked = subprocess.Popen(
+    asked, seconds = subprocess.Popen(
         [environment(cache), __file__, "--answer", file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    ), list[float]()  # fmt: skip
     assert asked.stdin
     assert asked.stdout
     for i, draw in enumerate(draws):
@@ -191,37 +214,12 @@ def duel(name: str, protocol: str, shape: Any, draws: Sequence[Any], head: Any, 
     asked.stdin.close()
     asked.wait()
     answers = np.load(file.with_suffix(".answers.npz"))
-    methods = list(dict.fromkeys(key.split("-", 1)[1] for key in answers.files if not key.endswith("-seconds")))
-    found = play(head, table, draws)
-    ours = found["accuracies"]
-    sides = [evidence(found[side], mine["unknown_by"], mine["temperature"]) for side in ("known", "unknown")]
-    where = {"data": name, "protocol": protocol, "ways": shape.ways, "shots": shape.shots}
-    accuracy, margin = percents(ours)
-    rows = [{
-        **where, "method": f"kshot: {mine['head']} on {mine['features']}", "episodes": len(draws),
-        "accuracy": accuracy, "margin": margin, "auroc": percent(auroc(*sides)),
-        "seconds": round(float(np.median(seconds)), 4),
-    }]  # fmt: skip
-    given = {
-        method: ([answers[f"{i}-{method}"] for i in range(len(draws))],
-                 [float(answers[f"{i}-{method}-seconds"]) for i in range(len(draws))])
+    methods = dict.fromkeys(key.split("-", 1)[1] for key in answers.files if not key.endswith("-seconds"))
+    every = range(len(draws))
+    return {
+        method: ([answers[f"{i}-{method}"] for i in every], [float(answers[f"{i}-{method}-seconds"]) for i in every])
         for method in methods
-    }  # fmt: skip
-    if tuned:
-        given["efficientnet-lite0, fine-tuned"] = tune(classes, shape, draws[:tuned])
-    for method, (probabilities, taken) in given.items():
-        pairs = list(zip(probabilities, draws, strict=False))
-        accuracies = np.array([(p[: len(d.truth)].argmax(1) == d.truth).mean() for p, d in pairs])
-        accuracy, margin = percents(accuracies)
-        ahead, ahead_margin = percents(ours[: len(accuracies)] - accuracies)
-        rows.append({
-            **where, "method": method, "episodes": len(accuracies), "accuracy": accuracy, "margin": margin,
-            "auroc": None if method in TRANSDUCTIVE else percent(told(pairs)),
-            "seconds": round(float(np.median(taken)), 4), "kshot_ahead": ahead, "kshot_ahead_margin": ahead_margin,
-        })  # fmt: skip
-    for row in rows:
-        print(f"  {row}", flush=True)
-    return rows
+    }, seconds
 
 
 def told(pairs: Sequence[tuple[np.ndarray, Any]]) -> float:
@@ -271,9 +269,8 @@ def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarra
 def report(cache: Path, data: Sequence[str]) -> None:
     from photo_heads import machine, put
 
-    rows = [
-        row for name in data if (file := cache / f"{name}-peers.json").exists() for row in json.loads(file.read_text())
-    ]
+    files = [cache / f"{name}-{part}.json" for name in data for part in PARTS]
+    rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
     versions = subprocess.run(
         [environment(cache), "-c", VERSIONS, *PEERS, "torch"], check=True, capture_output=True, text=True
     ).stdout.split()
@@ -319,7 +316,8 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", default=["fruit", "coins", "emoji-4v"])
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "kshot-photos")
     parser.add_argument("--episodes", type=int, default=300)
-    parser.add_argument("--tuned", type=int, default=10)
+    parser.add_argument("--tuned", type=int, default=8, help="episodes of the fine-tuned backbone")
+    parser.add_argument("--only", choices=[*PARTS], help="a part of what is measured")
     parser.add_argument("--report", action="store_true", help="join what was measured before; measure nothing")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -331,8 +329,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for name in options.sets:
-        rows = compared(name, options.data, options.cache, options.episodes, options.tuned)
-        (options.cache / f"{name}-peers.json").write_text(json.dumps(rows, indent=1) + "\n")
+        for part in PARTS:
+            if options.only in (None, part):
+                episodes = options.episodes if part == "peers" else options.tuned
+                rows = compared(name, options.data, options.cache, part, episodes)
+                (options.cache / f"{name}-{part}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
