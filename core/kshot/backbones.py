@@ -27,7 +27,8 @@ class BackboneConfig(BaseModel):
         None, description="where normalisation takes its statistics from; the learner's first choice if unset"
     )
     start: str | None = Field(
-        None, description="weights to start from: the file of a state dict, a learner.pt, or models:/NAME/VERSION"
+        None,
+        description="weights to start from: a state dict's file, a learner.pt, its folder, or models:/NAME/VERSION",
     )
 
 
@@ -175,7 +176,8 @@ def pool(maps: Tensor) -> list[Tensor]:
 
 
 def load_start(backbone: Backbone, file: Path) -> None:
-    """Put the weights of a file into a backbone: a state dict, or a learner.pt. A KshotError says what does not fit."""
+    """Put the weights of a file into a backbone: a state dict, a learner.pt or the folder of one. Else a KshotError."""
+    file = file / "learner.pt" if file.is_dir() else file
     try:
         held = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError:

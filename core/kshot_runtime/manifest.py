@@ -85,8 +85,8 @@ class Calibration(_Part):
     by: By = Field(
         "probability",
         description="what the threshold is compared with: the largest logit; the largest probability at the "
-        "temperature; the logsumexp of the logits over the temperature; or the output of classify.onnx of this name, a "
-        "log-likelihood ratio or the cosine of the nearest support image",
+        "temperature; the logmeanexp of the logits over the temperature; or the output of classify.onnx of that name, "
+        "a log-likelihood ratio or the cosine of the nearest support image",
     )
     threshold: Measured = Field(
         None,
@@ -140,7 +140,9 @@ class Parity(_Part):
     episodes: int
     accuracy: float = Field(description="of the graphs")
     torch_accuracy: float
-    agreement: float = Field(description="share of queries that both gave to the same class")
+    agreement: float = Field(
+        description="share of queries that the graphs gave to the class that torch gave, or float64"
+    )
     logit_difference: float = Field(description="largest absolute difference of two logits, over all the episodes")
     step_difference: float = Field(description="of the state after one step, to float64: median over episodes")
     torch_step_difference: float = Field(description="torch's own float32, compared in the same way")

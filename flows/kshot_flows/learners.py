@@ -35,6 +35,7 @@ def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, histor
 def load(file: Path) -> Learner:
     """The learner in a file, ready to adapt."""
     about, weights = read(file)
+    about["recipe"]["backbone"].pop("start", None)  # the weights are here
     learner = Recipe.model_validate(about["recipe"]).build(tuple(about["image"]))
     if about["base_classes"]:  # none where it was taken as built
         learner.prepare(about["base_classes"])

@@ -290,6 +290,22 @@ def trace(name: str, version: int) -> Trace:
     return Trace(name, version, {key: value for key, value in facts.items() if value}, about)
 
 
+def fetch_learner(name: str, version: int | str, folder: Path) -> Path:
+    """Download the `learner.pt` that a version, a number or an alias such as 'production', was exported from."""
+    from mlflow.artifacts import download_artifacts
+
+    door = tracking.client()
+    number = _number(door, name, version)
+    file = folder / f"{name}-{number}" / "learner.pt"
+    if not file.exists():
+        run = registered.existing(door, name, number).run_id
+        file.parent.mkdir(parents=True, exist_ok=True)
+        download_artifacts(
+            run_id=run, artifact_path=file.name, dst_path=str(file.parent), tracking_uri=door.tracking_uri
+        )
+    return file
+
+
 def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
     """Download the bundle of a version, a number or an alias such as 'production', and check every hash.
 

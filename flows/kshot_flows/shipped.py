@@ -59,4 +59,21 @@ def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
 
     found = Recipe.load(find(recipe), changes(settings))
     GateSettings.of(found.gate)
-    return found
+    return _with_start(found)
+
+
+def _with_start(recipe: Recipe) -> Recipe:
+    """The recipe with the file of the registered version that its backbone starts from, if it names one."""
+    start = recipe.backbone.options.get("start") or ""
+    if not start.startswith("models:/"):
+        return recipe
+    from kshot_flows import registry, tracking
+
+    name, _, version = start.removeprefix("models:/").replace("@", "/").partition("/")
+    if not (name and version):
+        raise KshotError(
+            f"[backbone] start = {start!r}: a registered version is models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
+    file = registry.fetch_learner(name, version, tracking.home() / ".kshot" / "starts")
+    options = {**recipe.backbone.options, "start": str(file)}
+    return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update=options)})
