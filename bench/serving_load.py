@@ -37,8 +37,8 @@ from kshot_runtime.manifest import Plugin
 from kshot_serve.client import Client
 
 RESULTS = Path(__file__).parent / "results"
-BACKBONES: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"downsample": "stride"}}
-LEARNERS: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"norm": "group", "steps": 2}}  # as Omniglot's recipes
+BACKBONES: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"downsample": "stride", "norm": "group"}}
+LEARNERS: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"steps": 2}}  # as Omniglot's recipes
 
 
 def build(name: str, folder: Path, *, size: int = 28, channels: int = 1, width: int = 64, **settings: Any) -> Path:
