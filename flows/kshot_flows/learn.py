@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,15 @@ def changes(photos: Photos, chosen: Sequence[str], backbone: str | None, across:
         **({"backbone.name": backbone} if backbone else {}),
         **({"learner.name": list(chosen)} if chosen else {}),
     }
-    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()]
+    return [f"{key}={_text(value)}" for key, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed: a word stands for itself, unless it would be read as something else."""
+    try:
+        return json.dumps(value) if not isinstance(value, str) or tomllib.loads(f"value = {value}") else value
+    except tomllib.TOMLDecodeError:
+        return value
 
 
 def announce(photos: Photos, settings: Sequence[str]) -> None:
