@@ -304,7 +304,8 @@ def peer_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in own:
             ahead = f"{row['kshot_ahead']:+.1f} ± {row['kshot_ahead_margin']:.1f}" if "kshot_ahead" in row else ""
             told = "" if row["auroc"] is None else f"{row['auroc']:.1f}"
-            line += [shown(row), ahead, told, f"{1000 * row['seconds']:.3g}"]
+            ms = 1000 * row["seconds"]
+            line += [shown(row), ahead, told, f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}"]
         lines.append(line)
     columns = ["method", *(cell for size in sizes for cell in (size, "kshot ahead", "AUROC", "ms to adapt"))]
     return f"**{first['data']}, {first['protocol']}**\n\n{table(columns, lines)}"
