@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -97,7 +97,8 @@ def calibrate(
 
     `seen` is for a learner whose statistics come from the validation classes themselves, beside folds with those of
     fewer classes as trials. On classes that it has seen it is over-confident, with fewer under-confident: the
-    temperature is the geometric mean of the two. Very few classes say too little: the learner's own scale then stays.
+    temperature is the geometric mean of the two, and a threshold the mean. Shares stay those of the trials. Of very few
+    classes a temperature says too little: the learner's own scale then stays.
     """
     parts = [
         _answers(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
@@ -106,11 +107,10 @@ def calibrate(
     known, unknown = _concatenated(part[0] for part in parts), _concatenated(part[1] for part in parts)
     labels = np.concatenate([part[2] for part in parts])
     temperature = fit_temperature(known["logits"], labels)
-    if seen and len(seen[1]) < _ENOUGH:
-        temperature = 1.0
-    elif seen:
-        within, _, truth = _answers(*seen, shape, episodes, seed, "calibration", device)
-        temperature = math.sqrt(temperature * fit_temperature(within["logits"], truth))
+    within = _answers(*seen, shape, episodes, seed, "calibration", device) if seen else None
+    if within and seen:
+        enough = len(seen[1]) >= _ENOUGH
+        temperature = math.sqrt(temperature * fit_temperature(within[0]["logits"], within[2])) if enough else 1.0
     probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
     scores: dict[By, tuple[np.ndarray, np.ndarray]] = {
@@ -119,11 +119,15 @@ def calibrate(
     areas = {name: auroc(*pair) if len(pair[1]) else math.nan for name, pair in scores.items()}
     best = max(areas, key=lambda name: -1 if math.isnan(areas[name]) else areas[name])
     inside, outside = scores[best]
-    usual = _balanced(inside, outside)
+    points = [_balanced(inside, outside), *(_operating_point(share, inside, outside) for share in ACCEPTED[::-1])]
+    if within:
+        sides = [evidence(side, best, temperature) for side in within[:2]]
+        others = [_balanced(*sides), *(_operating_point(share, *sides) for share in ACCEPTED[::-1])]
+        points = [replace(p, threshold=(p.threshold + q.threshold) / 2) for p, q in zip(points, others, strict=True)]
+    usual, *chosen = points
     return Calibration(
         shape, temperature, best, usual.threshold, usual.accepted, usual.false_accepts, areas[best],
-        calibration_error(probabilities.max(1), right), episodes,
-        tuple(_operating_point(share, inside, outside) for share in sorted(ACCEPTED, reverse=True)),
+        calibration_error(probabilities.max(1), right), episodes, tuple(chosen),
     )  # fmt: skip
 
 

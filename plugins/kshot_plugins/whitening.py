@@ -124,10 +124,8 @@ def _leading(rows: Tensor) -> tuple[Tensor, Tensor]:
             _, singular, vectors = torch.svd_lowrank(rows, _DIRECTIONS + 32, niter=4)
         return vectors[:, :_DIRECTIONS].contiguous(), singular[:_DIRECTIONS].square()
     few = rows.shape[0] <= rows.shape[1]  # then the (N, N) Gram matrix has the same eigenvalues
-    values, vectors = torch.linalg.eigh((rows @ rows.t() if few else rows.t() @ rows).double())
+    values, vectors = torch.linalg.eigh(rows @ rows.t() if few else rows.t() @ rows)
     values, vectors = values[-_DIRECTIONS:], vectors[:, -_DIRECTIONS:]
-    kept = values > values[-1].clamp_min(1e-12) * 1e-6
+    kept = values > values[-1].clamp_min(1e-12) * 1e-5
     values, vectors = values[kept], vectors[:, kept]
-    if few:
-        vectors = rows.t().double() @ (vectors / values.sqrt())
-    return vectors.float(), values.float()
+    return rows.t() @ (vectors / values.sqrt()) if few else vectors.contiguous(), values
