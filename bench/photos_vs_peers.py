@@ -306,7 +306,7 @@ def peer_table(rows: Sequence[dict[str, Any]]) -> str:
             told = "" if row["auroc"] is None else f"{row['auroc']:.1f}"
             ms = 1000 * row["seconds"]
             line += [shown(row), ahead, told, f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}"]
-        lines.append(line)
+        lines.append(line + ["not measured", "", "", ""] * (len(sizes) - len(own)))
     columns = ["method", *(cell for size in sizes for cell in (size, "kshot ahead", "AUROC", "ms to adapt"))]
     return f"**{first['data']}, {first['protocol']}**\n\n{table(columns, lines)}"
 
