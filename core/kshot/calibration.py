@@ -86,6 +86,7 @@ def calibrate(
     episodes: int,
     *,
     seed: int,
+    by: By | None = None,
     seen: Trial | None = None,
     device: str = "cpu",
 ) -> Calibration:
@@ -93,7 +94,7 @@ def calibrate(
 
     An episode has as many unknown classes as its split allows, up to `shape.ways`: their images are queries only. With
     several trials, say the folds of a cross-validation, each takes its share of the episodes. The threshold is on the
-    score that tells known from unknown best.
+    score that tells known from unknown best, or on the one that `by` asks for.
 
     `seen` is for a learner whose statistics come from the validation classes themselves, beside folds with those of
     fewer classes as trials. On classes that it has seen it is over-confident, with fewer under-confident: the
@@ -114,7 +115,8 @@ def calibrate(
     probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
     scores: dict[By, tuple[np.ndarray, np.ndarray]] = {
-        name: (evidence(known, name, temperature), evidence(unknown, name, temperature)) for name in scores_of(known)
+        name: (evidence(known, name, temperature), evidence(unknown, name, temperature))
+        for name in ([by] if by else scores_of(known))
     }
     areas = {name: auroc(*pair) if len(pair[1]) else math.nan for name, pair in scores.items()}
     best = max(areas, key=lambda name: -1 if math.isnan(areas[name]) else areas[name])
