@@ -275,7 +275,7 @@ def test_evidence_is_what_its_name_says_of_the_outputs() -> None:
     outputs = {"logits": logits, "ratio": np.array([1.0, 2.0]), "nearest": np.array([0.5, 0.6])}
     np.testing.assert_array_equal(evidence(outputs, "logit", 2.0), [2.0, -29.0])
     np.testing.assert_allclose(evidence(outputs, "probability", 2.0), softmax(logits / 2).max(1), rtol=1e-6)
-    np.testing.assert_allclose(evidence(outputs, "energy", 2.0), np.log(np.exp(logits / 2).sum(1)), rtol=1e-6)
+    np.testing.assert_allclose(evidence(outputs, "energy", 2.0), np.log(np.exp(logits / 2).mean(1)), rtol=1e-6)
     np.testing.assert_array_equal(evidence(outputs, "ratio"), [1.0, 2.0])
     np.testing.assert_array_equal(evidence(outputs, "nearest"), [0.5, 0.6])
 

@@ -47,8 +47,8 @@ def test_without_measured_shares_the_bundle_s_one_threshold_holds_and_without_ca
 
 @pytest.mark.parametrize("by", ["energy", "ratio", "nearest"])
 def test_the_threshold_is_on_the_evidence_that_the_bundle_names(by: By) -> None:
-    """The energy of two logits of 0 is log 2 = 0.69, and of two of -1 it is less by 1."""
-    outputs = logits([0, 0], [-1, -1]) | {"ratio": np.array([0.6, 0.4]), "nearest": np.array([0.6, 0.4])}
+    """The energy is the log of the mean of the exponentials: 1 of two logits of 1, and 0 of two of 0."""
+    outputs = logits([1, 1], [0, 0]) | {"ratio": np.array([0.6, 0.4]), "nearest": np.array([0.6, 0.4])}
     fit = Calibration(ways=2, shots=1, by=by, threshold=0.5)
     assert judge(outputs, fit, None, None).decisions == ("ambiguous", "unknown")
 
