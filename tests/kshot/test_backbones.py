@@ -155,5 +155,5 @@ def test_a_file_that_is_missing_or_holds_no_weights_is_refused_in_a_sentence(tmp
     with pytest.raises(KshotError, match=r"^\[backbone\] start = '.*notes.pt' holds no weights: .*"):
         recipe(start=str(tmp_path / "notes.pt")).build(IMAGE)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(KshotError, match=r"^\[backbone\] start = '.*folder'"):
+    with pytest.raises(KshotError, match=r"^\[backbone\] start = '.*folder/learner.pt': there is no such file$"):
         recipe(start=str(tmp_path / "folder")).build(IMAGE)
