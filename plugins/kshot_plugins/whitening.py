@@ -64,7 +64,7 @@ class WhitenedSpace(FeatureLearner):
             self.register_buffer(name, torch.empty(size))
 
     def choices(self) -> Sequence[dict[str, Any]]:
-        return [{"shrinkage": value} for value in (0.6, 0.3, 0.9)] if self.config.shrinkage is None else [{}]
+        return [{"shrinkage": value} for value in (0.6, 0.9)] if self.config.shrinkage is None else [{}]
 
     def learn_statistics(self, base: Iterable[Tensor]) -> None:
         found = scatter(base if isinstance(base, Hashable) else tuple(base))

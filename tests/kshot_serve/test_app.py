@@ -174,7 +174,8 @@ def test_a_label_space_is_renamed_and_its_strictness_set_and_set_back(server: Ru
     assert (changed["name"], changed["accept"], changed["accepted"]) == (name, 0.8, pytest.approx(0.8))
     assert 0 <= changed["false_accepts"] <= 1
     balanced = server.http.patch(space, json={"accept": None}).json()
-    fit = server.backend.champions.current.bundle.manifest.calibration_for(1, 1)
+    ways, photos = balanced["classes"], balanced["photos"]
+    fit = server.backend.champions.current.bundle.manifest.calibration_for(ways, photos / ways)
     assert fit is not None
     assert [balanced[name] for name in ("accept", "accepted", "false_accepts")] == [
         None,
