@@ -221,7 +221,7 @@ class _OnDisk:
 
     @cached_property
     def _opened(self) -> tuple[np.ndarray, np.ndarray]:
-        """The features (count, width) and the bytes (count,), made anew where a file is missing or of a wrong size."""
+        """Features (count, width) and done flags (count,); files that are missing or of a wrong size are recreated."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self._folder / "lock"):

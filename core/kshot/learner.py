@@ -153,8 +153,8 @@ class Learner(nn.Module, ABC):
 class FeatureLearner(Learner):
     """A head on features: `fit` makes a state from a support set's features, `logits` classifies with it.
 
-    Where the backbone's norm gives each image features of its own, these are computed once, for evaluation, for the
-    training of heads on frozen backbones, and at the server, which keeps the features of support photos.
+    If the features of an image do not depend on other images (norm `running` or `group`), they are computed once and
+    cached: in evaluation, in training on a frozen backbone, and at the server, which stores those of support photos.
     """
 
     batched: ClassVar[bool] = True

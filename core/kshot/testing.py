@@ -98,8 +98,7 @@ class Pixels(Backbone):
 def toy_images(classes: int = 30, images: int = 10, seed: int = 0, stripes: bool = False) -> ClassImages:
     """Classes that are smooth random patterns, and images that are noisy, shifted copies of their class's pattern.
 
-    With `stripes`, each image is crossed by strong stripes of its own: a learner that has not learned to ignore them
-    is little better than chance.
+    With `stripes`, random stripes are added to each image as a nuisance: an untrained learner is then near chance.
     """
     random = np.random.default_rng(seed)
     coarse = random.uniform(0, 255, (classes, 4, 4))
@@ -115,7 +114,7 @@ def toy_images(classes: int = 30, images: int = 10, seed: int = 0, stripes: bool
 
 
 def _stripes(images: int, random: np.random.Generator) -> np.ndarray:
-    """Waves (images, SIDE, SIDE), about three pixels long, each of an angle, a phase and a strength of its own."""
+    """Sine waves (images, SIDE, SIDE), three pixels long, with a random angle, phase and amplitude for each image."""
     angle, phase = random.uniform(0, np.pi, (images, 1, 1)), random.uniform(0, 2 * np.pi, (images, 1, 1))
     y, x = np.mgrid[:SIDE, :SIDE]
     waves: np.ndarray = random.uniform(20, 60, (images, 1, 1)) * np.sin(

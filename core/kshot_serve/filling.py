@@ -45,7 +45,7 @@ class Filling:
     def batches(
         self, known: Mapping[str, Collection[str]], *, ways: int, shots: int, support: int, photos: int
     ) -> Iterator[tuple[str, Batch]]:
-        """Class by class, at most so many `photos` at once: whoever takes them counts what was `added` or `skipped`.
+        """Batches of at most so many `photos` of one class each; the caller counts what was `added` or `skipped`.
 
         `known` are the sha256 of the photos of each class that there is. A model adapts to so many classes, photos of
         each, and photos in all: of each class's files the first count, the same ones whenever it is done again.

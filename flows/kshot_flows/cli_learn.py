@@ -83,8 +83,10 @@ def learn(
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
     from kshot_flows import learn as learning
-    from kshot_flows import pipeline, progress, report, shipped
+    from kshot_flows import pipeline, progress, report
 
+    if fill and not Path(source).exists():
+        raise KshotError(f"--fill takes the photos from a folder or zip, and there is none at {source!r}")
     photos = learning.bring_in(source, name, group_by, size)
     chosen = [one.strip() for one in heads.split(",")] if heads else []
     settings = [*learning.changes(photos, chosen, backbone, bool(group_by)), *(changes or [])]
@@ -94,18 +96,15 @@ def learn(
         return
     if not pipeline.unchanged(learning.RECIPE, settings):
         learning.announce(photos, settings)
+    again = shlex.join(["kshot", "run", learning.RECIPE, *settings])
     try:
         done = pipeline.run(learning.RECIPE, settings)
     except KeyboardInterrupt:
-        again = shlex.join(["kshot", "learn", source, *(changes or [])])
         raise KshotError(f"Stopped. What was finished is kept; go on with: {again}") from None
-    report.show(done, shlex.join(["kshot", "run", learning.RECIPE, *settings]))
+    report.show(done, again)
     for sentence in learning.advice(photos):
         progress.say(f"[bold]More[/bold]         {sentence}")
     if Path(source).exists():
-        progress.say(
-            f"[bold]Its page[/bold]     kshot serve models:/{shipped.load(learning.RECIPE, settings).name}@production "
-            f"--space {shlex.quote(source)}"
-        )
+        progress.say(f"[bold]Its page[/bold]     kshot serve {report.served(done)} --space {shlex.quote(source)}")
     if fill:
         learning.fill(fill, key, source, photos.name)

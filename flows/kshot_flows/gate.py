@@ -107,7 +107,7 @@ class GateReport:
     margin: float  # half the 95 % interval of accuracy
     difference: tuple[float, float, float] | None  # challenger - champion: lower end, mean, upper end
     checks: tuple[Check, ...]
-    warnings: tuple[str, ...] = ()  # what does not close the gate, and whoever uses the version must know
+    warnings: tuple[str, ...] = ()  # do not refuse the version; shown to its users
 
     @property
     def passed(self) -> bool:

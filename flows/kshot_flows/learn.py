@@ -27,7 +27,6 @@ from kshot_runtime.errors import KshotError
 RECIPE = "photos"
 FEW_CLASSES = 8  # below it no class is set aside for the figures: they are cross-validated
 MANY_PHOTOS = 5  # of a class: what the figures are given for, beside one
-SIZE = 224  # pixels a side that photos are packed at
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,6 @@ def fill(url: str, key: str | None, source: str, name: str) -> None:
     """Make or complete a label space at a server with the photos of a folder or zip."""
     from kshot_serve.client import Client
 
-    if not Path(source).exists():
-        raise KshotError(f"--fill takes the photos from a folder or zip, and {source!r} names a data set")
     with Client(url, key) as client, progress.busy(f"filling the label space {name} at {url}"):
         filling = client.space(name).fill(source)
     progress.say(f"[bold]Label space[/bold]  {name} at {url}: {filling.added} photos added")

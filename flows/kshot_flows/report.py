@@ -141,10 +141,20 @@ def _verdict(promotion: Promotion) -> str:
     return f"[bold green]{what} is in production.[/bold green][yellow]{mind}[/yellow]"
 
 
+def served(done: Sequence[Done]) -> str:
+    """What `kshot serve` takes to serve the result: the version in production, or the bundle that waits."""
+    products = [step.product for step in done]
+    bundle, promotion = _find(products, Exported), _find(products, Promotion)
+    return _source(bundle, promotion) if bundle and promotion else ""
+
+
+def _source(bundle: Exported, promotion: Promotion) -> str:
+    return f"models:/{promotion.name}@production" if promotion.stage == "Production" else relative(bundle.folder)
+
+
 def _next(bundle: Exported, version: Registered, promotion: Promotion, command: str) -> str:
-    in_production = promotion.stage == "Production"
     folder = escape(relative(bundle.folder))
-    source = f"models:/{version.name}@production" if in_production else folder
+    source = escape(_source(bundle, promotion))
     return f"""
 [bold]Serve it[/bold]     kshot serve {source}
 [bold]The bundle[/bold]   {folder}
