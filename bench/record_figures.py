@@ -20,8 +20,10 @@ import torch
 from kshot.datasets import splits_of
 from kshot.recipe import LearnerSettings, Recipe
 from kshot.training import Training
-from kshot_flows import figures, keys, learners, shipped
-from kshot_flows.figures import Figure, Run, Trust
+from kshot_flows import recipes
+from kshot_flows.report import figures
+from kshot_flows.report.figures import Figure, Run, Trust
+from kshot_flows.store import keys, learners
 from kshot_runtime.errors import KshotError
 
 
@@ -52,7 +54,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def found(asked: argparse.Namespace) -> Run:
     """The run that a recipe with these changes gave in a project."""
-    recipe = shipped.load(asked.recipe, asked.changes)
+    recipe = recipes.load(asked.recipe, asked.changes)
     folder, made = _made(asked.project, recipe)
     scores = _scores(folder, recipe)
     last = torch.load(folder / "last.pt", weights_only=True, map_location="cpu") if recipe.training.steps else {}

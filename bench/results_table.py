@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md from the committed figures (flows/kshot_flows/figures.json).
+"""Write the tables of docs/results.md from the committed figures (flows/kshot_flows/report/figures.json).
 
     python bench/results_table.py
 
@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from kshot_flows import figures
-from kshot_flows.figures import Figures, Published, Row, Run
+from kshot_flows.report import figures
+from kshot_flows.report.figures import Figures, Published, Row, Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 COLUMNS = (

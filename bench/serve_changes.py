@@ -45,7 +45,8 @@ from serving_load import (
     write,
 )
 
-from kshot_flows import registry, tracking
+from kshot_flows import registry
+from kshot_flows.tracking import runs
 from kshot_serve.client import RefusedError
 
 WHAT = "swaps, SIGTERM, kill -9 and a corrupt photo, conv4, 28x28x1"
@@ -98,7 +99,7 @@ def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
     folder.mkdir()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ["KSHOT_HOME"] = str(folder)
-    with tracking.run(MODEL, recipe={}, data=tracking.DataRef("noise", "f" * 64), seed=1) as run:
+    with runs.run(MODEL, recipe={}, data=runs.DataRef("noise", "f" * 64), seed=1) as run:
         made = [registry.register(MODEL, run.id, each) for each in (bundle, build("protonet", folder / "b", width=48))]
     registry.move(MODEL, made[0], "production", why="bench")
     waits, seen = [], {str(made[0])}

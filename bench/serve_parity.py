@@ -33,8 +33,8 @@ from kshot.evaluation import answers
 from kshot.exporting import Facts, export
 from kshot.learner import Learner
 from kshot.recipe import PluginSettings, Recipe
-from kshot_flows import learners
-from kshot_flows.steps import TEST_SEED
+from kshot_flows.store import learners
+from kshot_flows.store.keys import TEST_SEED
 from kshot_runtime.images import decode
 from kshot_runtime.manifest import MANIFEST, Plugin
 from kshot_serve.client import Client

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from kshot_flows.cli import app
+from kshot_flows.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())

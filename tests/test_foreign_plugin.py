@@ -15,13 +15,13 @@ from PIL import Image
 
 from kshot import hookspecs, testing
 from kshot.datasets import ClassImages
-from kshot_flows import plugin_project
+from kshot_flows.plugins import project as plugin_project
 from kshot_runtime.bundle import Bundle
 
 DOCS = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 
 COMMANDS = {
-    "kshot": "from kshot_flows.cli import main",
+    "kshot": "from kshot_flows.cli.main import main",
     "pip": "from pip._internal.cli.main import main",
     "pytest": "from pytest import main",
 }

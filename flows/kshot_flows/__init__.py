@@ -2,12 +2,13 @@
 
 import os
 
-# Each of these tools reports home by default, and reads its switch when it is imported.
+# Most of these tools report home by default; each reads its switch when it is imported.
 for _switch, _off in {
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",  # a stopping server complains of what it stops
 }.items():
     os.environ.setdefault(_switch, _off)

@@ -20,11 +20,18 @@ from rich.markup import escape
 from kshot.datasets import splits_of
 from kshot.episodes import Shape, draw_indices
 from kshot.recipe import Recipe
-from kshot_flows import engine, heads, progress, shipped, tracking
-from kshot_flows.heads import TEST_SEED
-from kshot_flows.pipeline import evaluate, export, meta_train, version_data
-from kshot_flows.products import Exported, Line, Scores
-from kshot_flows.standings import Cost, Draw, Measured, Standing, Standings, shared
+from kshot_flows import project, recipes
+from kshot_flows.console import progress
+from kshot_flows.report.standings import Comparison, Cost, Draw, Measured, Standing, Standings, shared
+from kshot_flows.store import results
+from kshot_flows.store.keys import TEST_SEED
+from kshot_flows.store.products import Exported, Line, Scores
+from kshot_flows.tasks import heads
+from kshot_flows.tasks.data import version_data
+from kshot_flows.tasks.evaluate import evaluate
+from kshot_flows.tasks.export import export
+from kshot_flows.tasks.train import meta_train
+from kshot_flows.tracking import runs
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
@@ -49,24 +56,6 @@ class Played:
     bundle: Exported
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The result, and where it was put."""
-
-    standings: Standings
-    folder: Path
-    run: str  # MLflow's
-
-
-def run(asked: Sequence[str]) -> Comparison:
-    """Compare recipes, against Prefect's API if one is set up and embedded if not; see `entrants` for `asked`."""
-    found: list[Comparison] = []
-    if not engine.configured() and engine.recalled(lambda: found.append(comparison.fn(list(asked)))) is not None:
-        return found[0]
-    with engine.api():
-        return comparison(list(asked))
-
-
 @flow(name="kshot-compare", persist_result=False)
 def comparison(asked: list[str]) -> Comparison:
     """From recipes, each a path or a name, to one table and one picture."""
@@ -78,7 +67,7 @@ def comparison(asked: list[str]) -> Comparison:
 
 def play(entrant: Entrant) -> Played:
     """The pipeline's steps up to the bundle; each is used again where nothing has changed."""
-    if not engine.recalling():
+    if not results.recalling():
         progress.say(f"\n[bold cyan]{escape(entrant.label)}[/bold cyan]")
     data = version_data(entrant.recipe)
     learner = meta_train(entrant.recipe, data)
@@ -89,9 +78,9 @@ def play(entrant: Entrant) -> Played:
 def entrants(asked: Sequence[str]) -> list[Entrant]:
     """Recipes and changes as they are typed: `KEY=VALUE` is for all of them, `"RECIPE KEY=VALUE"` for that one."""
     words = [_words(text) for text in asked]
-    recipes = [word for word in words if "=" not in word[0] or Path(word[0]).is_file()]
-    common = [text for text, word in zip(asked, words, strict=True) if word not in recipes]
-    labels = [" ".join([Path(recipe).stem, *own]) for recipe, *own in recipes]
+    named = [word for word in words if "=" not in word[0] or Path(word[0]).is_file()]
+    common = [text for text, word in zip(asked, words, strict=True) if word not in named]
+    labels = [" ".join([Path(recipe).stem, *own]) for recipe, *own in named]
     if len(labels) < 2:
         raise KshotError(
             f"a comparison takes two recipes or more, and {len(labels) or 'none'} came. "
@@ -100,8 +89,8 @@ def entrants(asked: Sequence[str]) -> list[Entrant]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise KshotError(f"{twice[0]!r} comes twice, with nothing that tells the two apart")
     return [
-        Entrant(label, shipped.load(recipe, [*common, *own]))
-        for label, (recipe, *own) in zip(labels, recipes, strict=True)
+        Entrant(label, recipes.load(recipe, [*common, *own]))
+        for label, (recipe, *own) in zip(labels, named, strict=True)
     ]
 
 
@@ -155,9 +144,9 @@ def standings(played: Sequence[Played]) -> Standings:
 
 def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> Comparison:
     """Keep the table and the picture in the project, and log both as one MLflow run."""
-    from kshot_flows import standings_view
+    from kshot_flows.report import standings_view
 
-    folder = tracking.home() / "runs" / EXPERIMENT / hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()[:12]
+    folder = project.home() / "runs" / EXPERIMENT / hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(found.to_dict(), indent=2))
     picture = standings_view.picture(found)
@@ -173,7 +162,7 @@ def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> 
     }
     own, *others = played[0].scores.data.refs(played[0].entrant.recipe.dataset)
     tags = {"mlflow.runName": ", ".join(row.label for row in found.rows)[:200]}
-    with tracking.run(EXPERIMENT, recipe=about, data=own, others=others, seed=TEST_SEED, tags=tags) as opened:
+    with runs.run(EXPERIMENT, recipe=about, data=own, others=others, seed=TEST_SEED, tags=tags) as opened:
         opened.json("comparison", found.to_dict())
         opened.picture("comparison", picture)
         return Comparison(found, folder, opened.id)

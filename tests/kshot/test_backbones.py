@@ -112,7 +112,7 @@ def test_a_backbone_starts_from_a_learner_that_was_trained(tmp_path: Path):
     trained.prepare([30])
     torch.save(
         {"about": "{}", "weights": trained.state_dict()}, tmp_path / "learner.pt"
-    )  # as kshot_flows.learners does
+    )  # as kshot_flows.store.learners does
     found = recipe("protonet", start=str(tmp_path / "learner.pt")).build(IMAGE)
     assert same_weights(trained.backbone, found.backbone)
     assert not any(name.startswith("base") for name in found.state_dict())

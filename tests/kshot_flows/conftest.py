@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kshot_flows import tracking
+from kshot_flows.tracking import stores
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("KSHOT_HOME", str(home))
-        tracking.store()
+        stores.uri()
     return home
 
 
@@ -48,7 +48,8 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
 
     serve = (
-        "from kshot_flows.engine import api\nwith api(schedules=True) as url:\n    print(url, flush=True)\n    input()"
+        "from kshot_flows.run.embedded import api\n"
+        "with api(schedules=True) as url:\n    print(url, flush=True)\n    input()"
     )
     server = subprocess.Popen(
         [sys.executable, "-c", serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -11,10 +11,13 @@ from matplotlib.colors import to_hex
 
 from kshot.calibration import OpenSet
 from kshot.episodes import Shape
-from kshot_flows import compare, report, shipped, standings_view, tracking
-from kshot_flows.compare import Comparison, entrants, shared_shapes
-from kshot_flows.pipeline import run as pipeline_run
-from kshot_flows.standings import Cost, Draw, Measured, Standing, Standings
+from kshot_flows import recipes
+from kshot_flows.compare import entrants, shared_shapes
+from kshot_flows.report import standings_view, summary
+from kshot_flows.report.standings import Comparison, Cost, Draw, Measured, Standing, Standings
+from kshot_flows.run import start
+from kshot_flows.run.start import run as pipeline_run
+from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 DRAW = Draw(Shape(3, 1, 3))
@@ -43,12 +46,12 @@ def project(
         for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
         before = models()
-        found = compare.run(asked)
+        found = start.compare(asked)
         yield Project(home, asked, found, models() - before)
 
 
 def models() -> set[str]:
-    return {model.name for model in tracking.client().search_registered_models()}
+    return {model.name for model in stores.client().search_registered_models()}
 
 
 def bundle(project: Project, width: int) -> Path:
@@ -91,7 +94,7 @@ def test_costs_are_those_of_what_is_served(project: Project) -> None:
 
 
 def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Project) -> None:
-    door = tracking.client()
+    door = stores.client()
     run = door.get_run(project.found.run)
     assert run.info.status == "FINISHED"
     assert run.data.params["1.recipe"] == "tiny"
@@ -110,7 +113,7 @@ def test_nothing_is_registered(project: Project) -> None:
 
 def test_a_second_comparison_trains_nothing(project: Project) -> None:
     before = {file: file.stat().st_mtime for file in project.home.glob("runs/tiny/**/*")}
-    again = compare.run([project.asked[1], project.asked[0], *COMMON])  # the other way round
+    again = start.compare([project.asked[1], project.asked[0], *COMMON])  # the other way round
     assert {file: file.stat().st_mtime for file in project.home.glob("runs/tiny/**/*")} == before
     first, second = (row.measured[DRAW] for row in again.standings.rows)
     assert first.difference == 0
@@ -119,14 +122,14 @@ def test_a_second_comparison_trains_nothing(project: Project) -> None:
 
 def test_a_run_of_the_pipeline_uses_the_training_of_a_comparison(project: Project) -> None:
     done = pipeline_run(project.asked[0], list(COMMON))
-    assert [step.step for step in done if step.reused] == ["data", "meta-training", "evaluation", "export"]
+    assert [step.step for step in done if step.reused] == ["version_data", "meta_train", "evaluate", "export"]
 
 
 def test_the_result_says_who_is_better_what_it_costs_and_where_the_picture_is(
     project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    report.show_comparison(project.found, "kshot compare a b")
+    summary.show_comparison(project.found, "kshot compare a b")
     shown = capsys.readouterr().out
     second = project.found.standings.rows[1]
     measured = second.measured[DRAW]
@@ -232,4 +235,4 @@ def test_recipes_without_an_episode_in_common_are_refused_with_what_each_has() -
     with pytest.raises(KshotError, match="share no test episodes"):
         shared_shapes(entrants(["glyphs-protonet", "glyphs-protonet evaluation.queries=3"]))
     assert shared_shapes(entrants(["omniglot-protonet", "omniglot-maml"]))[0] == Shape(20, 1, 15)
-    assert shipped.load("omniglot-maml").evaluation.shapes[0] == Shape(5, 1, 15)
+    assert recipes.load("omniglot-maml").evaluation.shapes[0] == Shape(5, 1, 15)

@@ -12,9 +12,17 @@ from PIL import Image
 
 from kshot import plugins
 from kshot.importing import finish, import_dataset
-from kshot_flows import keys, learners, registry, shipped, steps, tracking
-from kshot_flows.gate import GateReport
-from kshot_flows.products import Promotion, Registered
+from kshot_flows import project, recipes, registry
+from kshot_flows.registry.gate import GateReport
+from kshot_flows.store import keys, learners
+from kshot_flows.store.products import Promotion, Registered
+from kshot_flows.tasks.data import version_data
+from kshot_flows.tasks.evaluate import evaluate
+from kshot_flows.tasks.export import export
+from kshot_flows.tasks.promote import promote
+from kshot_flows.tasks.register import register
+from kshot_flows.tasks.train import meta_train
+from kshot_flows.tracking import stores
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
@@ -48,16 +56,16 @@ def home(new_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytes
 
 def run(home: Path, *changes: str) -> Registered:
     """The steps of the pipeline up to the registry."""
-    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, *changes])
-    data = steps.version_data(recipe)
-    trained = steps.meta_train(recipe, data)
-    scores = steps.evaluate(recipe, data, trained)
-    return steps.register(recipe, data, scores, steps.export(recipe, trained, scores))
+    recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, *changes])
+    data = version_data.fn(recipe)
+    trained = meta_train.fn(recipe, data)
+    scores = evaluate.fn(recipe, data, trained)
+    return register.fn(recipe, data, scores, export.fn(recipe, trained, scores))
 
 
 def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_tested_on_the_same(home: Path) -> None:
     champion = run(home)
-    assert steps.promote(shipped.load(str(home / "tiny.toml"), ["gate.margin=1.0"]), champion).stage == "Production"
+    assert promote.fn(recipes.load(str(home / "tiny.toml"), ["gate.margin=1.0"]), champion).stage == "Production"
     changes = [
         "dataset.train=train+stripes:train", "dataset.test=stripes:test", "dataset.unlabelled=stripes:val",
         "training.unlabelled_images=5", "gate.margin=1.0", "gate.ece_margin=1.0", "gate.auroc_margin=1.0",
@@ -66,7 +74,7 @@ def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_teste
     patterns, stripes = version.data.all
     assert (patterns.name, stripes.name) == ("patterns", "stripes")
 
-    learner = tracking.home() / "runs" / "tiny" / version.evidence.file.parent.name / "learner.pt"
+    learner = project.home() / "runs" / "tiny" / version.evidence.file.parent.name / "learner.pt"
     about, _ = learners.read(learner)
     assert about["base_classes"] == [10, 4]
     assert about["data"] == {"patterns": patterns.version, "stripes": stripes.version}
@@ -74,7 +82,7 @@ def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_teste
     evidence = json.loads(version.evidence.file.read_text())
     assert (evidence["episodes"]["data"], evidence["episodes"]["split"]) == (stripes.version, "test")
 
-    inputs = tracking.client().get_run(version.run).inputs.dataset_inputs
+    inputs = stores.client().get_run(version.run).inputs.dataset_inputs
     assert {i.dataset.name: i.dataset.digest for i in inputs} == {p.name: p.version[:36] for p in version.data.all}
     assert registry.trace("tiny", version.version).facts["other data (sha256)"] == f"stripes {stripes.version}"
     [bundle] = learner.parent.glob("bundle-*/bundle.json")
@@ -83,11 +91,11 @@ def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_teste
     [damaged] = home.glob(f"mlflow/artifacts/**/{champion.run}/**/adapt.onnx")
     whole = damaged.read_bytes()
     damaged.write_bytes(b"")
-    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), changes), version)
+    promotion = promote.fn(recipes.load(str(home / "tiny.toml"), changes), version)
     assert (promotion.stage, promotion.intact()) == ("Staging", False)  # to be tried again, not kept
     assert "adapt.onnx changed" in promotion.why
     damaged.write_bytes(whole)
-    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), changes), version)
+    promotion = promote.fn(recipes.load(str(home / "tiny.toml"), changes), version)
     assert promotion.intact()
     report = registry.gate_report("tiny", version.version)
     assert report is not None
@@ -96,9 +104,9 @@ def test_what_was_learned_from_and_tested_on_is_recorded_and_a_champion_is_teste
 
 def test_a_data_set_that_is_only_tested_on_does_not_change_what_is_learned(home: Path) -> None:
     def made(*changes: str) -> tuple[str, str]:
-        recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, *changes])
-        data = steps.version_data(recipe)
-        trained = steps.meta_train(recipe, data)
+        recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, *changes])
+        data = version_data.fn(recipe)
+        trained = meta_train.fn(recipe, data)
         return keys.meta_train(recipe, data), keys.evaluate(recipe, data, trained)
 
     learned, played = made()
@@ -121,20 +129,20 @@ def test_what_a_learner_takes_from_kshot_is_in_the_key_of_its_training() -> None
 def test_a_bundle_with_another_name_and_a_score_by_other_rules_have_keys_of_their_own(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, other = (shipped.load(str(home / "tiny.toml"), [*SHORT, *name]) for name in ([], ["name=other"]))
-    data = steps.version_data(recipe)
-    trained = steps.meta_train(recipe, data)
-    scores = steps.evaluate(recipe, data, trained)
+    recipe, other = (recipes.load(str(home / "tiny.toml"), [*SHORT, *name]) for name in ([], ["name=other"]))
+    data = version_data.fn(recipe)
+    trained = meta_train.fn(recipe, data)
+    scores = evaluate.fn(recipe, data, trained)
     assert keys.meta_train(other, data) == keys.meta_train(recipe, data)
     assert keys.export(other, trained, scores) != keys.export(recipe, trained, scores)  # bundle.json holds the name
     before = keys.evaluate(recipe, data, trained)
-    monkeypatch.setattr(steps, "CALIBRATION_EPISODES", 100)
+    monkeypatch.setattr(keys, "CALIBRATION_EPISODES", 100)
     assert keys.evaluate(recipe, data, trained) != before
 
 
 def test_rotations_are_of_the_recipes_own_data_set_only(home: Path) -> None:
-    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.rotations=true", "dataset.train=train+stripes:train"])
-    data = steps.version_data(recipe)
+    recipe = recipes.load(str(home / "tiny.toml"), ["dataset.rotations=true", "dataset.train=train+stripes:train"])
+    data = version_data.fn(recipe)
     assert data.classes(recipe.dataset.train).classes_per_data_set == (40, 4)
     assert data.split_of("test") == ("test", True)
     assert data.split_of("stripes:test") == ("test", False)
@@ -165,7 +173,7 @@ def test_test_episodes_that_cannot_be_drawn_are_told_before_anything_is_trained(
 
 
 def test_data_recorded_by_nobody_are_recorded_once_there_is_a_repository(home: Path) -> None:
-    data = steps.version_data(shipped.load(str(home / "tiny.toml")))
+    data = version_data.fn(recipes.load(str(home / "tiny.toml")))
     assert data.md5 is None
     assert data.intact()
     (home / ".dvc").mkdir()  # as `dvc init` does
@@ -174,22 +182,22 @@ def test_data_recorded_by_nobody_are_recorded_once_there_is_a_repository(home: P
 
 def test_data_sets_of_two_sizes_are_refused_with_what_to_do(home: Path) -> None:
     add(home / "data", "large", {"test": 5}, size=20)
-    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=large:test"])
+    recipe = recipes.load(str(home / "tiny.toml"), ["dataset.test=large:test"])
     with pytest.raises(
         KshotError, match=r"'large' holds images \(1, 20, 20\) and 'patterns' \(1, 16, 16\).*large --size 16"
     ):
-        steps.version_data(recipe)
+        version_data.fn(recipe)
 
 
 def test_an_image_that_is_tested_on_is_not_shown_without_its_label_either(home: Path) -> None:
     add(home / "data", "copy", {"test": 5}, seed=2)
     add(home / "data", "pool", {"train": 5}, seed=2)  # the same pictures under another name
-    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=copy:test", "dataset.unlabelled=pool:train"])
+    recipe = recipes.load(str(home / "tiny.toml"), ["dataset.test=copy:test", "dataset.unlabelled=pool:train"])
     with pytest.raises(
         KshotError,
         match=r"40 of the 40 images of copy:test in dataset.test are in pool:train of dataset.unlabelled too",
     ):
-        steps.version_data(recipe)
+        version_data.fn(recipe)
 
 
 def test_an_image_that_is_trained_or_validated_on_under_another_name_is_not_tested_on(home: Path) -> None:
@@ -208,15 +216,15 @@ def test_an_image_that_is_trained_or_validated_on_under_another_name_is_not_test
             KshotError,
             match=r"of the .* images of other:test in .* are in mixed:train of dataset.train too, such as class",
         ):
-            steps.version_data(shipped.load(tiny, ["dataset.train=mixed:train", validation, test, steps_of_training]))
+            version_data.fn(recipes.load(tiny, ["dataset.train=mixed:train", validation, test, steps_of_training]))
     with pytest.raises(KshotError, match=r"are in mixed:train of dataset.validation too"):
-        steps.version_data(shipped.load(tiny, ["dataset.validation=mixed:train", test]))
+        version_data.fn(recipes.load(tiny, ["dataset.validation=mixed:train", test]))
 
 
 def test_a_data_set_that_is_named_and_not_there_is_missed_by_its_name(home: Path) -> None:
-    recipe = shipped.load(str(home / "tiny.toml"), ["dataset.test=strips:test"])
+    recipe = recipes.load(str(home / "tiny.toml"), ["dataset.test=strips:test"])
     with pytest.raises(KshotError, match="data set 'strips' is not in"):
-        steps.version_data(recipe)
+        version_data.fn(recipe)
 
 
 def test_a_folder_of_new_classes_only_is_served_without_any_training(
@@ -233,7 +241,7 @@ def test_a_folder_of_new_classes_only_is_served_without_any_training(
     photos = version.data.open().split("test").gather(np.arange(3)[:, None], np.arange(2))  # (3, 2, C, H, W)
     state = opened.adapt(list(photos[:, 0]), ["a", "b", "c"])
     assert opened.classify(state, list(photos[:, 1])).probabilities.shape == (3, 3)
-    promotion = steps.promote(shipped.load(str(home / "tiny.toml"), SHORT), version)
+    promotion = promote.fn(recipes.load(str(home / "tiny.toml"), SHORT), version)
     assert promotion.stage == "Production"
 
 
@@ -241,9 +249,7 @@ def test_cross_validated_versions_are_compared_on_the_same_folds_only(home: Path
     def promoted(*changes: str) -> tuple[Promotion, GateReport]:
         splits = ("dataset.name=stripes", "dataset.train=test", "dataset.validation=val", "dataset.test=test")
         version = run(home, "training.steps=0", "gate.margin=1.0", *splits, *changes)
-        found = steps.promote(
-            shipped.load(str(home / "tiny.toml"), ["gate.margin=1.0", "gate.ece_margin=1.0"]), version
-        )
+        found = promote.fn(recipes.load(str(home / "tiny.toml"), ["gate.margin=1.0", "gate.ece_margin=1.0"]), version)
         report = registry.gate_report("tiny", version.version)
         assert report is not None
         return found, report
@@ -260,17 +266,17 @@ def test_cross_validated_versions_are_compared_on_the_same_folds_only(home: Path
 
 
 def test_with_validation_classes_an_untrained_learner_is_validated_and_calibrated(home: Path) -> None:
-    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, "training.steps=0", "dataset.name=stripes"])
-    data = steps.version_data(recipe)
-    trained = steps.meta_train(recipe, data)
+    recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, "training.steps=0", "dataset.name=stripes"])
+    data = version_data.fn(recipe)
+    trained = meta_train.fn(recipe, data)
     assert (trained.steps, trained.best_step) == (0, 0)
     assert trained.validation is not None
-    assert [fit.shape.shots for fit in steps.evaluate(recipe, data, trained).calibrations] == [1]
+    assert [fit.shape.shots for fit in evaluate.fn(recipe, data, trained).calibrations] == [1]
 
 
 def test_a_training_needs_validation_classes(home: Path) -> None:
     add(home / "data", "photos", {"train": 5, "test": 5})
-    recipe = shipped.load(str(home / "tiny.toml"), [*SHORT, "dataset.name=photos"])
-    data = steps.version_data(recipe)
+    recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, "dataset.name=photos"])
+    data = version_data.fn(recipe)
     with pytest.raises(KshotError, match="no split named 'val'"):
-        steps.meta_train(recipe, data)
+        meta_train.fn(recipe, data)

@@ -14,7 +14,7 @@ from kshot.exporting import Facts, export
 from kshot.learner import Learner
 from kshot.testing import CHECKS, SIDE, Pixels, Subject, toy_images
 from kshot.training import Training, meta_train
-from kshot_flows import shipped
+from kshot_flows import recipes
 from kshot_plugins.clusters import Clusters
 from kshot_plugins.metagan import Generator, MetaGAN
 from kshot_runtime.images import ImageRule
@@ -302,7 +302,7 @@ def test_experts_keep_the_contract_as_the_generalist_does(check, tmp_path):
 
 
 def test_the_single_model_that_clusters_are_compared_with_is_as_large_and_sees_the_same_episodes():
-    experts, single = (shipped.load(name) for name in ("omniglot-clusters", "omniglot-clusters-single"))
+    experts, single = (recipes.load(name) for name in ("omniglot-clusters", "omniglot-clusters-single"))
     sizes = [sum(p.numel() for p in recipe.build((1, 28, 28)).parameters()) for recipe in (experts, single)]
     assert sizes == [559680, 562896]
     assert experts.training == single.training

@@ -24,7 +24,8 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from kshot_flows import registry, tracking
+from kshot_flows import registry
+from kshot_flows.tracking import runs, stores
 from kshot_runtime.errors import KshotError
 from kshot_runtime.manifest import FileFacts
 from kshot_serve.champions import Champion, Champions
@@ -102,7 +103,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("KSHOT_HOME", str(home))
-        tracking.store()
+        stores.uri()
     return home
 
 
@@ -113,7 +114,7 @@ class Shop:
         self.address, self.name, self.source = address, name, f"models:/{name}@production"
 
     def register(self, bundle: Path) -> int:
-        with tracking.run(self.name, recipe={"lr": 0.1}, data=tracking.DataRef("toy", "f" * 64), seed=1) as made:
+        with runs.run(self.name, recipe={"lr": 0.1}, data=runs.DataRef("toy", "f" * 64), seed=1) as made:
             return registry.register(self.name, made.id, bundle)
 
     def promote(self, version: int) -> None:
@@ -125,7 +126,7 @@ class Shop:
 
     def artifacts(self, version: int) -> Path:
         """Where the store keeps the files of a version."""
-        found = tracking.client().get_model_version(self.name, str(version))
+        found = stores.client().get_model_version(self.name, str(version))
         return Path(found.source.removeprefix("file://"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from kshot_flows.cli import app
+from kshot_flows.cli.main import app
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py

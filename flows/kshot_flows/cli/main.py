@@ -1,0 +1,116 @@
+"""The command line: one word for everything that kshot does, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kshot_flows.cli import algorithms, data, learn, models, plugins, run, schedule, serve
+from kshot_flows.cli.run import stop
+from kshot_runtime.errors import KshotError
+
+# torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
+
+
+_ORDER = (
+    "learn",
+    "run",
+    "data",
+    "recipes",
+    "compare",
+    "algorithms",
+    "plugin",
+    "schedule",
+    "models",
+    "promote",
+    "rollback",
+    "history",
+    "trace",
+    "serve",
+    "keys",
+)
+
+
+class _Group(TyperGroup):
+    """Commands in the order in which one meets them, with a guess at what an unknown one was meant to be."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = super().list_commands(ctx)
+        return [name for name in _ORDER if name in known] + [name for name in known if name not in _ORDER]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            close = difflib.get_close_matches(args[0], known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            ctx.fail(f"there is no command {args[0]!r}{hint} There are: {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Few-shot image classification, from versioned data to a served model.
+
+    [bold]Your own photos[/bold], a folder for each class, to a page that knows them:
+
+    [cyan]kshot learn ./photos[/cyan]
+
+    [cyan]kshot serve models:/photos@production --space ./photos[/cyan]
+
+    [bold]Without photos[/bold], data and all, in about three minutes: [cyan]kshot run glyphs-protonet[/cyan]
+    """,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(plugins.app, name="plugin")
+run.add_commands(app)
+learn.add_commands(app)
+schedule.add_commands(app)
+algorithms.add_commands(app)
+models.add_commands(app)
+serve.add_commands(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"kshot {version('kshot')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kshot(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point: errors that are a user's to mend become a message, anything else stays a traceback."""
+    # Threads of a math library that wait in a busy loop take the cores from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except KshotError as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stop("Stopped.")
+    finally:
+        gc.freeze()  # at exit Python looks through a million live objects for garbage, for two seconds
+
+
+def _complain(error: KshotError) -> None:
+    typer.secho(str(error), fg="red", err=True)

@@ -1,0 +1,111 @@
+"""The commands that run flows: run, compare, recipes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from kshot_flows.console.tables import table
+
+# torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
+
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe that comes along.", show_default=False),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Single values to change.", show_default=False),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make these functions commands of `app`."""
+    for command in (run, compare, recipes):
+        app.command()(command)
+
+
+def stop(message: str) -> None:
+    typer.secho(f"\n{message}", err=True)
+    sys.exit(130)
+
+
+def run(recipe: Recipe, changes: Changes = None) -> None:
+    """Take images to a promoted model: data, meta-training, evaluation, ONNX, registry, gate.
+
+    What has not changed since an earlier run is used again, and a run that was cut off goes on where it was:
+
+    [cyan]kshot run glyphs-protonet[/cyan]
+
+    [cyan]kshot run glyphs-protonet training.lr=0.01 evaluation.shots=[1,5][/cyan]
+
+    [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
+    again = shlex.join(["kshot", "run", recipe, *(changes or [])])
+    try:
+        from kshot_flows.report import summary
+        from kshot_flows.run import start
+
+        summary.show(start.run(recipe, changes or []), again)
+    except KeyboardInterrupt:
+        stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
+
+
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="Recipes, and values to change in all of them; in quotes, a recipe with changes of its own.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Set recipes side by side on the same test episodes: accuracy, paired differences, times, sizes.
+
+    Each is trained, evaluated and exported, or used again where it is unchanged; nothing is registered.
+
+    Differences are to the first of them:
+
+    [cyan]kshot compare omniglot-protonet omniglot-maml[/cyan]
+
+    [cyan]kshot compare glyphs-protonet "glyphs-protonet learner.name=maml" training.steps=300[/cyan]
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    again = shlex.join(["kshot", "compare", *recipes])
+    try:
+        from kshot_flows.report import summary
+        from kshot_flows.run import start
+
+        summary.show_comparison(start.compare(recipes), again)
+    except KeyboardInterrupt:
+        stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to make your own of it.", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come along, or print one.
+
+    Make your own of one: [cyan]kshot recipes photos-finetune > my.toml[/cyan], and then [cyan]kshot run my.toml[/cyan]
+    """
+    from rich.console import Console
+
+    from kshot_flows import recipes
+
+    if name is not None:
+        typer.echo(recipes.find(name).read_text(), nl=False)
+        return
+    listed, out = table("recipe", "what it is"), Console(markup=False, highlight=False)
+    for each, path in recipes.recipes().items():
+        listed.add_row(each, recipes.about(path))
+    out.print(listed)
+    ways = f"kshot recipes {each} > my.toml", f"cp {shlex.quote(str(path))} my.toml"
+    out.print(f"Make your own of one: {', or '.join(ways)}", soft_wrap=True)

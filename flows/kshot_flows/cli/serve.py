@@ -1,0 +1,219 @@
+"""The commands around the server: serve, and keys new, list and revoke."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from kshot_serve.access import Keys
+
+# onnxruntime, FastAPI and SQLAlchemy take a second to import: every command imports what it needs.
+
+Folder = Annotated[Path, typer.Option(help="Where label spaces, keys and the last good bundle lie.")]
+Database = Annotated[
+    str,
+    typer.Option(
+        metavar="URL", envvar="KSHOT_DATABASE", show_envvar=True,
+        help="SQLAlchemy URL of the label spaces; else SQLite in the folder.",
+    ),
+]  # fmt: skip
+
+keys = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make, list and revoke the server's API keys.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make these functions commands of `app`."""
+    app.command()(serve)
+    app.add_typer(keys, name="keys")
+
+
+def serve(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A bundle, folder or zip; or models:/NAME@production.", show_default=False
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that share the port: for small photos, one a core.")
+    ] = 1,
+    space: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CLASSES",
+            help="A folder or zip of class folders, as a label space from the start; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    folder: Folder = Path("serve"),
+    database: Database = "",
+    device: Annotated[
+        Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Where the model runs. A missing device is an error.")
+    ] = "cpu",
+    keep_photos: Annotated[
+        Literal["yes", "no"], typer.Option(help="Keep photos as they came, or only what adapting needs.")
+    ] = "yes",
+    keys: Annotated[
+        Literal["auto", "required", "off"], typer.Option(help="API keys: auto needs them beyond this machine.")
+    ] = "auto",
+    exposed: Annotated[
+        bool, typer.Option("--exposed", help="Beyond this machine without keys: whoever comes may do everything.")
+    ] = False,
+    origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A web origin whose pages may call (CORS); repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further name that this server goes by; repeatable.")
+    ] = None,
+    accept: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Known photos to let pass, 0.5 to 0.995; by default both errors are balanced.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve a bundle: a page for people at /, an API for programs at /v1, the Open Inference Protocol at /v2.
+
+    A bundle that you have, and then the page at the address that it prints:
+
+    [cyan]kshot serve ./bundle[/cyan]
+
+    The same with a label space named fruit, whose classes are the folders in that folder:
+
+    [cyan]kshot serve ./bundle --space ./fruit[/cyan]
+
+    The model that is in production, now and after every promotion, without a restart:
+
+    [cyan]kshot serve models:/glyphs-protonet@production[/cyan]
+
+    For others on the network, who then need a key (`kshot keys new NAME`):
+
+    [cyan]kshot serve ./bundle --host 0.0.0.0 --allow-host vision.example.com[/cyan]
+    """
+    from kshot_serve import workers as several
+
+    several.serve(
+        _settings(
+            source=source,
+            registry=_registry(source),
+            host=host,
+            port=port,
+            workers=workers,
+            fill=tuple(space or ()),
+            folder=folder,
+            database=database,
+            engine={"device": device},
+            keep_photos=keep_photos == "yes",
+            keys=keys,
+            exposed=exposed,
+            origins=tuple(origin or ()),
+            hosts=tuple(allow_host or ()),
+            accept=accept,
+        )
+    )
+
+
+@keys.command("new")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, or what for.", show_default=False)],
+    scope: Annotated[
+        Literal["read", "write", "admin"],
+        typer.Option(help="read: ask; write: also change label spaces; admin: also export, import and delete them."),
+    ] = "read",
+    folder: Folder = Path("serve"),
+    database: Database = "",
+) -> None:
+    """Make a key and print it, once: only its hash is kept.
+
+    [cyan]kshot keys new shop-website --scope read[/cyan]
+
+    Clients send it as [cyan]Authorization: Bearer kshot_...[/cyan]
+    """
+    key, text = _keys(folder, database).new(name, scope)
+    typer.echo(text)
+    typer.echo(
+        f"This is the only time that it is shown. Its id is {key.id}; `kshot keys revoke {key.id}` ends it.", err=True
+    )
+
+
+@keys.command("list")
+def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
+    """List the keys: ids, names and scopes, never the keys themselves.
+
+    [cyan]kshot keys list[/cyan]
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = _keys(folder, database).all()
+    if not found:
+        typer.echo("No keys yet. `kshot keys new NAME` makes one.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("id", "name", "scope", "made", "revoked"):
+        table.add_column(column, overflow="fold")
+    for key in found:
+        table.add_row(key.id, key.name, key.scope, _day(key.created), _day(key.revoked))
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke(
+    key: Annotated[str, typer.Argument(metavar="ID", help="As `kshot keys list` shows it.", show_default=False)],
+    folder: Folder = Path("serve"),
+    database: Database = "",
+) -> None:
+    """Make a key worthless. Running servers take up to five seconds to notice.
+
+    [cyan]kshot keys revoke 3f8k2m1q0z[/cyan]
+    """
+    revoked = _keys(folder, database).revoke(key)
+    typer.echo(f"{revoked.id} ({revoked.name}, {revoked.scope}) opens nothing any more.")
+
+
+def _settings(**given: Any) -> Any:
+    from pydantic import ValidationError
+
+    from kshot_runtime.errors import KshotError
+    from kshot_serve.settings import Settings
+
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        faults = (
+            f"--{'-'.join(map(str, fault['loc']))}: {fault['msg']}, not {fault['input']!r}" for fault in error.errors()
+        )
+        raise KshotError("; ".join(faults)) from None
+
+
+def _keys(folder: Path, database: str) -> Keys:
+    from kshot_serve.access import Keys
+    from kshot_serve.store import Store
+
+    return Keys(Store(_settings(source="", folder=folder, database=database).database_url))
+
+
+def _registry(source: str) -> str:
+    """The project's own store, where a registry is followed and none is named; nothing if there is none either."""
+    import os
+
+    if not source.startswith("models:") or os.environ.get("MLFLOW_TRACKING_URI"):
+        return ""
+    from kshot_flows import project
+
+    database = project.home() / "mlflow" / "mlflow.db"
+    return f"sqlite:///{database}" if database.exists() else ""
+
+
+def _day(when: Any) -> str:
+    return when.astimezone().strftime("%Y-%m-%d %H:%M") if when else ""

@@ -1,0 +1,118 @@
+"""MLflow's registry, called with what it leaves out: pages read to the end, clashes tried again, errors that help."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from kshot_flows.registry.stages import SINGLE, Stage
+from kshot_runtime.errors import KshotError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def transition(door: MlflowClient, name: str, version: int, stage: Stage) -> None:
+    """Put a version into a stage of MLflow's own; one that holds a single version archives who was there."""
+    with warnings.catch_warnings():
+        # Deprecated since 2.9 and to be removed one day; the tag and the alias are what will remain.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        door.transition_model_version_stage(
+            name, str(version), stage.value, archive_existing_versions=stage in SINGLE
+        )  # fmt: skip
+
+
+def patiently(call: Callable[[], object]) -> None:
+    """Call again when others write at the same moment: MLflow reads before it inserts, and the later one fails."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(10):
+        try:
+            call()
+            return
+        except MlflowException:
+            if attempt == 9:
+                raise
+            time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
+
+
+def create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:
+    """Make a model, unless it is there; `log` marks it as the log of another one's moves."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        door.create_registered_model(name, tags={"kshot.log": "true"} if log else None, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def models(door: MlflowClient) -> list[str]:
+    """The names of all models, without the logs of their moves."""
+    found = _every(lambda token: door.search_registered_models(page_token=token))
+    return sorted(model.name for model in found if not _is_log(model.tags))
+
+
+def model(door: MlflowClient, name: str) -> Any:
+    """The model of this name, or an error that says which there are."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = door.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        found = None
+    if found is None or _is_log(found.tags):
+        known = ", ".join(models(door)) or "none yet: `kshot run` makes the first"
+        raise KshotError(f"no model {name!r} in the registry; there are: {known}")
+    return found
+
+
+def existing(door: MlflowClient, name: str, version: int) -> ModelVersion:
+    """A version of a model, or an error that says which there are."""
+    model(door, name)
+    known = {int(one.version): one for one in versions(door, name)}
+    if version not in known:
+        has = ", ".join(map(str, sorted(known))) or "none"
+        raise KshotError(f"{name} has no version {version}; it has: {has}")
+    return known[version]
+
+
+def aliases(door: MlflowClient, name: str) -> dict[str, int]:
+    """Which version each alias of a model stands for."""
+    return {alias: int(version) for alias, version in model(door, name).aliases.items()}
+
+
+def versions(door: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions of a model, in no order; none if there is no such model."""
+    if "'" in name:
+        return []
+    found = _every(lambda token: door.search_model_versions(f"name='{name}'", page_token=token))
+    return [version for version in found if version.name == name]
+
+
+def _every(search: Callable[[str | None], Any]) -> list[Any]:
+    """All pages of a search."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = search(token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _is_log(tags: Mapping[str, str]) -> bool:
+    return tags.get("kshot.log") == "true"
+
+
+def moment(milliseconds: int) -> datetime:
+    """A time of MLflow's, which counts milliseconds."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)

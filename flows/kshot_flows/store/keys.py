@@ -1,0 +1,157 @@
+"""When a step's result may be used again: keys made from content only, never from times, paths or names of runs.
+
+A key holds what came in (hashes), the part of the recipe that the step reads, and the code that does it: kshot's
+version, the source of the modules that the step uses, and of the plugins, with all that they take from kshot, and
+their distribution's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kshot import plugins
+from kshot.datasets import file_sha256
+
+if TYPE_CHECKING:
+    from kshot.plugins import Provided
+    from kshot.recipe import Recipe
+    from kshot_flows.store.products import DataVersion, Exported, Registered, Scores, Trained
+
+TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
+CALIBRATION_EPISODES = 200
+VERIFICATION_PAIRS = 1000
+
+_LEARNING = (
+    "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
+    "kshot.ops",
+)  # fmt: skip
+_EVALUATING = (
+    "kshot.calibration", "kshot.embeddings", "kshot.evaluation", "kshot.selection", "kshot.statistics",
+)  # fmt: skip
+_EXPORTING = (
+    "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.served", "kshot.tracing", "kshot.decompositions",
+    "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
+)  # fmt: skip
+# In every key that has plugins, or, as how they are found and what is re-exported, deciding no number.
+_KNOWN = {*_LEARNING, *_EVALUATING, "kshot", "kshot.hookspecs"}
+
+
+def version_data(recipe: Recipe) -> str:
+    """By name: whether a name still stands for the same content is looked at when the result is used again."""
+    return _key("data", recipe.dataset.model_dump(mode="json"))
+
+
+def meta_train(recipe: Recipe, data: DataVersion) -> str:
+    return _key(
+        "train", data.identity_of(*_learned_from(recipe)), training_part(recipe),
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.augmentation", "kshot.training"),
+    )  # fmt: skip
+
+
+def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> str:
+
+    read = recipe.model_dump(
+        mode="json",
+        include={
+            "evaluation": True,
+            "dataset": {"rotations", "across_groups", "train", "validation", "test"},
+            "training": {"folds", "steps"},
+        },
+    )
+    played = data.identity_of(*_learned_from(recipe), recipe.dataset.test)
+    fixed = TEST_SEED, CALIBRATION_EPISODES, VERIFICATION_PAIRS
+    return _key("evaluate", learner.identity, played, read, fixed, _plugins(recipe), code(*_LEARNING, *_EVALUATING))
+
+
+def export(recipe: Recipe, learner: Trained, score: Scores) -> str:
+    return _key(
+        "export", recipe.name, learner.identity, score.identity,
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, *_EXPORTING),
+    )  # fmt: skip
+
+
+def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> str:
+    from kshot_flows.tracking import stores
+
+    everything = recipe.model_dump(mode="json", exclude={"gate"})
+    store = stores.uri()
+    return _key("register", everything, data.identity, score.identity, bundle.identity, store)
+
+
+def promote(recipe: Recipe, version: Registered) -> str:
+    return _key("promote", version.identity, recipe.gate)
+
+
+def training_part(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides what is learned; a checkpoint of another training is refused by it."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", include={"seed", "backbone", "learner", "training"})
+    data = recipe.dataset.model_dump(
+        mode="json", include={"rotations", "across_groups", "train", "validation", "unlabelled"}
+    )
+    return {**content, "dataset": data}
+
+
+def _learned_from(recipe: Recipe) -> tuple[str | None, ...]:
+    return recipe.dataset.train, recipe.dataset.validation, recipe.dataset.unlabelled
+
+
+@cache
+def code(*modules: str) -> str:
+    """sha256 over the source of some modules."""
+    digest = hashlib.sha256(importlib.metadata.version("kshot").encode())
+    for name in modules:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError(name)
+        digest.update(name.encode() + Path(found.origin).read_bytes())
+    return digest.hexdigest()
+
+
+def _plugins(recipe: Recipe) -> list[str]:
+    found = plugins.find()
+    start = recipe.backbone.options.get("start")
+    return [
+        *(_plugin(found.learner(name)) for name in recipe.learner.names),
+        _plugin(found.backbone(recipe.backbone.name)),
+        *([file_sha256(Path(start))] if start and Path(start).is_file() else []),
+    ]
+
+
+def _plugin(provided: Provided) -> str:
+    digest = hashlib.sha256()
+    for module in _own_modules(sys.modules[provided.value.__module__]):
+        digest.update(Path(inspect.getfile(module)).read_bytes())
+    return f"{provided.name} {provided.distribution} {provided.version} {digest.hexdigest()}"
+
+
+def _own_modules(module: ModuleType) -> list[ModuleType]:
+    """A plugin's module, those of its package and of kshot that it takes anything from, and so on; by name.
+
+    Those of kshot that are in the keys anyway are left out.
+    """
+    packages, found, left = (module.__name__.partition(".")[0], "kshot"), {}, [module]
+    while left:
+        one = left.pop()
+        if one.__name__ in found or one.__name__ in _KNOWN or one.__name__.partition(".")[0] not in packages:
+            continue
+        found[one.__name__] = one
+        names = (
+            value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")
+            for value in vars(one).values()
+        )
+        left += [sys.modules[name] for name in names if isinstance(name, str) and name in sys.modules]
+    return [found[name] for name in sorted(found)]
+
+
+def _key(step: str, *parts: Any) -> str:
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return f"{step}-{digest[:32]}"

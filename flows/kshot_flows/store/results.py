@@ -1,0 +1,158 @@
+"""When a task's result is used again: small files under `.kshot/steps`, named by content keys.
+
+A result says where things are, so these are looked at before it is used again; what is gone or changed is made anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import prefect
+from prefect import Task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.filesystems import LocalFileSystem
+from prefect.results import ResultStore
+from prefect.transactions import IsolationLevel
+
+from kshot_flows import project
+from kshot_flows.console import progress
+from kshot_flows.store.locks import ProcessLocks
+from kshot_flows.store.products import Product
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Product)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task that has come to its end."""
+
+    step: str
+    product: Product
+    reused: bool
+    seconds: float
+
+
+_journal: ContextVar[list[Done]] = ContextVar("journal")
+_recalling: ContextVar[bool] = ContextVar("recalling", default=False)
+
+
+class _NothingKept(Exception):  # noqa: N818  (no error)
+    """A task has no result that can be used again."""
+
+
+@contextmanager
+def journal() -> Iterator[list[Done]]:
+    """The tasks that come to their end inside the block, in order."""
+    done: list[Done] = []
+    token = _journal.set(done)
+    try:
+        yield done
+    finally:
+        _journal.reset(token)
+
+
+@dataclass(frozen=True)
+class Step(Generic[P, R]):
+    """A Prefect task whose result is used again wherever `key` of its arguments is the same, in the project at hand.
+
+    Of two processes with one key, one works and the other waits for it.
+    """
+
+    task: Task[P, R]
+    key: Callable[P, str]
+
+    @property
+    def fn(self) -> Callable[P, R]:
+        """The function itself, without Prefect."""
+        return self.task.fn
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        began, again, key = time.monotonic(), _recalling.get(), self.key(*args, **kwargs)
+        if again:
+            product: R = _recall(key)
+        else:
+            progress.say(f"[bold]{self.task.name}[/bold]")
+            product, again = _run(self.task, key, *args, **kwargs)
+        if (done := _journal.get(None)) is not None:
+            done.append(Done(self.task.name, product, again, time.monotonic() - began))
+        return product
+
+
+def task(key: Callable[P, str], **options: Any) -> Callable[[Callable[P, R]], Step[P, R]]:
+    """Prefect's `@task` with its options, its result used again wherever `key` of its arguments is the same."""
+    return lambda function: Step(prefect.task(**options)(function), key)
+
+
+def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again may help: something outside did not answer. For a task's `retry_condition_fn`."""
+    from mlflow.exceptions import MlflowException
+
+    error = state.result(raise_on_failure=False)
+    again = isinstance(error, OSError | MlflowException)
+    if again:
+        progress.say(f"  {type(error).__name__}: {error}; trying again")
+    return again
+
+
+def recalled(pipeline: Callable[[], object]) -> list[Done] | None:
+    """The tasks of a flow if each has a result that can be used again; None if anything is left to do.
+
+    With the keys and the store of a real run, but without Prefect's server, which takes longer than the looking up.
+    """
+    token = _recalling.set(True)
+    try:
+        with journal() as done:
+            pipeline()
+        return done
+    except _NothingKept:
+        return None
+    finally:
+        _recalling.reset(token)
+
+
+def recalling() -> bool:
+    """Whether we are in a `recalled` flow, which says nothing because it may give up."""
+    return _recalling.get()
+
+
+def _run(made: Task[P, R], key: str, *args: P.args, **kwargs: P.kwargs) -> tuple[R, bool]:
+    """The task's product, and whether it is an earlier one."""
+    try:  # Prefect would use whatever lies under the key, and takes an error in a key function for leave to use none
+        _recall(key)
+    except _NothingKept:
+        (folder() / key).unlink(missing_ok=True)
+    policy = CacheKeyFnPolicy(
+        cache_key_fn=lambda *_: key,
+        isolation_level=IsolationLevel.SERIALIZABLE,
+        lock_manager=ProcessLocks(project.home() / ".kshot" / "locks"),
+    )
+    here = made.with_options(cache_policy=policy, result_storage=folder(), result_serializer="json")
+    state = here(*args, return_state=True, **kwargs)
+    if state.name == "Cached":
+        progress.say("  nothing has changed: the earlier result is used again")
+    return state.result(), state.name == "Cached"
+
+
+def folder() -> Path:
+    return project.home() / ".kshot" / "steps"
+
+
+def _recall(key: str) -> Any:
+    """The kept result of a key, if its things are still there and unchanged."""
+    if not (folder() / key).exists():
+        raise _NothingKept
+    try:
+        product: Product = ResultStore(result_storage=LocalFileSystem(basepath=str(folder()))).read(key).result
+    except Exception:  # written by another kshot, or cut off
+        raise _NothingKept from None
+    if not product.intact():  # an error here, say of the registry, does not mean that it is gone
+        raise _NothingKept
+    return product

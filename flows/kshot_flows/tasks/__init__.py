@@ -1,0 +1,1 @@
+"""What each Prefect task of the pipeline does, a file for each."""

@@ -1,0 +1,85 @@
+"""Bring in the data sets that a recipe names, record their versions, and check that they can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+
+from kshot.datasets import ClassImages, ImageSet
+from kshot.episodes import Shape, check_shape
+from kshot.recipe import Recipe
+from kshot_flows.console import progress
+from kshot_flows.data import versioning
+from kshot_flows.store import keys
+from kshot_flows.store.products import DataVersion, Packed
+from kshot_flows.store.results import task, transient
+from kshot_flows.tasks import heads
+from kshot_runtime.errors import KshotError
+
+
+@task(keys.version_data, tags={"data"}, retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=transient)
+def version_data(recipe: Recipe) -> DataVersion:
+    """All data that the recipe names, brought in where they are missing, and the data folder recorded in data.dvc."""
+    root, found = versioning.data_root(), []
+    for name in recipe.dataset.names:
+        source = recipe.dataset.source if name == recipe.dataset.name else None
+        with progress.counting(f"making {name}") as watch:
+            present = versioning.ensure(name, root, source, watch)
+        if present.note:
+            progress.say(escape(f"  {present.note}"))
+        found.append(present.data_set)
+    recorded = versioning.version_data(root)
+    if recorded.why_not:
+        progress.say(escape(f"  {recorded.why_not}"))
+    own, *others = (Packed(packed.name, packed.version, packed.index.source) for packed in found)
+    data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations, recipe.dataset.protocol)
+    _refuse_unlike(found)
+    _refuse_seen(recipe, data)
+    return data
+
+
+def _refuse_unlike(found: Sequence[ImageSet]) -> None:
+    own = found[0]
+    for other in found[1:]:
+        if other.rule.shape != own.rule.shape:
+            raise KshotError(
+                f"data set {other.name!r} holds images {other.rule.shape} and {own.name!r} {own.rule.shape}; those of "
+                f"one recipe must be alike. Import one again: kshot data import SOURCE {other.name} "
+                f"--size {own.rule.size} --channels {own.rule.channels} --replace"
+            )
+
+
+def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
+    """What is tested must be new to the learner. Within one data set, its import has seen to that."""
+    for packed, splits in data.parts(recipe.dataset.test):
+        tested = packed.open().hashes(splits)
+        for setting in ("train", "validation", "unlabelled"):
+            for other, seen in data.parts(getattr(recipe.dataset, setting)):
+                if other != packed and (both := tested.keys() & other.open().hashes(seen).keys()):
+                    raise KshotError(
+                        f"{len(both)} of the {len(tested)} images of {packed.name}:{splits} in dataset.test are in "
+                        f"{other.name}:{seen} of dataset.{setting} too, such as {min(tested[each] for each in both)}. "
+                        "What is tested must be new to the learner: take other images for one of them."
+                    )
+
+
+def test_classes(recipe: Recipe, data: DataVersion) -> ClassImages:
+    """The test classes: all episodes that the recipe asks for can be drawn."""
+    splits, training = recipe.dataset, recipe.training
+    test = data.classes(splits.test)
+    for shape in recipe.evaluation.shapes if not heads.cross_validated(recipe) else ():
+        _fits(test, shape, splits.test, "evaluation.ways=[{}]", "evaluation.queries={}")
+    if training.steps:
+        validation, size = data.classes(splits.validation), training.validation_shape
+        _fits(validation, size, splits.validation, "training.validation_ways={}", "training.validation_queries={}")
+        for shape in training.shapes:
+            _fits(data.classes(splits.train), shape, splits.train, "training.ways={}", "training.queries={}")
+    return test
+
+
+def _fits(images: ClassImages, shape: Shape, split: str, ways: str, queries: str) -> None:
+    try:
+        check_shape(images, shape, (ways, queries))
+    except KshotError as error:
+        raise KshotError(f"[{ways.partition('.')[0]}] asks for {shape} of {split!r}: {error}") from None

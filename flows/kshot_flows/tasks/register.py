@@ -1,0 +1,42 @@
+"""Register a bundle as a version of the recipe's model, with everything that is known of the experiment."""
+
+from __future__ import annotations
+
+import json
+
+from kshot.recipe import Recipe
+from kshot_flows import registry
+from kshot_flows.console import progress
+from kshot_flows.report import experiment
+from kshot_flows.store import keys
+from kshot_flows.store.products import DataVersion, Exported, Pin, Registered, Scores
+from kshot_flows.store.results import task, transient
+from kshot_flows.tasks import evidence
+from kshot_flows.tracking import stores
+
+
+@task(
+    keys.register,
+    tags={"registry"},
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=transient,
+    timeout_seconds=1800,
+)
+def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:
+    """Log everything of the experiment in one MLflow run, and make the bundle a version of the recipe's model."""
+    judged_by = json.dumps(evidence.evidence_of(data, score, bundle).to_dict())
+    first = score.lines[0]
+    with progress.busy("metrics, pictures and files"), experiment.version_run(recipe, data, score.learner) as run:
+        experiment.log_scores(run, recipe, score.learner, score)
+        run.text(evidence.EVIDENCE, judged_by)
+        version = registry.register(
+            recipe.name,
+            run.id,
+            bundle.folder,
+            tags={"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"},
+        )
+        experiment.mark_registered(run, version)
+    file = bundle.folder.with_suffix(".evidence.json")
+    file.write_text(judged_by)
+    return Registered(recipe.name, version, run.id, stores.public(stores.uri()), Pin.of(file), data)

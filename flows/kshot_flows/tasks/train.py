@@ -1,0 +1,88 @@
+"""Make a learner: by meta-training, or by choosing a head on frozen features."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kshot import training
+from kshot.recipe import Recipe
+from kshot_flows import project
+from kshot_flows.console import progress
+from kshot_flows.report import experiment
+from kshot_flows.store import embeddings, keys, learners
+from kshot_flows.store.products import DataVersion, Pin, Trained
+from kshot_flows.store.results import task
+from kshot_flows.tasks import heads
+from kshot_flows.tasks.data import test_classes
+from kshot_flows.tracking import curves
+
+
+@task(keys.meta_train, tags={"compute"})
+def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
+    """Make a learner in `runs/RECIPE/KEY/learner.pt`: by meta-training, or without it by choosing a head.
+
+    Meta-training goes on from the last checkpoint there if a run was cut off.
+    """
+    embeddings.device(), test_classes(recipe, data)  # what cannot work is reported before hours are spent
+    folder = project.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
+    torch.manual_seed(recipe.seed)
+    return (_trained if recipe.training.steps else _chosen)(recipe, data, folder)
+
+
+def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
+    splits, settings = recipe.dataset, recipe.training
+    learner = recipe.build(data.open().rule.shape)
+    position = _checkpoint(folder).get("step", 0)
+    if position:
+        progress.say(f"  goes on from the checkpoint at step {position} of {settings.steps}")
+    curve = curves.Curve(folder / "curve.jsonl", settings.steps, position)
+    with experiment.training_run(recipe, data, folder) as run:
+        steps = training.meta_train(
+            learner, data.classes(splits.train), data.classes(splits.validation), settings,
+            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=embeddings.device(),
+            unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=embeddings.folder(),
+        )  # fmt: skip
+        for step in progress.training(steps):
+            if point := curve.add(step):
+                run.metrics(step.step, curves.metrics(point))
+    heads.learn_statistics(learner, data.classes(splits.train), data.name)
+    reached = _checkpoint(folder)
+    learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
+    best: dict[str, float] = next(point for point in reached["history"] if point["step"] == reached["best_step"])
+    return Trained(
+        Pin.of(folder / "learner.pt"), data, run.id, reached["step"], reached["best_step"],
+        settings.validation_shape, best["validation"], best["margin"], reached["seconds"],
+    )  # fmt: skip
+
+
+def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with experiment.training_run(recipe, data, folder) as run:
+        chosen, learner, tried = heads.choose(recipe, data)
+        best = next((one for one in tried if one.chosen), None)
+        history = [] if best is None else [
+            {"step": 0, "validation": best.accuracies[0], "margin": best.margins[0]}
+        ]  # fmt: skip
+        learners.save(folder / "learner.pt", learner, chosen, data, history)
+        if tried:
+            run.table("heads", [asdict(one) for one in tried])
+    seconds = time.monotonic() - began
+    learned = Pin.of(folder / "learner.pt"), data, run.id, 0, 0
+    if best is None:
+        return Trained(*learned, None, None, None, seconds)
+    return Trained(*learned, best.shapes[0], best.accuracies[0], best.margins[0], seconds, best.label, tried)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint of a training says; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        held: dict[str, Any] = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+        return held
+    return {}

@@ -1,0 +1,1 @@
+"""MLflow's runs and where it keeps them."""

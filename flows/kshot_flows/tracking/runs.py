@@ -1,0 +1,222 @@
+"""One experiment as an MLflow run: its recipe, its data, its code, its numbers over time, its pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kshot_flows import project
+from kshot_flows.tracking import stores
+from kshot_runtime.errors import KshotError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+_BATCH = 500  # metrics in one call; MLflow takes at most 1000
+_SECONDS = 2.0  # that a metric may wait for its batch
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """The version of a data set that a run learned from, or was tested on."""
+
+    name: str
+    version: str  # sha256 of the packed files
+    md5: str | None = None  # what DVC calls the data folder in data.dvc, '<md5>.dir'; None outside DVC
+    source: str = ""  # where the images came from
+    context: str = "meta-training"  # what they were for
+
+    @property
+    def digest(self) -> str:
+        return (self.md5 or self.version)[:36]  # MLflow keeps 36 characters: exactly a DVC folder hash
+
+
+@dataclass
+class Run:
+    """An open MLflow run. Metrics travel in batches; leaving the `with` block sends the last one."""
+
+    id: str
+    client: MlflowClient
+    _waiting: list[Metric] = field(default_factory=list, repr=False)
+    _sent: float = field(default_factory=time.monotonic, repr=False)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if len(self._waiting) >= _BATCH or time.monotonic() - self._sent >= _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        while self._waiting:
+            self.client.log_batch(self.id, metrics=self._waiting[:_BATCH])
+            del self._waiting[:_BATCH]
+        self._sent = time.monotonic()
+
+    def tag(self, name: str, value: object) -> None:
+        self.client.set_tag(self.id, name, str(value))
+
+    def picture(self, name: str, figure: Figure) -> None:
+        with warnings.catch_warnings():
+            # A class may be named in a script that matplotlib's font lacks: boxes will do.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.client.log_figure(self.id, figure, f"pictures/{name}.png", save_kwargs={"dpi": 150})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows as CSV, with a column for each key that any of them has."""
+        text, columns = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.client.log_text(self.id, text.getvalue(), f"tables/{name}.csv")
+
+    def json(self, name: str, value: Any) -> None:
+        self.client.log_text(self.id, json.dumps(value, indent=2), f"{name}.json")
+
+    def text(self, file: str, text: str) -> None:
+        self.client.log_text(self.id, text, file)
+
+    def file(self, path: Path) -> None:
+        self.client.log_artifact(self.id, str(path))
+
+
+@contextmanager
+def run(
+    recipe_name: str,
+    *,
+    recipe: Mapping[str, Any],
+    data: DataRef,
+    others: Sequence[DataRef] = (),
+    seed: int,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Run]:
+    """Start a run of a recipe. If the block fails, the run is marked FAILED and keeps the error's text.
+
+    The experiment bears the recipe's name. The resolved recipe becomes the run's parameters (`training.lr`) and
+    `recipe.json`; the dataset version its input, and that of every other data set that the recipe names; the
+    project's git commit, and what differed from it, its tags.
+    """
+    door = stores.client()
+    commit, dirty, changes = project.git()
+    marks = {
+        "mlflow.runName": f"{recipe_name} seed {seed}",
+        "mlflow.source.name": recipe_name,
+        "mlflow.user": project.user(),
+        "kshot.recipe": recipe_name,
+        "kshot.data": data.digest,
+        "kshot.data.version": data.version,
+        **({"kshot.data.others": ", ".join(f"{other.name} {other.version}" for other in others)} if others else {}),
+        **({"mlflow.source.git.commit": commit, "kshot.git.dirty": str(dirty).lower()} if commit else {}),
+        **_prefect(),
+        **(tags or {}),
+    }
+    opened = Run(door.create_run(_experiment(door, recipe_name), tags=marks).info.run_id, door)
+    with _until_the_end(opened):
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
+        for start in range(0, len(params), 100):  # MLflow takes 100 in one call
+            door.log_batch(opened.id, params=params[start : start + 100])
+        _log_data(opened, [data, *others])
+        opened.json("recipe", recipe)
+        if changes:
+            opened.text("git.diff", changes)
+        yield opened
+
+
+@contextmanager
+def reopen(run_id: str) -> Iterator[Run]:
+    """Go on with a run that an earlier step began."""
+    door = stores.client()
+    opened = Run(run_id, door)
+    door.update_run(run_id, status="RUNNING")
+    with _until_the_end(opened):
+        yield opened
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"training": {"lr": 0.1}} -> {"training.lr": 0.1}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _prefect() -> dict[str, str]:
+    """The Prefect flow run we are in, if any: asked only of a Prefect that is already loaded."""
+    if "prefect" not in sys.modules:
+        return {}
+    from prefect.runtime import flow_run
+
+    return {"kshot.prefect.flow_run": str(flow_run.id)} if flow_run.id else {}
+
+
+@contextmanager
+def _until_the_end(opened: Run) -> Iterator[None]:
+    try:
+        yield
+        opened.flush()
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        try:
+            opened.tag("kshot.error", f"{type(error).__name__}: {error}"[:5000])
+            opened.flush()
+            opened.client.set_terminated(opened.id, status)
+        except Exception as second:  # the first error is the one to tell
+            error.add_note(f"MLflow run {opened.id} could not be marked {status}: {second}")
+        raise
+    opened.client.set_terminated(opened.id, "FINISHED")
+
+
+def _log_data(opened: Run, data: Sequence[DataRef]) -> None:
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    inputs = []
+    for ref in data:
+        source = CodeDatasetSource(tags={"kshot.source": ref.source, "kshot.data.version": ref.version})
+        dataset = MetaDataset(source, name=ref.name, digest=ref.digest)
+        context = InputTag("mlflow.data.context", ref.context)
+        inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags=[context]))
+    opened.client.log_inputs(opened.id, inputs)
+
+
+def _experiment(door: MlflowClient, name: str) -> str:
+    """The experiment's id. Another process may make it at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        found = door.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage == "deleted":
+            door.restore_experiment(found.experiment_id)
+        if found is not None:
+            return str(found.experiment_id)
+        database = stores.database_of(door.tracking_uri)
+        # An embedded store must be told where artifacts live; by default they follow the current folder.
+        place = str(stores.artifacts(database) / name) if database else None
+        try:
+            return str(door.create_experiment(name, artifact_location=place, tags=_TRAINING_PAGES))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    raise KshotError(f"MLflow says that experiment {name!r} exists, and cannot find it. Try again.")
+
+
+_TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's pages then open as for models that are trained; else they show those for language models."""

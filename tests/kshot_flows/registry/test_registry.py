@@ -1,0 +1,347 @@
+"""Stages, compare-and-set, audit, rollback and trace, on a real SQLite store."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from kshot_flows import registry
+from kshot_flows.registry.gate import Check, GateReport
+from kshot_flows.registry.stages import GateClosedError, Stage, StageConflictError
+from kshot_flows.tracking import runs, stores
+from kshot_runtime.errors import KshotError
+
+DATA = runs.DataRef("toy", "f" * 64, "0" * 32 + ".dir", "drawn")
+
+
+def write_bundle(folder: Path, content: str) -> Path:
+    folder.mkdir(parents=True)
+    for file in ("adapt.onnx", "classify.onnx", "bundle.json"):
+        (folder / file).write_text(f"{file} {content}")
+    return folder
+
+
+def register(name: str, folder: Path, content: str, run_id: str | None = None, **tags: str) -> int:
+    if run_id is None:
+        with runs.run(name, recipe={}, data=DATA, seed=1) as run:
+            run_id = run.id
+    return registry.register(name, run_id, write_bundle(folder / f"made-{content}", content), tags=tags)
+
+
+@pytest.fixture
+def model(project: Path, tmp_path: Path) -> str:
+    """A model with three versions."""
+    name = f"toy-{uuid.uuid4().hex[:8]}"
+    for content in "abc":
+        register(name, tmp_path, content)
+    return name
+
+
+def stages(name: str) -> dict[int, str]:
+    return {version.version: str(version.stage) for version in registry.versions(name)}
+
+
+def aliases(name: str) -> dict[str, int]:
+    return {alias: version.version for version in registry.versions(name) for alias in version.aliases}
+
+
+def report(passed: bool, champion: int | None) -> dict:
+    check = Check("accuracy", passed, 0.9, 0.8, "90 % of the queries were right; at least 80 % are asked for")
+    return GateReport(None, champion, 100, 0.9, 0.01, None, (check,)).to_dict()
+
+
+def test_a_version_carries_its_hashes_its_data_and_its_code(project: Path, tmp_path: Path) -> None:
+    code = {"mlflow.source.git.commit": "abc"}
+    with runs.run("carries", recipe={"lr": 0.1}, data=DATA, seed=1, tags=code) as run:
+        version = register("carries", tmp_path, "a", run.id, accuracy="0.95", margin="0.01")
+    tags = registry.versions("carries")[0].tags
+    assert version == 1
+    assert tags["data"] == DATA.md5
+    assert tags["commit"] == "abc"
+    assert tags["accuracy"] == "0.95"
+    assert len(tags["sha256.adapt.onnx"]) == len(tags["sha256.classify.onnx"]) == 64
+    assert tags["stage"] == "None"
+
+
+def test_registering_a_bundle_again_is_the_same_version_and_another_bundle_of_the_run_a_new_one(
+    project: Path, tmp_path: Path
+) -> None:
+    with runs.run("again", recipe={}, data=DATA, seed=1) as run:
+        first = register("again", tmp_path / "1", "a", run.id)
+        assert register("again", tmp_path / "2", "a", run.id) == first
+        assert register("again", tmp_path / "3", "b", run.id) == first + 1
+    fetched = registry.fetch_bundle("again", first, tmp_path / "fetched")
+    assert (fetched / "adapt.onnx").read_text() == "adapt.onnx a"
+
+
+def test_a_folder_that_is_no_bundle_is_refused(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(KshotError, match=r"lacks adapt\.onnx, classify\.onnx, bundle\.json\. `kshot run`"):
+        registry.register("toy", "0" * 32, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "", "toy.moves", "it's", ".hidden"])
+def test_a_name_that_mlflow_or_the_log_cannot_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(KshotError, match="cannot name a model"):
+        registry.register(name, "0" * 32, tmp_path)
+
+
+def test_a_move_shows_in_stage_tag_and_alias_and_archives_who_was_there(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    audit = registry.move(model, 2, Stage.PRODUCTION, why="better", who="bob")
+    assert stages(model) == {1: "Archived", 2: "Production", 3: "None"}
+    assert {v.version: v.tags["stage"] for v in registry.versions(model)} == stages(model)
+    assert aliases(model) == {"production": 2}
+    assert (audit.version, audit.displaced, audit.who, audit.why) == (2, 1, "bob", "better")
+    assert registry.champion(model) == 2
+    assert registry.disagreements(model) == []
+
+
+def test_a_champion_that_is_archived_leaves_no_alias_behind(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    registry.move(model, 1, "archived", why="broken")
+    assert registry.champion(model) is None
+    assert aliases(model) == {}
+
+
+def test_staging_and_production_hold_one_version_each(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    registry.move(model, 2, "staging", why="candidate")
+    assert aliases(model) == {"production": 1, "staging": 2}
+    registry.move(model, 2, "production", why="good", expect=1)
+    assert aliases(model) == {"production": 2}
+
+
+def test_history_only_grows_and_says_who_when_why_from_and_to(model: str) -> None:
+    before = []
+    for version, stage in [(1, "staging"), (1, "production"), (2, "production"), (1, "none")]:
+        registry.move(model, version, stage, why=f"{version} to {stage}")
+        after = registry.history(model)
+        assert after[: len(before)] == before
+        assert len(after) == len(before) + 1
+        before = after
+    assert [(a.version, str(a.came_from), str(a.stage), a.displaced) for a in before] == [
+        (1, "None", "Staging", None),
+        (1, "Staging", "Production", None),
+        (2, "None", "Production", 1),
+        (1, "Archived", "None", None),
+    ]
+    assert registry.disagreements(model) == []
+    assert all(a.who == "ann" and a.why and a.when.tzinfo for a in before)
+    assert [a.when for a in before] == sorted(a.when for a in before)
+
+
+def test_an_outdated_expectation_moves_nothing_and_names_who_was_faster(model: str) -> None:
+    registry.move(model, 1, "production", why="first", expect=None)
+    registry.move(model, 2, "production", why="better", who="bob", expect=1)
+    late = r"version 1 was expected in Production .* version 2 is there.*by bob.*better"
+    with pytest.raises(StageConflictError, match=late):
+        registry.move(model, 3, "production", why="too late", expect=1)
+    with pytest.raises(StageConflictError, match="no version was expected"):
+        registry.move(model, 3, "production", why="too late", expect=None)
+    assert registry.champion(model) == 2
+    assert len(registry.history(model)) == 2
+
+
+def test_rolling_back_walks_back_through_what_served(model: str) -> None:
+    for version in (1, 2, 3):
+        registry.move(model, version, "production", why="new")
+    audit = registry.rollback(model, why="worse on real photos")
+    assert (audit.version, audit.displaced, audit.rollback) == (2, 3, True)
+    assert registry.rollback(model, why="this too").version == 1
+    assert stages(model) == {1: "Production", 2: "Archived", 3: "Archived"}
+    with pytest.raises(KshotError, match="served before version 1, so there is none to go back to"):
+        registry.rollback(model, why="and again")
+    registry.move(model, 3, "production", why="mended")
+    assert registry.rollback(model, why="no").version == 1
+
+
+def test_rolling_back_never_reinstates_what_was_just_withdrawn(model: str) -> None:
+    with pytest.raises(KshotError, match=r"no version of .* served before any other"):
+        registry.rollback(model, why="too early")
+    for version in (1, 2, 3):
+        registry.move(model, version, "production", why="new")
+    registry.move(model, 3, "archived", why="it sees ghosts")
+    assert registry.rollback(model, why="back to what worked").version == 2
+    assert stages(model) == {1: "Archived", 2: "Production", 3: "Archived"}
+
+
+def test_rolling_back_skips_a_version_that_was_deleted(model: str) -> None:
+    for version in (1, 2, 3):
+        registry.move(model, version, "production", why="new")
+    stores.client().delete_model_version(model, "2")
+    assert registry.rollback(model, why="worse").version == 1
+
+
+def test_a_deleted_champion_frees_its_place(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    registry.move(model, 1, "production", why="once more")
+    stores.client().delete_model_version(model, "1")
+    assert registry.champion(model) is None
+    registry.move(model, 2, "production", why="next", expect=None)
+    assert [a.why for a in registry.history(model)][-2:] == ["the version was deleted from the registry", "next"]
+
+
+def test_a_failed_gate_lets_nothing_into_production_but_by_force_with_a_reason(model: str) -> None:
+    with pytest.raises(GateClosedError, match="never judged"):
+        registry.promote(model, 1, "production")
+    registry.record_gate(model, 1, report(False, None))
+    with pytest.raises(GateClosedError, match="did not pass its gate: 90 %"):
+        registry.promote(model, 1, "production")
+    with pytest.raises(KshotError, match="needs a reason"):
+        registry.promote(model, 1, "production", force=True)
+    audit = registry.promote(model, 1, "production", force=True, why="demo")
+    assert audit.why == "demo (forced)"
+    assert audit.report.startswith("runs:/")
+    assert registry.promote(model, 2, "staging").stage is Stage.STAGING  # no gate before staging
+
+
+def test_a_gate_report_counts_only_against_the_champion_it_judged(model: str) -> None:
+    registry.record_gate(model, 1, report(True, None))
+    registry.record_gate(model, 2, report(True, None))
+    registry.promote(model, 1, "production")
+    with pytest.raises(StageConflictError, match="verdict was on no version; judge again"):
+        registry.promote(model, 2, "production")
+    registry.record_gate(model, 2, report(True, 1))
+    assert registry.promote(model, 2, "production").displaced == 1
+
+
+def test_a_stage_moved_behind_our_back_is_told_and_repaired(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    door = stores.client()
+    with pytest.warns(FutureWarning):
+        door.transition_model_version_stage(model, "3", "Production")  # a click in MLflow's pages
+    door.set_registered_model_alias(model, "production", "2")
+    assert registry.disagreements(model) == [
+        "version 3 is in Production, and the log says Archived",
+        "the alias production is at version 2, and the log says version 1",
+    ]
+    registry.repair(model)
+    assert registry.disagreements(model) == []
+    assert stages(model) == {1: "Production", 2: "None", 3: "Archived"}
+    assert aliases(model) == {"production": 1}
+
+
+@pytest.mark.parametrize(
+    "last_call", ["create_model_version", "transition_model_version_stage", "set_model_version_tag"]
+)
+def test_a_mover_killed_between_two_calls_is_told_and_repaired(model: str, project: Path, last_call: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    script = f"""
+import os, signal, mlflow
+real = mlflow.MlflowClient.{last_call}
+def once(*args, **kwargs):
+    real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+mlflow.MlflowClient.{last_call} = once
+from kshot_flows import registry
+registry.move({model!r}, 2, "production", why="killed meanwhile")
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=dict(os.environ))
+    assert done.returncode == -signal.SIGKILL
+    assert registry.champion(model) == 2  # the log had it already
+    assert any("alias production is at version 1" in line for line in registry.disagreements(model))
+    registry.move(model, 3, "staging", why="something else")
+    assert registry.disagreements(model) == []
+    assert aliases(model) == {"production": 2, "staging": 3}
+    assert stages(model)[1] == "Archived"
+
+
+def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: str, project: Path) -> None:
+    rounds = 4
+    script = f"""
+import sys
+from kshot_flows import registry
+from kshot_flows.registry.stages import StageConflictError
+version = int(sys.argv[1])
+registry.champion({model!r}); print("ready", flush=True); sys.stdin.readline()
+won = lost = 0
+for _ in range({rounds}):
+    seen = registry.champion({model!r})
+    try:
+        registry.move({model!r}, version, "production", why="race", expect=seen)
+        won += 1
+    except StageConflictError as error:
+        assert "was expected in Production" in str(error)
+        lost += 1
+print(won, lost)
+"""
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(version)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for version in (1, 2, 3)
+    ]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    counts = [tuple(map(int, racer.communicate(timeout=120)[0].split())) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0]
+    moves = registry.history(model)
+    assert sum(won for won, _ in counts) == len(moves)
+    assert sum(won + lost for won, lost in counts) == 3 * rounds
+    for before, after in itertools.pairwise(moves):  # each winner replaced the very version it had seen
+        assert after.displaced in (before.version, None)
+        assert (after.displaced or after.version) == before.version
+    champion = registry.champion(model)
+    assert [version for version, stage in stages(model).items() if stage == "Production"] == [champion]
+    assert aliases(model) == {"production": champion}
+    assert registry.disagreements(model) == []
+
+
+def test_a_trace_leads_from_the_version_to_data_code_recipe_runs_and_moves(project: Path, tmp_path: Path) -> None:
+    marks = {"mlflow.source.git.commit": "c0ffee", "kshot.git.dirty": "true", "kshot.prefect.flow_run": "flow-7"}
+    with runs.run("traced", recipe={"lr": 0.1}, data=DATA, seed=1, tags=marks) as run:
+        version = register("traced", tmp_path, "a", run.id, accuracy="0.951", margin="0.004")
+    registry.record_gate("traced", version, report(True, None))
+    registry.move("traced", version, "production", why="first")
+    trace = registry.trace("traced", version)
+    assert trace.facts["data (DVC)"] == DATA.md5
+    assert trace.facts["git commit"] == "c0ffee + changes (git.diff)"
+    assert trace.facts["Prefect run"] == "flow-7"
+    assert trace.facts["MLflow run"] == run.id
+    assert trace.facts["recipe"].startswith("traced")
+    assert trace.facts["accuracy"] == "95.10 ± 0.40 %"
+    assert trace.facts["gate"].startswith("passed runs:/")
+    assert len(trace.facts["sha256.adapt.onnx"]) == 64
+    assert [entry.stage for entry in trace.history] == [Stage.PRODUCTION]
+
+
+def test_a_fetched_bundle_is_the_registered_one_or_an_error(model: str, tmp_path: Path) -> None:
+    registry.move(model, 2, "production", why="first")
+    fetched = registry.fetch_bundle(model, "production", tmp_path / "fetched")
+    assert (fetched / "classify.onnx").read_text() == "classify.onnx b"
+    assert registry.fetch_bundle(model, 2, fetched) == fetched  # there already
+    with pytest.raises(KshotError, match="holds something else"):
+        registry.fetch_bundle(model, 1, fetched)
+    source = Path(stores.client().get_model_version(model, "3").source)
+    (source / "adapt.onnx").write_text("tampered")
+    with pytest.raises(KshotError, match=r"adapt\.onnx changed"):
+        registry.fetch_bundle(model, 3, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_mistakes_are_told_with_what_there_is(model: str) -> None:
+    with pytest.raises(KshotError, match="has no version 9; it has: 1, 2, 3"):
+        registry.move(model, 9, "staging", why="x")
+    with pytest.raises(KshotError, match=f"no model 'nosuch' in the registry; there are: .*{model}"):
+        registry.move("nosuch", 1, "staging", why="x")
+    with pytest.raises(KshotError, match="no stage 'canary'; there are none, staging, production, archived"):
+        registry.move(model, 1, "canary", why="x")
+    with pytest.raises(KshotError, match="say why"):
+        registry.move(model, 1, "staging", why=" ")
+    with pytest.raises(KshotError, match="no alias 'live'"):
+        registry.fetch_bundle(model, "live", Path("nowhere"))
+    with pytest.raises(KshotError, match="no model"):
+        registry.history(model + ".moves")
+
+
+def test_the_logs_are_not_models(model: str) -> None:
+    registry.move(model, 1, "staging", why="x")
+    assert model in registry.models()
+    assert model + ".moves" not in registry.models()
