@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ from kshot.episodes import Shape, check_shape, sample_episodes, sample_images
 from kshot.evaluation import Score, evaluate
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
+
+CHECKPOINTS = "last.pt", "previous.pt"
+"""The newest checkpoint in a training's folder, and the one before it."""
 
 
 class Training(BaseModel):
@@ -104,10 +109,11 @@ def meta_train(
 ) -> Iterator[Progress]:
     """Meta-train `learner` in place, yielding after every outer step; afterwards it holds the best validated weights.
 
-    Each validation ends with a checkpoint in `folder`, written whole or not at all. Called again with the same
-    folder after a crash, training goes on from there, on a CPU to the same final bits: the checkpoint holds weights,
-    optimiser, random state and position, and episodes depend on (seed, step) alone. A checkpoint of another `recipe`
-    is refused. Batches are seeded by the outer step, so their order needs no state.
+    Each validation ends with a checkpoint in `folder`, written whole or not at all; the one before is kept too.
+    Called again with the same folder after a crash, training goes on from the newest that can be read, on a CPU to
+    the same final bits: the checkpoint holds weights, optimiser, random state and position, and episodes depend on
+    (seed, step) alone. A checkpoint of another `recipe` is refused. Batches are seeded by the outer step, so their
+    order needs no state.
 
     With `unlabelled`, some of its images come with every batch, without their labels. Features of a frozen backbone
     are computed once, in memory or in the embedding store `store`.
@@ -128,8 +134,16 @@ def meta_train(
         train, validation = (embedded(learner, part, store=store, device=device) for part in (train, validation))
     optimiser = _optimiser(learner, settings)
     run = _Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
-    if (newest := folder / "last.pt").exists():
-        run = _resume(newest, run, learner, optimiser)
+    held, damaged = checkpoint(folder)
+    for file in damaged:
+        warnings.warn(f"{file} cannot be read, and is {file.name}.damaged now", stacklevel=2)
+    if held and (differ := foreign(held, settings, run.recipe, seed)):
+        raise KshotError(
+            f"{folder} has a checkpoint of another run: {differ}. "
+            "Give this run a folder of its own, or delete that one."
+        )
+    if held:
+        run = _resume(held, learner, optimiser)
 
     with memory.kept():
         while run.step < settings.steps and not run.exhausted(settings.patience):
@@ -162,7 +176,7 @@ def meta_train(
                     run.best_weights = {name: value.detach().clone() for name, value in learner.state_dict().items()}
             run.seconds += time.perf_counter() - started
             if validation_due:
-                _save(newest, run, learner, optimiser)
+                _save(folder, run, learner, optimiser)
             yield Progress(run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best)
     learner.load_state_dict(run.best_weights)
     learner.eval()
@@ -221,6 +235,9 @@ class _Run:
         return sum(point["step"] > self.best_step for point in self.history) >= patience
 
 
+_PARTS = {*(part.name for part in fields(_Run)), "learner", "optimiser", "random"}  # of a checkpoint
+
+
 def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
     parameters = [p for p in learner.parameters() if p.requires_grad]
     if settings.optimizer == "adam":
@@ -234,42 +251,72 @@ def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
     )
 
 
-def _save(path: Path, run: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> None:
+def checkpoint(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The newest checkpoint in a folder that can be read, {} without one; and those that could not be, set aside.
+
+    A file that was cut off or is not a checkpoint is renamed to `NAME.damaged`, so that it stops no later training.
+    """
+    damaged: list[Path] = []
+    for file in (folder / name for name in CHECKPOINTS):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                whole = archive.testzip() is None  # torch compares no checksums
+            held: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+            if whole and held.keys() >= _PARTS:
+                return held, damaged
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # what a parser makes of any bytes
+            if isinstance(error, (OSError, MemoryError)) or "allocate" in str(error):  # no damage of the file
+                raise
+        set_aside(file)
+        damaged.append(file)
+    return {}, damaged
+
+
+def set_aside(file: Path) -> None:
+    """Rename a checkpoint that no training can go on from, without losing it."""
+    with suppress(FileNotFoundError):
+        file.replace(file.with_name(f"{file.name}.damaged"))
+
+
+def foreign(held: dict[str, Any], settings: Training, recipe: dict[str, Any], seed: int) -> str:
+    """How the run of a checkpoint differs from the one that is asked for, in words; nothing if it does not."""
+    now = {"settings": settings.model_dump(), "recipe": recipe, "seed": seed}
+    return "; ".join(f"its {one}" for part in now for one in _differences(part, held[part], now[part]))
+
+
+def _save(folder: Path, run: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> None:
     held = asdict(run) | {
         "learner": learner.state_dict(),
         "optimiser": optimiser.state_dict(),
         "random": torch.get_rng_state(),
     }
-    save_atomically(held, path)
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    save_atomically(held, newest, previous)
 
 
-def save_atomically(held: dict[str, Any], path: Path) -> None:
-    """torch.save that leaves the old file or the whole new one, also when the power goes."""
+def save_atomically(held: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """torch.save that leaves the old file or the whole new one, also when the power goes; the old one as `previous`."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
             torch.save(held, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)  # killed here, there is no `path` for once, and `checkpoint` takes `previous`
         unfinished.replace(path)
     finally:
         with suppress(FileNotFoundError):
             unfinished.unlink()
 
 
-def _resume(path: Path, fresh: _Run, learner: Learner, optimiser: torch.optim.Optimizer) -> _Run:
-    held = torch.load(path, weights_only=True, map_location="cpu")
-    kept = {key: held[key] for key in asdict(fresh)}
-    for part in ("settings", "recipe", "seed"):
-        if differ := _differences(part, kept[part], getattr(fresh, part)):
-            raise KshotError(
-                f"{path} is a checkpoint of another run: its {'; its '.join(differ)}. "
-                f"Give this run a folder of its own, or delete that one."
-            )
+def _resume(held: dict[str, Any], learner: Learner, optimiser: torch.optim.Optimizer) -> _Run:
     learner.load_state_dict(held["learner"])
     optimiser.load_state_dict(held["optimiser"])
     torch.set_rng_state(held["random"])
-    return _Run(**kept)
+    return _Run(**{part.name: held[part.name] for part in fields(_Run)})
 
 
 def _differences(name: str, then: Any, now: Any) -> list[str]:

@@ -1,16 +1,26 @@
 """The outer loop: it can be killed at any point and ends with the same bits, and it chooses on validation only."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from kshot.episodes import sample_episodes
 from kshot.testing import Pixels, Subject, toy_images
-from kshot.training import Training, learner_step, learning_rate, meta_train, save_atomically
+from kshot.training import (
+    CHECKPOINTS,
+    Training,
+    checkpoint,
+    learner_step,
+    learning_rate,
+    meta_train,
+    save_atomically,
+)
 from kshot_plugins.protonet import ProtoNet
 from kshot_runtime.errors import KshotError
 
@@ -133,6 +143,38 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(tmp_path, steps=4)
     with pytest.raises(KshotError, match=r"of another run: its settings.steps was 4, and is now 8\. Give"):
         train(tmp_path, steps=8)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_the_one_before_it_leads_to_the_same_bits(tmp_path):
+    def cut_off(file):
+        file.write_bytes(file.read_bytes()[:5000])
+
+    def empty(file):
+        file.write_bytes(b"")
+
+    def flip_a_bit(file):  # of a weight: torch itself would take it
+        content = bytearray(file.read_bytes())
+        content[content.index(next(iter(whole.state_dict().values())).numpy().tobytes())] ^= 1
+        file.write_bytes(content)
+
+    def replace_by_another_file(file):
+        torch.save({"weights": 1}, file)
+
+    whole, _ = train(tmp_path / "whole", steps=12)
+    for harm in (cut_off, empty, flip_a_bit, replace_by_another_file):
+        folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / harm.__name__))
+        harm(folder / "last.pt")
+        with pytest.warns(match=r"last\.pt cannot be read, and is last.pt.damaged now"):
+            learner, steps = train(folder, steps=12)
+        assert [progress.step for progress in steps] == [9, 10, 11, 12]
+        assert equal(learner.state_dict(), whole.state_dict())
+        assert (folder / "last.pt.damaged").exists()
+    (tmp_path / "whole" / "last.pt").unlink()  # killed between the two renames
+    assert [progress.step for progress in train(tmp_path / "whole", steps=12)[1]] == [9, 10, 11, 12]
+    for name in CHECKPOINTS:
+        empty(folder / name)
+    assert checkpoint(folder) == ({}, [folder / name for name in CHECKPOINTS])
+    assert len(train(folder, steps=12)[1]) == 12
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_says_what_to_do(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,14 @@ _REGISTERED = "kshot.version"
 @contextmanager
 def training_run(recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[runs.Run]:
     """The run of a training: a new one, or the one that a process which was cut off began in this folder."""
-    note = folder / "mlflow-run.json"
-    store = stores.public(stores.uri())
-    begun = json.loads(note.read_text()) if note.exists() else {}
+    note, store, begun = folder / "mlflow-run.json", stores.label(), {}
+    with suppress(FileNotFoundError, ValueError):  # none yet, or cut off
+        begun = json.loads(note.read_text())
     if begun.get("store") == store and _open_for(begun["run"], recipe):
-        with runs.reopen(begun["run"]) as run:
+        with runs.reopen(begun["run"], patient=True) as run:
             yield run
         return
-    with _new_run(recipe, data) as run:
+    with _new_run(recipe, data, patient=True) as run:
         note.write_text(json.dumps({"store": store, "run": run.id}))
         yield run
 
@@ -43,13 +44,9 @@ def training_run(recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[ru
 @contextmanager
 def version_run(recipe: Recipe, data: DataVersion, learner: Trained) -> Iterator[runs.Run]:
     """The run of a version: that of its training, unless that one is another version's, another recipe's or gone."""
-    if _open_for(learner.run, recipe):
-        with runs.reopen(learner.run) as run:
-            yield run
-        return
-    with _new_run(recipe, data) as run:
-        for point in curves.read(learner.folder / "curve.jsonl"):
-            run.metrics(int(point["step"]), curves.metrics(point))
+    here = runs.reopen(learner.run) if _open_for(learner.run, recipe) else _new_run(recipe, data)
+    with here as run:
+        curves.send_missing(run, curves.read(learner.folder / "curve.jsonl"))
         yield run
 
 
@@ -82,6 +79,8 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) 
             for line in scores.lines
         ],
     )  # fmt: skip
+    if learner.tried:
+        run.table("heads", [asdict(one) for one in learner.tried])
     run.tag("mlflow.note.content", _note(scores))
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
@@ -165,11 +164,11 @@ def _draw_episode(run: runs.Run, recipe: Recipe, learner: Trained, scores: Score
     )  # fmt: skip
 
 
-def _new_run(recipe: Recipe, data: DataVersion):  # type: ignore[no-untyped-def]  # a context manager of a Run
+def _new_run(recipe: Recipe, data: DataVersion, patient: bool = False):  # type: ignore[no-untyped-def]  # a context manager of a Run
     own, *others = data.refs(recipe.dataset)
     return runs.run(
         recipe.name, recipe=recipe.model_dump(mode="json"), data=own, others=others, seed=recipe.seed,
-        tags={"kshot.recipe.sha256": _hash(recipe)},
+        tags={"kshot.recipe.sha256": _hash(recipe)}, patient=patient,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported)
     from kshot_flows.tracking import stores
 
     everything = recipe.model_dump(mode="json", exclude={"gate"})
-    store = stores.uri()
+    store = stores.label()
     return _key("register", everything, data.identity, score.identity, bundle.identity, store)
 
 

@@ -150,9 +150,11 @@ def _recall(key: str) -> Any:
     if not (folder() / key).exists():
         raise _NothingKept
     try:
-        product: Product = ResultStore(result_storage=LocalFileSystem(basepath=str(folder()))).read(key).result
-    except Exception:  # written by another kshot, or cut off
+        product: Any = ResultStore(result_storage=LocalFileSystem(basepath=str(folder()))).read(key).result
+    except Exception:  # cut off
         raise _NothingKept from None
+    if not isinstance(product, Product):  # written by another kshot
+        raise _NothingKept
     if not product.intact():  # an error here, say of the registry, does not mean that it is gone
         raise _NothingKept
     return product

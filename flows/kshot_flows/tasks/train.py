@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from kshot import training
 from kshot.recipe import Recipe
@@ -16,7 +15,7 @@ from kshot_flows import project
 from kshot_flows.console import progress
 from kshot_flows.report import experiment
 from kshot_flows.store import embeddings, keys, learners
-from kshot_flows.store.products import DataVersion, Pin, Trained
+from kshot_flows.store.products import DataVersion, Pin, Trained, relative
 from kshot_flows.store.results import task
 from kshot_flows.tasks import heads
 from kshot_flows.tasks.data import test_classes
@@ -31,6 +30,8 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     """
     embeddings.device(), test_classes(recipe, data)  # what cannot work is reported before hours are spent
     folder = project.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
+    for unfinished in folder.glob(".*.pt.*"):  # of a writer that was killed: this key's lock is ours
+        unfinished.unlink()
     torch.manual_seed(recipe.seed)
     return (_trained if recipe.training.steps else _chosen)(recipe, data, folder)
 
@@ -38,22 +39,22 @@ def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
 def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     splits, settings = recipe.dataset, recipe.training
     learner = recipe.build(data.open().rule.shape)
-    position = _checkpoint(folder).get("step", 0)
+    position = _checkpoint(recipe, folder).get("step", 0)
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {settings.steps}")
     curve = curves.Curve(folder / "curve.jsonl", settings.steps, position)
-    with experiment.training_run(recipe, data, folder) as run:
+    with experiment.training_run(recipe, data, folder) as run, curves.sending(run, curve) as send:
         steps = training.meta_train(
             learner, data.classes(splits.train), data.classes(splits.validation), settings,
             folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=embeddings.device(),
             unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=embeddings.folder(),
         )  # fmt: skip
         for step in progress.training(steps):
-            if point := curve.add(step):
-                run.metrics(step.step, curves.metrics(point))
+            send(curve.add(step))
     heads.learn_statistics(learner, data.classes(splits.train), data.name)
-    reached = _checkpoint(folder)
+    reached = _checkpoint(recipe, folder)
     learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
+    (folder / training.CHECKPOINTS[1]).unlink(missing_ok=True)
     best: dict[str, float] = next(point for point in reached["history"] if point["step"] == reached["best_step"])
     return Trained(
         Pin.of(folder / "learner.pt"), data, run.id, reached["step"], reached["best_step"],
@@ -71,8 +72,6 @@ def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
             {"step": 0, "validation": best.accuracies[0], "margin": best.margins[0]}
         ]  # fmt: skip
         learners.save(folder / "learner.pt", learner, chosen, data, history)
-        if tried:
-            run.table("heads", [asdict(one) for one in tried])
     seconds = time.monotonic() - began
     learned = Pin.of(folder / "learner.pt"), data, run.id, 0, 0
     if best is None:
@@ -80,9 +79,14 @@ def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     return Trained(*learned, best.shapes[0], best.accuracies[0], best.margins[0], seconds, best.label, tried)
 
 
-def _checkpoint(folder: Path) -> dict[str, Any]:
-    """What the last checkpoint of a training says; nothing where there is none."""
-    with suppress(FileNotFoundError):
-        held: dict[str, Any] = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
-        return held
-    return {}
+def _checkpoint(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a training that can be used; nothing without one."""
+    held, aside = training.checkpoint(folder)
+    why = "cannot be read"
+    if held and (differ := training.foreign(held, recipe.training, keys.training_part(recipe), recipe.seed)):
+        held, aside, why = {}, [folder / name for name in training.CHECKPOINTS], f"is of another training: {differ}"
+        for file in aside:
+            training.set_aside(file)
+    for file in aside:
+        progress.say(escape(f"  {relative(file)} {why}; it is {file.name}.damaged now"))
+    return held

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import socket
 import sys
 import time
 import warnings
@@ -21,10 +23,11 @@ from kshot_runtime.errors import KshotError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
-_BATCH = 500  # metrics in one call; MLflow takes at most 1000
+_BATCH = 1000  # metrics in one call, as many as MLflow takes
 _SECONDS = 2.0  # that a metric may wait for its batch
+PROCESS = "kshot.process"
+"""The tag of a run that names the process which works at it."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,32 @@ class Run:
 
     id: str
     client: MlflowClient
-    _waiting: list[Metric] = field(default_factory=list, repr=False)
+    away: bool = False  # whether MLflow has stopped answering: the run is then left as it is
+    _waiting: list[tuple[int, Mapping[str, float]]] = field(default_factory=list, repr=False)
     _sent: float = field(default_factory=time.monotonic, repr=False)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._waiting.append((step, values))
         if len(self._waiting) >= _BATCH or time.monotonic() - self._sent >= _SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        while self._waiting:
-            self.client.log_batch(self.id, metrics=self._waiting[:_BATCH])
-            del self._waiting[:_BATCH]
+        self.send(self._waiting)
+        self._waiting.clear()
         self._sent = time.monotonic()
+
+    def send(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Send values of metrics at some steps now."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for step, values in points for name, value in values.items()]
+        for start in range(0, len(metrics), _BATCH):
+            self.client.log_batch(self.id, metrics=metrics[start : start + _BATCH])
+
+    def steps(self, metric: str) -> set[int]:
+        """The steps at which the run has a metric."""
+        return {point.step for point in self.client.get_metric_history(self.id, metric)}
 
     def tag(self, name: str, value: object) -> None:
         self.client.set_tag(self.id, name, str(value))
@@ -101,12 +114,14 @@ def run(
     others: Sequence[DataRef] = (),
     seed: int,
     tags: Mapping[str, str] | None = None,
+    patient: bool = False,
 ) -> Iterator[Run]:
     """Start a run of a recipe. If the block fails, the run is marked FAILED and keeps the error's text.
 
     The experiment bears the recipe's name. The resolved recipe becomes the run's parameters (`training.lr`) and
     `recipe.json`; the dataset version its input, and that of every other data set that the recipe names; the
-    project's git commit, and what differed from it, its tags.
+    project's git commit, and what differed from it, its tags. With `patient`, an MLflow that no longer answers at the
+    end is no error: the run stays open, for a later step.
     """
     door = stores.client()
     commit, dirty, changes = project.git()
@@ -114,6 +129,7 @@ def run(
         "mlflow.runName": f"{recipe_name} seed {seed}",
         "mlflow.source.name": recipe_name,
         "mlflow.user": project.user(),
+        PROCESS: _process(),
         "kshot.recipe": recipe_name,
         "kshot.data": data.digest,
         "kshot.data.version": data.version,
@@ -123,7 +139,7 @@ def run(
         **(tags or {}),
     }
     opened = Run(door.create_run(_experiment(door, recipe_name), tags=marks).info.run_id, door)
-    with _until_the_end(opened):
+    with _until_the_end(opened, patient):
         from mlflow.entities import Param
 
         params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
@@ -137,12 +153,13 @@ def run(
 
 
 @contextmanager
-def reopen(run_id: str) -> Iterator[Run]:
+def reopen(run_id: str, *, patient: bool = False) -> Iterator[Run]:
     """Go on with a run that an earlier step began."""
     door = stores.client()
     opened = Run(run_id, door)
     door.update_run(run_id, status="RUNNING")
-    with _until_the_end(opened):
+    opened.tag(PROCESS, _process())
+    with _until_the_end(opened, patient):
         yield opened
 
 
@@ -157,6 +174,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _process() -> str:
+    """This process among all: `gc` ends runs whose process is gone."""
+    import psutil
+
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def alive(process: str) -> bool | None:
+    """Whether the process of a run is still there; None where it is another machine's."""
+    import psutil
+
+    host, number, began = process.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return None
+    try:
+        return abs(psutil.Process(int(number)).create_time() - float(began)) < 2
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _prefect() -> dict[str, str]:
     """The Prefect flow run we are in, if any: asked only of a Prefect that is already loaded."""
     if "prefect" not in sys.modules:
@@ -167,20 +204,28 @@ def _prefect() -> dict[str, str]:
 
 
 @contextmanager
-def _until_the_end(opened: Run) -> Iterator[None]:
+def _until_the_end(opened: Run, patient: bool) -> Iterator[None]:
     try:
         yield
         opened.flush()
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         try:
+            stores.answers(opened.client.tracking_uri)
             opened.tag("kshot.error", f"{type(error).__name__}: {error}"[:5000])
             opened.flush()
             opened.client.set_terminated(opened.id, status)
         except Exception as second:  # the first error is the one to tell
             error.add_note(f"MLflow run {opened.id} could not be marked {status}: {second}")
         raise
-    opened.client.set_terminated(opened.id, "FINISHED")
+    if opened.away:
+        return
+    try:
+        stores.answers(opened.client.tracking_uri)
+        opened.client.set_terminated(opened.id, "FINISHED")
+    except Exception:
+        if not patient:
+            raise
 
 
 def _log_data(opened: Run, data: Sequence[DataRef]) -> None:

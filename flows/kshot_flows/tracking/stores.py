@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
+import socket
+import sqlite3
+import time
 import urllib.error
 import urllib.request
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from kshot_flows import project
 from kshot_runtime.errors import KshotError
@@ -17,15 +23,30 @@ from kshot_runtime.errors import KshotError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # kshot shows its own progress and its own links
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # of 7: nine minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_FRESH = 10.0  # seconds for which a server that answered is taken to be there
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
 
 def uri() -> str:
     """MLFLOW_TRACKING_URI if set, else the project's own SQLite store. Made on first use; a dead server is an error."""
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.home() / 'mlflow' / 'mlflow.db'}"
-    if address.startswith(("http://", "https://")):
-        _answers(address)
-    elif database := database_of(address):
+    if database := database_of(address):
         _create(database)
+        _follow_a_move(database)
+    else:
+        answers(address)
     return address
+
+
+def label() -> str:
+    """The store in names and keys: without a password, and the same after the project's folder was moved."""
+    return public(uri()).replace(f"sqlite:///{project.home()}/", "sqlite:///")
 
 
 def public(uri: str) -> str:
@@ -35,9 +56,8 @@ def public(uri: str) -> str:
 
 def client() -> MlflowClient:
     """The door to the store. Always explicit: nothing here sets MLflow's global tracking URI or active run."""
-    # kshot shows its own progress and its own links.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     address = uri()
@@ -82,19 +102,69 @@ def _create(database: Path) -> None:
 
 
 @functools.cache
-def _answers(uri: str) -> None:
-    """Ask once whether a server is there: MLflow itself would try for minutes before it says that none is."""
+def _follow_a_move(database: Path) -> None:
+    """Rewrite the paths of artifacts, which MLflow stores as absolute ones, if the store lies in another folder now."""
+    now = str(artifacts(database))
+    with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+        first = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
+        then = str(first[0]).removesuffix("/0") if first else now
+        if then == now or Path(then).name != Path(now).name:  # as it was, or made by someone else
+            return
+        for table, column in _PATHS:
+            moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+            connection.execute(moved, (now, len(then) + 1, len(then) + 1, f"{then}/"))
+
+
+_PATHS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+_answered: dict[str, float] = {}  # when each server last did
+
+
+def answers(uri: str) -> None:
+    """Ask whether a server is there, unless it just was: MLflow itself would try for minutes before it says no."""
+    if time.monotonic() - _answered.get(uri, -math.inf) < _FRESH:
+        return
+    address = urlsplit(uri)
     try:
-        address = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")  # urllib takes no name and password in it
-        urllib.request.urlopen(f"{address}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # a server that wants a password is there
+        if address.scheme in ("http", "https"):
+            plain = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")  # urllib takes no name and password in it
+            with suppress(urllib.error.HTTPError):  # a server that wants a password is there
+                urllib.request.urlopen(f"{plain}/health", timeout=10).close()
+        elif address.hostname and (port := address.port or _PORTS.get(address.scheme.partition("+")[0])):
+            socket.create_connection((address.hostname, port), timeout=10).close()
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise KshotError(
             f"no MLflow server answers at {public(uri)} ({reason}). Start it as mlflow/README.md says, or unset "
             "MLFLOW_TRACKING_URI to use the embedded store."
         ) from None
+    _answered[uri] = time.monotonic()
+
+
+def reason(error: BaseException) -> str:
+    """Why a call failed, in some words: MLflow's errors hold those of four libraries below."""
+    text = str(error)
+    for sign, words in _REASONS.items():
+        if sign in text:
+            return words
+    return text.partition("\n")[0][:200]
+
+
+_REASONS = {
+    "Connection refused": "connection refused",
+    "Name or service not known": "there is no such host",
+    "timed out": "no answer in time",
+    "database or disk is full": "the disk is full",
+    "No space left on device": "the disk is full",
+    "database is locked": "its database is locked",
+}
 
 
 @functools.cache

@@ -96,14 +96,14 @@ def test_a_later_step_goes_on_with_the_run_of_an_earlier_one(project: Path) -> N
 def test_a_run_knows_its_commit_and_what_differed_from_it(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def git(*arguments: str) -> None:
+    def run_git(*arguments: str) -> None:
         author = ["-c", "user.name=ann", "-c", "user.email=ann@localhost"]
         subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     (tmp_path / "recipe.toml").write_text("lr = 0.1\n")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "first")
+    run_git("init")
+    run_git("add", ".")
+    run_git("commit", "-m", "first")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow/mlflow.db")
     monkeypatch.setenv("KSHOT_HOME", str(tmp_path))
     commit, dirty, changes = git()
