@@ -242,7 +242,7 @@ class Bundle:
                 f"this state was made by bundle {state.bundle}, and this is {self.manifest.id}: adapt again, "
                 "to the same photos"
             )
-        outputs = self._outputs(state.tensors, self.images(photos))
+        outputs = self.outputs(state.tensors, self.images(photos))
         logits = outputs["logits"]
         calibration = self.manifest.calibration_for(len(state.classes), float(np.mean(state.counts)))
         probabilities = softmax(logits / (calibration.temperature if calibration else 1.0))
@@ -287,9 +287,10 @@ class Bundle:
 
     def logits(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
         """Logits (Q, W) of query (Q, C, H, W) uint8. No query's depend on its companions, so many go in parts."""
-        return self._outputs(tensors, query)["logits"]
+        return self.outputs(tensors, query)["logits"]
 
-    def _outputs(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> Tensors:
+    def outputs(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> Tensors:
+        """What classify.onnx gives for query (Q, C, H, W) uint8: `logits` and what thresholds may be on."""
         query = self._uint8(query)
         if missing := set(self.manifest.state) - set(tensors):
             raise BundleError(f"the state lacks {', '.join(sorted(missing))}")

@@ -1,7 +1,7 @@
 """The registry: versions of a model with their bundles, the stage that each is in, and what led to it.
 
-Who moved a version where, when and why is in a log (`kshot_flows.moves`), which decides; MLflow's stages, tags and
-aliases follow it.
+Who moved a version where, when and why is in an audit log (`kshot_flows.registry.moves`), which decides; MLflow's
+stages, tags and aliases follow it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kshot_flows.registry import mlflow_api, moves
+from kshot_flows.registry import logged_model, mlflow_api, moves
 from kshot_flows.registry.gate import GateReport
-from kshot_flows.registry.stages import (
+from kshot_flows.registry.logged_model import CLAIM
+from kshot_flows.registry.log import (
     ANY,
     SINGLE,
+    AlreadyThereError,
     Audit,
     GateClosedError,
     Stage,
     StageConflictError,
+    UnsettledError,
     Unset,
     local_time,
     the,
@@ -35,20 +38,21 @@ from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 __all__ = [
-    "ANY", "Audit", "GateClosedError", "Stage", "StageConflictError", "Trace", "Version", "accuracy", "champion",
-    "disagreements", "fetch_bundle", "gate_report", "history", "models", "move", "promote", "record_gate", "register",
-    "repair", "rollback", "trace", "versions",
+    "ANY", "CLAIM", "Audit", "GateClosedError", "Stage", "StageConflictError", "Trace", "Version", "accuracy",
+    "champion", "disagreements", "fetch_bundle", "gate_report", "history", "identity", "log_model", "models", "move",
+    "promote", "record_gate", "register", "repair", "rollback", "trace", "versions",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_DESCRIPTION = 5000  # characters of a version's description that MLflow's databases hold
 _FILES = ("adapt.onnx", "classify.onnx", "bundle.json")  # of every bundle; some have embed.onnx besides
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a model, with what MLflow says of it now."""
+    """One version of a model: its stage by the audit log, the rest by MLflow."""
 
     name: str
     version: int
@@ -56,6 +60,7 @@ class Version:
     aliases: tuple[str, ...]
     when: datetime
     run: str | None
+    source: str
     tags: Mapping[str, str]
 
     def number(self, tag: str) -> float | None:
@@ -65,62 +70,117 @@ class Version:
         except (KeyError, ValueError):
             return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Under names that stay; a value that is not known is None or empty."""
+        tags = self.tags
+        return {
+            "name": self.name,
+            "version": self.version,
+            "stage": self.stage.lower(),
+            "aliases": list(self.aliases),
+            "registered": self.when.isoformat(timespec="seconds"),
+            "accuracy": self.number("accuracy"),
+            "margin": self.number("margin"),
+            "gate": tags.get("gate"),
+            "gate_report": tags.get("gate.report"),
+            "warnings": tags.get("gate.warnings", ""),
+            "recipe": tags.get("recipe"),
+            "data": tags.get("data"),
+            "data_sha256": tags.get("data.version"),
+            "other_data_sha256": tags.get("data.others"),
+            "git_commit": tags.get("commit"),
+            "git_dirty": tags.get("dirty") == "true",
+            "mlflow_run": self.run,
+            "prefect_run": tags.get("prefect.flow_run"),
+            "source": self.source,
+            "sha256": {key.removeprefix("sha256."): v for key, v in sorted(tags.items()) if key.startswith("sha256.")},
+        }
+
 
 @dataclass(frozen=True)
 class Trace:
     """Everything that led to a version, and what became of it."""
 
-    name: str
-    version: int
-    facts: Mapping[str, str]
+    version: Version
     history: Sequence[Audit]
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What led to it, for people; without what is not known."""
+        tags, run = self.version.tags, self.version.run
+        facts = {
+            "stage": str(self.version.stage),
+            "aliases": ", ".join(self.version.aliases),
+            "registered": local_time(self.version.when),
+            "accuracy": accuracy(tags),
+            "data (DVC)": tags.get("data", ""),
+            "data (sha256)": tags.get("data.version", ""),
+            "other data (sha256)": tags.get("data.others", ""),
+            "git commit": tags.get("commit", "") + (" + changes (git.diff)" if tags.get("dirty") == "true" else ""),
+            "MLflow run": run or "",
+            "Prefect run": tags.get("prefect.flow_run", ""),
+            "recipe": tags.get("recipe", "") + (f" (runs:/{run}/recipe.json)" if run else ""),
+            "bundle": self.version.source,
+            **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
+            "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
+            "mind": tags.get("gate.warnings", ""),
+        }
+        return {key: value for key, value in facts.items() if value}
 
-def check_name(name: str) -> None:
-    """Refuse a name that no model can have."""
+
+def log_model(name: str, run_id: str, bundle: Path, note: str = "") -> str:
+    """Keep a bundle as a logged model of its run, which `mlflow.pyfunc` can load; the same one again for the same."""
+    door = stores.client()
+    run = door.get_run(run_id)
+    return str(logged_model.log(door, name, run, bundle, identity(bundle), note).model_id)
+
+
+def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | None = None, card: str = "") -> int:
+    """Make a bundle a version of the model `name`, by its logged model; the same bundle again is the same version.
+
+    So `models:/NAME/VERSION` is an MLflow model, and its folder has the files of the bundle. The version's description
+    is the `card`; its tags carry the files' sha256, the data hash and git commit of the run, and what the caller adds
+    (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`). It is there with all of this or not at all.
+    """
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(moves.SUFFIX):
         raise KshotError(
             f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, but {moves.SUFFIX!r} at its end"
         )
-
-
-def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | None = None) -> int:
-    """Keep a bundle with its run and make it a version of the model `name`; the same bundle again is the same version.
-
-    The version's source is the bundle's folder, so `models:/NAME/VERSION` downloads `adapt.onnx`, `classify.onnx`
-    and `bundle.json`. Its tags carry their sha256, the data hash and git commit of the run, and what the caller adds
-    (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`).
-    """
-    check_name(name)
     missing = [file for file in _FILES if not (bundle / file).is_file()]
     if missing:
         raise KshotError(f"{bundle} is not a bundle: it lacks {', '.join(missing)}. `kshot run` makes one.")
     hashes = _hashes(bundle)
-    identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    this = _identity(hashes)
     door = stores.client()
     mlflow_api.create_model(
         door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{moves.SUFFIX}"
     )
     for known in mlflow_api.versions(door, name):
-        if known.run_id == run_id and known.tags.get("bundle") == identity:
+        if known.run_id == run_id and known.tags.get("bundle") == this:
             return int(known.version)
     run = door.get_run(run_id)
-    folder = f"bundle-{identity}"  # one run may export twice; the first version keeps its files
-    door.log_artifacts(run_id, str(bundle), folder)
+    model = logged_model.log(door, name, run, bundle, this, card)
     made = door.create_model_version(
         name,
-        source=f"{run.info.artifact_uri}/{folder}",
+        source=model.artifact_location,
         run_id=run_id,
+        model_id=model.model_id,
+        description=card[:_DESCRIPTION],
         await_creation_for=0,  # it is ready when made; waiting only writes log lines
         tags={
             "stage": Stage.NONE,
-            "bundle": identity,
+            "bundle": this,
             **{f"sha256.{file}": sha256 for file, sha256 in hashes.items()},
             **_from_run(run.data.tags),
             **(tags or {}),
         },
     )
     return int(made.version)
+
+
+def identity(bundle: Path) -> str:
+    """A name for exactly these files."""
+    return _identity(_hashes(bundle))
 
 
 def move(
@@ -150,11 +210,22 @@ def promote(
 ) -> Audit:
     """Move a version, into production only through its gate: a report that passed, against the champion of today.
 
-    `force` passes by the gate, and must say why.
+    `force` passes by the gate, or takes the champion out of production, and must say why.
     """
     stage = Stage.of(stage)
     if force and not why:
-        raise KshotError("passing by the gate needs a reason: add --why")
+        raise KshotError("--force needs a reason: add --why")
+    door = stores.client()
+    mlflow_api.existing(door, name, version)
+    log, _ = moves.settle(door, name)
+    if log.stage(version) is stage:
+        raise AlreadyThereError(f"{name}: version {version} {stage.said} already; nothing was moved")
+    if log.stage(version) is Stage.PRODUCTION and not force:
+        raise GateClosedError(
+            f"version {version} of {name} is in production, and without it nothing would be: servers that run keep it, "
+            f"and new ones have no model. If that is meant: kshot promote {name} {version} {stage.lower()} --force "
+            f"--why REASON; to give production back to the version before: kshot rollback {name}"
+        )
     if stage is not Stage.PRODUCTION or force:
         return move(name, version, stage, why=f"{why} (forced)" if force else why or "by hand", who=who)
     by_force = f"to pass by the gate: kshot promote {name} {version} production --force --why REASON"
@@ -179,9 +250,8 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
     Again and again, this walks back through all that ever served.
     """
     door = stores.client()
-    mlflow_api.model(door, name)
+    log, _ = moves.settle(door, name)
     there = {int(version.version) for version in mlflow_api.versions(door, name)}
-    log = moves.read_log(door, name)
     last = log.served[-1:]  # not always there still: whoever withdrew it does not want it back
     before = [version for version in log.served if version in there and version not in last]
     if not before:
@@ -209,15 +279,16 @@ def models() -> list[str]:
 def versions(name: str) -> list[Version]:
     """All versions of a model, the newest first."""
     door = stores.client()
-    aliases = mlflow_api.aliases(door, name)
+    aliases, log = mlflow_api.aliases(door, name), moves.read_log(door, name)
     found = [
         Version(
             name=name,
             version=int(version.version),
-            stage=Stage(version.current_stage),
+            stage=log.stage(int(version.version)) if log.entries else Stage(version.current_stage),
             aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == int(version.version))),
             when=mlflow_api.moment(version.creation_timestamp),
             run=version.run_id,
+            source=version.source or "",
             tags=version.tags,
         )
         for version in mlflow_api.versions(door, name)
@@ -234,15 +305,13 @@ def history(name: str, *, refused: bool = False) -> list[Audit]:
 
 def disagreements(name: str) -> list[str]:
     """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
-    door = stores.client()
-    return moves.differences(door, name, moves.read_log(door, name))
+    log, shown = moves.look(stores.client(), name)
+    return moves.differences(log, shown) if shown.ours else []
 
 
-def repair(name: str) -> None:
-    """Make MLflow's stages, tags and aliases what the log says."""
-    door = stores.client()
-    mlflow_api.model(door, name)
-    moves.settle(door, name)
+def settle(name: str) -> list[str]:
+    """Finish moves that were interrupted, and record those that were made in MLflow: a sentence for each."""
+    return moves.settle(stores.client(), name)[1]
 
 
 def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
@@ -271,29 +340,10 @@ def gate_report(name: str, version: int) -> GateReport | None:
 def trace(name: str, version: int) -> Trace:
     """From a version back to its data, code, recipe and runs, and forward through its stages."""
     door = stores.client()
-    known = mlflow_api.existing(door, name, version)
-    tags = known.tags
-    facts = {
-        "stage": str(known.current_stage),
-        "aliases": ", ".join(
-            sorted(a for a, holder in mlflow_api.aliases(door, name).items() if holder == int(version))
-        ),
-        "registered": local_time(mlflow_api.moment(known.creation_timestamp)),
-        "accuracy": accuracy(tags),
-        "data (DVC)": tags.get("data", ""),
-        "data (sha256)": tags.get("data.version", ""),
-        "other data (sha256)": tags.get("data.others", ""),
-        "git commit": tags.get("commit", "") + (" + changes (git.diff)" if tags.get("dirty") == "true" else ""),
-        "MLflow run": known.run_id or "",
-        "Prefect run": tags.get("prefect.flow_run", ""),
-        "recipe": tags.get("recipe", "") + (f" (runs:/{known.run_id}/recipe.json)" if known.run_id else ""),
-        "bundle": known.source or "",
-        **{key: value for key, value in sorted(tags.items()) if key.startswith("sha256.")},
-        "gate": " ".join(filter(None, [tags.get("gate"), tags.get("gate.report")])),
-        "mind": tags.get("gate.warnings", ""),
-    }
-    about = [entry for entry in moves.read_log(door, name).entries if version in (entry.version, entry.displaced)]
-    return Trace(name, version, {key: value for key, value in facts.items() if value}, about)
+    mlflow_api.existing(door, name, version)
+    known = next(one for one in versions(name) if one.version == version)
+    entries = moves.read_log(door, name).entries
+    return Trace(known, [entry for entry in entries if version in (entry.version, entry.displaced)])
 
 
 def fetch_learner(name: str, version: int | str, folder: Path) -> Path:
@@ -331,12 +381,14 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         got = Path(download_artifacts(known.source, dst_path=scratch, tracking_uri=door.tracking_uri))
         hashes = _hashes(got)
-        bad = sorted(file for file in hashes.keys() | wanted.keys() if hashes.get(file) != wanted.get(file))
+        bad = sorted(file for file, sha256 in wanted.items() if hashes.get(file) != sha256)
         if bad:
             raise KshotError(
                 f"version {number} of {name} is not what was registered: {', '.join(bad)} changed in {known.source}. "
                 "Do not use it; restore the files, or register the bundle anew."
             )
+        for file in hashes.keys() - wanted.keys():  # what makes it a model of MLflow's
+            (got / file).unlink()
         if folder.exists():
             folder.rmdir()
         shutil.move(got, folder)
@@ -374,6 +426,10 @@ def _hashes(folder: Path) -> dict[str, str]:
         with path.open("rb") as file:
             found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _identity(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
 def _from_run(tags: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,16 @@ _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2f6fad", "#d9822b", "#3a923a", "#c23b3b"
 _LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.85}
 _STAR: dict[str, Any] = {"marker": "*", "edgecolors": "black", "linewidths": 0.8}
 _SHARE = PercentFormatter(1, symbol=" %")
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # A class may be named in a script that matplotlib's font lacks: boxes will do.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
 
 
 def learning_curve(
