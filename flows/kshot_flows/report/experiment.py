@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,60 +15,75 @@ import numpy as np
 import torch
 
 from kshot.evaluation import answers, drawn
-from kshot_flows.console.tables import TRUST, trust
+from kshot_flows.registry import CLAIM
 from kshot_flows.store import embeddings, learners
 from kshot_flows.store.products import DataVersion, Line, Scores, Trained
 from kshot_flows.tracking import curves, runs, stores
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from kshot.recipe import Recipe
 
 _MAPPED_WAYS = 5  # classes in the pictures of one episode: more cannot be told apart by eye
-_REGISTERED = "kshot.version"
+_TRAINING, _RECIPE = "kshot.training", "kshot.recipe.sha256"  # tags of a run
 
 
 @contextmanager
 def training_run(recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[runs.Run]:
     """The run of a training: a new one, or the one that a process which was cut off began in this folder."""
-    note, store, begun = folder / "mlflow-run.json", stores.label(), {}
-    with suppress(FileNotFoundError, ValueError):  # none yet, or cut off
-        begun = json.loads(note.read_text())
-    if begun.get("store") == store and _open_for(begun["run"], recipe):
-        with runs.reopen(begun["run"], patient=True) as run:
-            yield run
-        return
-    with _new_run(recipe, data, patient=True) as run:
-        note.write_text(json.dumps({"store": store, "run": run.id}))
+    note = folder / "mlflow-run.txt"
+    if not note.exists() or not note.read_text():
+        note.write_text(uuid.uuid4().hex)  # before the run is made, so that it is found whenever we are killed
+    mark = (_TRAINING, note.read_text())
+    with _run(recipe, data, mark, again=_find(recipe, mark, free=True), patient=True) as run:
         yield run
 
 
 @contextmanager
-def version_run(recipe: Recipe, data: DataVersion, learner: Trained) -> Iterator[runs.Run]:
-    """The run of a version: that of its training, unless that one is another version's, another recipe's or gone."""
-    here = runs.reopen(learner.run) if _open_for(learner.run, recipe) else _new_run(recipe, data)
-    with here as run:
+def version_run(recipe: Recipe, data: DataVersion, learner: Trained, bundle: str) -> Iterator[runs.Run]:
+    """The run of a bundle's version: the one that is its own already, or that of its training, or else a new one.
+
+    That of its training is not taken if it is another bundle's, another recipe's or gone.
+    """
+    mark = (CLAIM, bundle)
+    again = _find(recipe, mark)
+    if again is None and _is_free(learner.run, recipe):
+        again = learner.run
+        stores.client().set_tag(again, *mark)
+    with _run(recipe, data, mark, again) as run:
         curves.send_missing(run, curves.read(learner.folder / "curve.jsonl"))
         yield run
 
 
-def mark_registered(run: runs.Run, version: int) -> None:
-    """From now on the run is this version's."""
-    run.tag(_REGISTERED, version)
+def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, model: str) -> dict[str, bytes]:
+    """Everything that was measured of a learner: metrics, tables, files. Returns the pictures, as PNG by name.
 
+    What comes of validation and test goes to its logged model as well, beside the name of the data set.
+    """
+    from mlflow.entities import Metric
 
-def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
-    """Everything that was measured of a learner: metrics, tables, files, pictures."""
-    run.metrics(learner.best_step, {"training.seconds": learner.seconds})
+    kept = {"training.seconds": learner.seconds}
     if learner.validation is not None:
-        run.metrics(learner.best_step, {"best.validation.accuracy": learner.validation})
+        kept["best.validation.accuracy"] = learner.validation
     for line in scores.lines:
         values = {"accuracy": line.accuracy, "margin": line.margin, "ece": line.ece, **_unknown(line)}
-        run.metrics(learner.best_step, {f"test.{line.key}.{name}": value for name, value in values.items()})
+        kept |= {f"test.{line.key}.{name}": value for name, value in values.items()}
     for fit in scores.calibrations:
         values = {"temperature": fit.temperature, "auroc": fit.auroc, "false_accepts": fit.false_accepts}
-        known = {name: value for name, value in values.items() if np.isfinite(value)}
         size = f"{fit.shape.ways}w{fit.shape.shots}s"
-        run.metrics(learner.best_step, {f"calibration.{size}.{name}": v for name, v in known.items()})
+        kept |= {f"calibration.{size}.{name}": value for name, value in values.items() if np.isfinite(value)}
+    tested = {ref.name: ref.digest for ref in scores.data.refs(recipe.dataset)}
+    data = scores.data.parts(recipe.dataset.test)[0][0].name
+    when = int(1000 * scores.report.file.stat().st_mtime)  # so that what is logged twice is there once
+    metrics = [
+        Metric(name, value, when, learner.best_step, model, *((data, tested[data]) if name.startswith("test.") else ()))
+        for name, value in kept.items()
+    ]
+    for name in ("validation.accuracy", "validation.margin"):  # of each checkpoint, as the run has them
+        points = run.client.get_metric_history(run.id, name)
+        metrics += [Metric(name, point.value, point.timestamp, point.step, model) for point in points]
+    run.log(metrics)
     run.table(
         "scores",
         [
@@ -81,10 +97,9 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) 
     )  # fmt: skip
     if learner.tried:
         run.table("heads", [asdict(one) for one in learner.tried])
-    run.tag("mlflow.note.content", _note(scores))
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
-    _draw(run, recipe, learner, scores)
+    return _log_pictures(run, recipe, learner, scores)
 
 
 def _unknown(line: Line) -> dict[str, float]:
@@ -95,49 +110,39 @@ def _unknown(line: Line) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _note(scores: Scores) -> str:
-    """What MLflow's page of the run says first: how good it is, and where the pictures are. Markdown."""
-    head = ["test episodes", "accuracy (95 % interval)", *(words.replace("\n", " ") for words in TRUST)]
-    rows = [
-        [scores.label(line), f"**{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %**",
-         *trust(line.ece, line.open_set)]
-        for line in scores.lines
-    ]  # fmt: skip
-    table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    where = "Pictures are under Artifacts, in `pictures`; the served model is the bundle there."
-    return "\n".join([*table, "", where])
+def _log_pictures(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) -> dict[str, bytes]:
+    from kshot_flows.report import pictures
+
+    drawings = {name: pictures.png(figure) for name, figure in _figures(recipe, learner, scores)}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, png in drawings.items():
+            Path(scratch, f"{name}.png").write_bytes(png)
+        run.client.log_artifacts(run.id, scratch, "pictures")
+    return drawings
 
 
-def _draw(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
+def _figures(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple[str, Figure]]:
     from kshot_flows.report import pictures
 
     if points := curves.read(learner.folder / "curve.jsonl"):
         validated = [point for point in points if "validation" in point]
-        run.picture(
-            "learning-curve",
-            pictures.learning_curve(
-                [int(p["step"]) for p in points], [p["loss"] for p in points], [int(p["step"]) for p in validated],
-                [p["validation"] for p in validated], [p["margin"] for p in validated], chosen=learner.best_step,
-            ),
+        yield "learning-curve", pictures.learning_curve(
+            [int(p["step"]) for p in points], [p["loss"] for p in points], [int(p["step"]) for p in validated],
+            [p["validation"] for p in validated], [p["margin"] for p in validated], chosen=learner.best_step,
         )  # fmt: skip
     first = scores.lines[0]
     with np.load(scores.arrays.file) as arrays:
         for line in scores.lines:
             title = f"Accuracy by episode, {scores.label(line)}"
-            run.picture(f"episodes-{line.key}", pictures.episode_accuracies(arrays[f"{line.key}.accuracies"], title))
-        run.picture(
-            "reliability",
-            pictures.reliability(
-                arrays[f"{first.key}.confidences"], arrays[f"{first.key}.right"],
-                ece=first.ece, title=scores.label(first),
-            ),
-        )  # fmt: skip
+            yield f"episodes-{line.key}", pictures.episode_accuracies(arrays[f"{line.key}.accuracies"], title)
+        confidences, right = arrays[f"{first.key}.confidences"], arrays[f"{first.key}.right"]
+        yield "reliability", pictures.reliability(confidences, right, ece=first.ece, title=scores.label(first))
     if first.open_set and (fit := scores.calibration_for(first.shape)):
-        run.picture("unknown", pictures.unknown(fit, first.open_set, title=scores.label(first)))
-    _draw_episode(run, recipe, learner, scores)
+        yield "unknown", pictures.unknown(fit, first.open_set, title=scores.label(first))
+    yield from _episode(recipe, learner, scores)
 
 
-def _draw_episode(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) -> None:
+def _episode(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple[str, Figure]]:
     """One test episode, the first, as one sees it and as the learner does."""
     from kshot_flows.report import pictures
 
@@ -154,25 +159,37 @@ def _draw_episode(run: runs.Run, recipe: Recipe, learner: Trained, scores: Score
         features = [model.embed(part, state).flatten(1).numpy() for part in (taken.support, taken.query)]
     support, query = ((part * 255).round().byte().numpy() for part in (episode.support, episode.query))
     title = f"One {shape.ways}-way {shape.shots}-shot episode"
-    run.picture("confusion", pictures.confusion(truth, predicted, names, title))
-    run.picture(
+    yield "confusion", pictures.confusion(truth, predicted, names, title)
+    yield (
         "embeddings",
         pictures.embedding_map(features[0], support_labels, features[1], truth, names, f"Embeddings: {title}"),
     )
-    run.picture(
-        "episode", pictures.episode_sheet(support, support_labels, query, truth, predicted, names, title=title)
-    )  # fmt: skip
+    yield "episode", pictures.episode_sheet(support, support_labels, query, truth, predicted, names, title=title)
 
 
-def _new_run(recipe: Recipe, data: DataVersion, patient: bool = False):  # type: ignore[no-untyped-def]  # a context manager of a Run
+def _run(
+    recipe: Recipe, data: DataVersion, mark: tuple[str, str], again: str | None, patient: bool = False
+) -> AbstractContextManager[runs.Run]:
+    """A new run with this tag, or `again` one that has it."""
     own, *others = data.refs(recipe.dataset)
     return runs.run(
         recipe.name, recipe=recipe.model_dump(mode="json"), data=own, others=others, seed=recipe.seed,
-        tags={"kshot.recipe.sha256": _hash(recipe)}, patient=patient,
+        tags=dict([mark, (_RECIPE, _hash(recipe))]), again=again, patient=patient,
     )  # fmt: skip
 
 
-def _open_for(run_id: str, recipe: Recipe) -> bool:
+def _find(recipe: Recipe, mark: tuple[str, str], *, free: bool = False) -> str | None:
+    """The run of this very recipe that has a tag; with `free`, only if it is no bundle's."""
+    door = stores.client()
+    if (experiment := door.get_experiment_by_name(recipe.name)) is None:
+        return None
+    tags = dict([mark, (_RECIPE, _hash(recipe))])
+    query = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = door.search_runs([experiment.experiment_id], query)
+    return next((run.info.run_id for run in found if not (free and CLAIM in run.data.tags)), None)
+
+
+def _is_free(run_id: str, recipe: Recipe) -> bool:
     """Whether a run is there, of this very recipe, and of no version yet."""
     from mlflow.exceptions import MlflowException
 
@@ -185,8 +202,8 @@ def _open_for(run_id: str, recipe: Recipe) -> bool:
     tags = run.data.tags
     return (
         run.info.lifecycle_stage == "active"
-        and _REGISTERED not in tags
-        and tags.get("kshot.recipe.sha256") == _hash(recipe)
+        and not tags.keys() & {CLAIM, "kshot.version"}  # the latter of runs from before there were claims
+        and tags.get(_RECIPE) == _hash(recipe)
     )
 
 

@@ -7,7 +7,7 @@ import json
 from kshot.recipe import Recipe
 from kshot_flows import registry
 from kshot_flows.console import progress
-from kshot_flows.report import experiment
+from kshot_flows.report import card, experiment
 from kshot_flows.store import keys
 from kshot_flows.store.products import DataVersion, Exported, Pin, Registered, Scores
 from kshot_flows.store.results import task, transient
@@ -26,17 +26,23 @@ from kshot_flows.tracking import stores
 def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:
     """Log everything of the experiment in one MLflow run, and make the bundle a version of the recipe's model."""
     judged_by = json.dumps(evidence.evidence_of(data, score, bundle).to_dict())
-    first = score.lines[0]
-    with progress.busy("metrics, pictures and files"), experiment.version_run(recipe, data, score.learner) as run:
-        experiment.log_scores(run, recipe, score.learner, score)
+    folder, files, first = score.learner.folder, bundle.folder, score.lines[0]
+    identity = registry.identity(files)
+    with (
+        progress.busy("metrics, pictures and files"),
+        experiment.version_run(recipe, data, score.learner, identity) as run,
+    ):
+        known = card.facts(recipe, score, bundle, run)
+        words = card.card(known)
+        model = registry.log_model(recipe.name, run.id, files, words)
+        pictures = experiment.log_scores(run, recipe, score.learner, score, model)
+        run.tag("mlflow.note.content", words)
         run.text(evidence.EVIDENCE, judged_by)
-        version = registry.register(
-            recipe.name,
-            run.id,
-            bundle.folder,
-            tags={"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"},
-        )
-        experiment.mark_registered(run, version)
-    file = bundle.folder.with_suffix(".evidence.json")
+        accuracy = {"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"}
+        version = registry.register(recipe.name, run.id, files, tags=accuracy, card=words)
+        for file, text in ((card.CARD, words), (card.REPORT, card.html(known, pictures, version))):
+            (folder / file).write_text(text)
+            run.file(folder / file)
+    file = files.with_suffix(".evidence.json")
     file.write_text(judged_by)
     return Registered(recipe.name, version, run.id, stores.label(), Pin.of(file), data)

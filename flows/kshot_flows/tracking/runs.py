@@ -23,6 +23,7 @@ from kshot_runtime.errors import KshotError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 _BATCH = 1000  # metrics in one call, as many as MLflow takes
 _SECONDS = 2.0  # that a metric may wait for its batch
@@ -70,7 +71,9 @@ class Run:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, step) for step, values in points for name, value in values.items()]
+        self.log([Metric(name, float(value), now, step) for step, values in points for name, value in values.items()])
+
+    def log(self, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), _BATCH):
             self.client.log_batch(self.id, metrics=metrics[start : start + _BATCH])
 
@@ -114,9 +117,10 @@ def run(
     others: Sequence[DataRef] = (),
     seed: int,
     tags: Mapping[str, str] | None = None,
+    again: str | None = None,
     patient: bool = False,
 ) -> Iterator[Run]:
-    """Start a run of a recipe. If the block fails, the run is marked FAILED and keeps the error's text.
+    """Start a run of a recipe, or go on with the run `again`. If the block fails, it is marked FAILED with the error.
 
     The experiment bears the recipe's name. The resolved recipe becomes the run's parameters (`training.lr`) and
     `recipe.json`; the dataset version its input, and that of every other data set that the recipe names; the
@@ -138,29 +142,27 @@ def run(
         **_prefect(),
         **(tags or {}),
     }
-    opened = Run(door.create_run(_experiment(door, recipe_name), tags=marks).info.run_id, door)
+    opened = Run(again or door.create_run(_experiment(door, recipe_name), tags=marks).info.run_id, door)
+    if again:
+        door.update_run(again, status="RUNNING")
+        opened.tag(PROCESS, _process())
     with _until_the_end(opened, patient):
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
-        for start in range(0, len(params), 100):  # MLflow takes 100 in one call
-            door.log_batch(opened.id, params=params[start : start + 100])
-        _log_data(opened, [data, *others])
-        opened.json("recipe", recipe)
-        if changes:
-            opened.text("git.diff", changes)
+        if not again or "recipe.json" not in {artifact.path for artifact in door.list_artifacts(again)}:
+            _describe(opened, recipe, seed, [data, *others], changes)
         yield opened
 
 
-@contextmanager
-def reopen(run_id: str, *, patient: bool = False) -> Iterator[Run]:
-    """Go on with a run that an earlier step began."""
-    door = stores.client()
-    opened = Run(run_id, door)
-    door.update_run(run_id, status="RUNNING")
-    opened.tag(PROCESS, _process())
-    with _until_the_end(opened, patient):
-        yield opened
+def _describe(opened: Run, recipe: Mapping[str, Any], seed: int, data: Sequence[DataRef], changes: str) -> None:
+    """Log what a run begins with. `recipe.json` comes last: a run that lacks it lacks some of this."""
+    from mlflow.entities import Param
+
+    params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
+    for start in range(0, len(params), 100):  # MLflow takes 100 in one call
+        opened.client.log_batch(opened.id, params=params[start : start + 100])
+    _log_data(opened, data)
+    if changes:
+        opened.text("git.diff", changes)
+    opened.json("recipe", recipe)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_an_interrupted_run_is_killed_not_failed(project: Path) -> None:
 def test_a_later_step_goes_on_with_the_run_of_an_earlier_one(project: Path) -> None:
     with runs.run("two-steps", recipe={}, data=DATA, seed=1) as first:
         first.metrics(1, {"loss": 0.5})
-    with runs.reopen(first.id) as second:
+    with runs.run("two-steps", recipe={}, data=DATA, seed=1, again=first.id) as second:
         assert stores.client().get_run(first.id).info.status == "RUNNING"
         second.metrics(0, {"accuracy": 0.9})
     found = stores.client().get_run(first.id)
