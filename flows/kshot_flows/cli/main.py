@@ -6,14 +6,15 @@ import difflib
 import gc
 import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from kshot_flows.cli import algorithms, data, learn, models, plugins, run, schedule, serve
+from kshot_flows.cli.errors import sentence
 from kshot_flows.cli.run import stop
-from kshot_runtime.errors import KshotError
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
 
@@ -51,6 +52,12 @@ class _Group(TyperGroup):
             hint = f"; did you mean {close[0]!r}?" if close else "."
             ctx.fail(f"there is no command {args[0]!r}{hint} There are: {', '.join(known)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # click takes it for Ctrl-D, and says "Aborted."
+            raise ValueError("a file ended too early") from error
 
 
 app = typer.Typer(
@@ -93,24 +100,26 @@ def kshot(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="KSHOT_DEBUG", help="Show the traceback of an error.")
+    ] = False,
 ) -> None:
-    pass
+    if debug:
+        os.environ["KSHOT_DEBUG"] = "1"
 
 
 def main() -> None:
-    """The entry point: errors that are a user's to mend become a message, anything else stays a traceback."""
+    """The entry point: an error becomes a sentence and exit status 1; with --debug its traceback comes too."""
     # Threads of a math library that wait in a busy loop take the cores from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except KshotError as error:
-        _complain(error)
-        sys.exit(1)
     except KeyboardInterrupt:
         stop("Stopped.")
+    except Exception as error:
+        if os.environ.get("KSHOT_DEBUG", "0").lower() not in ("0", "false", ""):
+            traceback.print_exc()
+        typer.secho(sentence(error), fg="red", err=True)
+        sys.exit(1)
     finally:
         gc.freeze()  # at exit Python looks through a million live objects for garbage, for two seconds
-
-
-def _complain(error: KshotError) -> None:
-    typer.secho(str(error), fg="red", err=True)

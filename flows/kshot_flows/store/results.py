@@ -5,6 +5,7 @@ A result says where things are, so these are looked at before it is used again; 
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 from prefect.transactions import IsolationLevel
+from rich.markup import escape
 
 from kshot_flows import project
 from kshot_flows.console import progress
 from kshot_flows.store.locks import ProcessLocks
 from kshot_flows.store.products import Product
+from kshot_flows.tracking import stores
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Product)
@@ -96,9 +99,9 @@ def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     from mlflow.exceptions import MlflowException
 
     error = state.result(raise_on_failure=False)
-    again = isinstance(error, OSError | MlflowException)
+    again = isinstance(error, OSError | MlflowException) and getattr(error, "errno", None) != errno.ENOSPC
     if again:
-        progress.say(f"  {type(error).__name__}: {error}; trying again")
+        progress.say(escape(f"  {made.name}: {stores.reason(error)}; trying again"))
     return again
 
 
