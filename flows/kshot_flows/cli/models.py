@@ -2,73 +2,86 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kshot_flows.console.tables import table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.table import Table
 
-    from kshot_flows.registry.stages import Audit
+    from kshot_flows.registry import Audit
 
 # MLflow takes seconds to import, and `kshot --help` must not wait for it: every command imports what it needs.
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name: its recipe's.", show_default=False)]
 Number = Annotated[int, typer.Argument(metavar="VERSION", help="The version's number.", show_default=False)]
 Why = Annotated[str, typer.Option(help="The reason. It is kept with the move.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
+
+_VERSION = """A version in JSON has name, version, stage (none, staging, production, archived), aliases, registered,
+    accuracy and margin (shares of 1), gate (passed, failed, or null if it was never judged), gate_report, warnings,
+    recipe, data, data_sha256, other_data_sha256, git_commit, git_dirty, mlflow_run, prefect_run, source, sha256 (of
+    each file)."""
+_MOVE = """A move in JSON has number, when, version, from, to, archived (the version that it displaced), who, why,
+    gate_report, rollback, adopted (it was made in MLflow), refused (why it did not count). Times are ISO 8601."""
 
 
 def add_commands(app: typer.Typer) -> None:
     """Make these functions commands of `app`."""
-    for command in (models, promote, rollback, history, trace):
-        app.command()(command)
+    helps: dict[Callable[..., None], str | None] = {
+        models: f"List models and their versions: stage, accuracy, data, when.\n\n{_VERSION}",
+        promote: None,
+        rollback: None,
+        history: f"List every move of a model's versions: who, when, why, from, to.\n\n{_MOVE}",
+        trace: f"Show what led to a version: data, code, recipe, runs, files, gate, and its moves.\n\n{_VERSION} And "
+        f"history, its moves.\n\n{_MOVE}",
+    }
+    for command, text in helps.items():
+        app.command(help=text)(command)
 
 
 def models(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Show only this model.", show_default=False)
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Finish moves that were interrupted.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List models and their versions: stage, accuracy, data, when."""
     from rich.console import Console
 
     from kshot_flows import registry
-    from kshot_flows.registry.stages import local_time
     from kshot_flows.tracking import stores
 
     out = Console(markup=False)
     names = registry.models() if name is None else [name]
+    for each in names:
+        _settle(each)
+    found = {each: registry.versions(each) for each in names}
+    if as_json:
+        _print_json([version.to_dict() for versions in found.values() for version in versions])
+        return
     if not names:
         out.print("No models yet. `kshot run` trains one and registers it.")
-    for each in names:
-        if repair:
-            registry.repair(each)
-        listed = _titled(each, "version", "stage", "accuracy", "gate", "data", "registered")
-        for version in registry.versions(each):
+    for each, versions in found.items():
+        listed = _titled(each, "version", "stage", "accuracy", "gate", "data", "registered", "other aliases")
+        for version in versions:
             listed.add_row(
                 str(version.version),
                 version.stage,
                 registry.accuracy(version.tags),
                 version.tags.get("gate", ""),
                 version.tags.get("data", "")[:12],
-                local_time(version.when)[:16],
+                registry.local_time(version.when)[:16],
+                ", ".join(alias for alias in version.aliases if alias != version.stage.lower()),
             )
         out.print(listed)
-        for version in registry.versions(each):
+        for version in versions:
             if version.stage == "Production" and (warnings := version.tags.get("gate.warnings")):
                 out.print(f"Version {version.version} is in production; mind: it {warnings}", style="yellow")
-        wrong = registry.disagreements(each)
-        for sentence in wrong:
-            out.print(sentence, style="red")
-        if wrong:
-            out.print(
-                f"A move was interrupted, or made by other means. `kshot models {each} --repair` follows the log."
-            )
     if names:
         out.print(f"in {stores.public(stores.uri())}", style="dim")
 
@@ -80,41 +93,56 @@ def promote(
         str, typer.Argument(metavar="STAGE", help="none, staging, production or archived.", show_default=False)
     ],
     why: Why = "",
-    force: Annotated[bool, typer.Option("--force", help="Pass by the gate; needs --why.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Pass by the gate, or take the champion out of production; needs --why."),
+    ] = False,
 ) -> None:
     """Move a version to a stage. Into production only with a gate report that passed, unless forced."""
     from kshot_flows import registry
 
-    _tell(registry.promote(name, version, stage, why=why or None, force=force))
+    _settle(name, needed=True)
+    try:
+        _tell(registry.promote(name, version, stage, why=why or None, force=force))
+    except registry.AlreadyThereError as error:
+        typer.echo(str(error))
 
 
 def rollback(name: Name, why: Why = "rolled back by hand") -> None:
     """Give production back to the version that served before."""
     from kshot_flows import registry
 
+    _settle(name, needed=True)
     _tell(registry.rollback(name, why=why))
 
 
 def history(
     name: Name,
     refused: Annotated[bool, typer.Option("--refused", help="Also show moves that came too late.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List every move of a model's versions: who, when, why, from, to."""
     from rich.console import Console
 
     from kshot_flows import registry
 
+    _settle(name)
     entries = registry.history(name, refused=refused)
-    Console(markup=False).print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
+    if as_json:
+        _print_json([entry.to_dict() for entry in entries])
+    else:
+        Console(markup=False).print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
 
 
-def trace(name: Name, version: Number) -> None:
-    """Show what led to a version: data, code, recipe, runs, files, gate, and its moves."""
+def trace(name: Name, version: Number, as_json: Json = False) -> None:
     from rich.console import Console
 
     from kshot_flows import registry
 
+    _settle(name)
     found, out = registry.trace(name, version), Console(markup=False)
+    if as_json:
+        _print_json({**found.version.to_dict(), "history": [entry.to_dict() for entry in found.history]})
+        return
     facts = _titled(f"{name} version {version}", "", "", show_header=False)
     for what, value in found.facts.items():
         facts.add_row(what, value)
@@ -123,18 +151,35 @@ def trace(name: Name, version: Number) -> None:
         out.print(_moves("its moves", found.history))
 
 
+def _settle(name: str, *, needed: bool = False) -> None:
+    """Let the audit, the stages and the aliases agree, and say what did not; on standard error, beside any JSON."""
+    from kshot_flows import registry
+
+    try:
+        for sentence in registry.settle(name):
+            typer.secho(sentence, fg="yellow", err=True)
+    except registry.UnsettledError as error:
+        if needed:
+            raise
+        typer.secho(str(error), fg="red", err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
 def _titled(title: str, *columns: str, show_header: bool = True) -> Table:
     return table(*columns, title=title, title_justify="left", title_style="bold", show_header=show_header)
 
 
 def _moves(title: str, entries: Sequence[Audit]) -> Table:
-    from kshot_flows.registry.stages import local_time
+    from kshot_flows import registry
 
     moves = _titled(title, "when", "version", "from", "to", "archived", "who", "why")
     for entry in entries:
         why = f"{entry.why} (rollback)" if entry.rollback else entry.why
         moves.add_row(
-            local_time(entry.when),
+            registry.local_time(entry.when),
             str(entry.version),
             entry.came_from,
             entry.stage,
@@ -146,5 +191,11 @@ def _moves(title: str, entries: Sequence[Audit]) -> Table:
 
 
 def _tell(audit: Audit) -> None:
-    away = f"; version {audit.displaced} went to the archive" if audit.displaced is not None else ""
-    typer.echo(f"{audit.name}: version {audit.version} is in {audit.stage.lower()} now{away}.")
+    """All that a move did."""
+    emptied = audit.came_from == "Production" != audit.stage
+    said = f"{audit.name}: version {audit.version} {audit.stage.said} now" + " and no longer in production" * emptied
+    if audit.displaced is not None:
+        said += f"; version {audit.displaced} is archived"
+    if emptied:
+        said += ". Nothing is in production: servers that run go on with the version that they have, new ones wait"
+    typer.echo(f"{said}.")

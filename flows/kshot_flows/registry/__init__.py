@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from kshot_flows.registry import logged_model, mlflow_api, moves
 from kshot_flows.registry.gate import GateReport
-from kshot_flows.registry.logged_model import CLAIM
 from kshot_flows.registry.log import (
     ANY,
     SINGLE,
@@ -29,18 +28,20 @@ from kshot_flows.registry.log import (
     GateClosedError,
     Stage,
     StageConflictError,
-    UnsettledError,
     Unset,
+    UnsettledError,
     local_time,
     the,
 )
+from kshot_flows.registry.logged_model import CLAIM
 from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 __all__ = [
-    "ANY", "CLAIM", "Audit", "GateClosedError", "Stage", "StageConflictError", "Trace", "Version", "accuracy",
-    "champion", "disagreements", "fetch_bundle", "gate_report", "history", "identity", "log_model", "models", "move",
-    "promote", "record_gate", "register", "repair", "rollback", "trace", "versions",
+    "ANY", "CLAIM", "AlreadyThereError", "Audit", "GateClosedError", "Stage", "StageConflictError", "Trace",
+    "UnsettledError", "Version", "accuracy", "champion", "check_name", "disagreements", "fetch_bundle", "gate_report",
+    "history", "identity", "local_time", "log_model", "models", "move", "promote", "record_gate", "register",
+    "rollback", "settle", "trace", "versions",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -128,6 +129,14 @@ class Trace:
         return {key: value for key, value in facts.items() if value}
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no model can have."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(moves.SUFFIX):
+        raise KshotError(
+            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, but {moves.SUFFIX!r} at its end"
+        )
+
+
 def log_model(name: str, run_id: str, bundle: Path, note: str = "") -> str:
     """Keep a bundle as a logged model of its run, which `mlflow.pyfunc` can load; the same one again for the same."""
     door = stores.client()
@@ -142,10 +151,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     is the `card`; its tags carry the files' sha256, the data hash and git commit of the run, and what the caller adds
     (`accuracy` and `margin`, as shares of 1, are shown by `kshot models`). It is there with all of this or not at all.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(moves.SUFFIX):
-        raise KshotError(
-            f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, but {moves.SUFFIX!r} at its end"
-        )
+    check_name(name)
     missing = [file for file in _FILES if not (bundle / file).is_file()]
     if missing:
         raise KshotError(f"{bundle} is not a bundle: it lacks {', '.join(missing)}. `kshot run` makes one.")

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kshot_flows.registry.stages import SINGLE, Stage
+from kshot_flows.registry.log import SINGLE, Stage
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+MARKED = "kshot.marks"  # the tag of models whose moves leave marks (kshot_flows.registry.moves)
 
 
 def transition(door: MlflowClient, name: str, version: int, stage: Stage) -> None:
@@ -30,26 +32,30 @@ def transition(door: MlflowClient, name: str, version: int, stage: Stage) -> Non
 def patiently(call: Callable[[], object]) -> None:
     """Call again when others write at the same moment: MLflow reads before it inserts, and the later one fails."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     for attempt in range(10):
         try:
             call()
             return
-        except MlflowException:
-            if attempt == 9:
+        except MlflowException as error:
+            away = isinstance(error.__cause__ or error.__context__, RequestException)  # tried again by MLflow itself
+            if attempt == 9 or away:
                 raise
             time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
 
 
 def create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:
-    """Make a model, unless it is there; `log` marks it as the log of another one's moves."""
+    """Make a model, unless it is there; `log` marks it as the audit log of another one."""
     from mlflow.exceptions import MlflowException
 
     try:
-        door.create_registered_model(name, tags={"kshot.log": "true"} if log else None, description=description)
+        door.create_registered_model(name, tags={"kshot.log" if log else MARKED: "true"}, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        if log and door.get_registered_model(name).description != description:
+            door.update_registered_model(name, description)
 
 
 def models(door: MlflowClient) -> list[str]:

@@ -1,29 +1,47 @@
-"""The log of a model's moves: written first, and then MLflow's stages, tags and aliases brought to what it says.
+"""Moves between stages: written to a model's audit log first, and then MLflow's stages, tags and aliases follow it.
 
-**What holds.** Every move is first an entry in a log, and only then done. The log of model `NAME` is a registered
-model `NAME.moves` whose versions are the entries: MLflow numbers them 1, 2, 3, ... and its database lets no number
-be given twice, on SQLite and on a server alike. So all processes on all machines see the same entries in the same
-order, and reading them from the first to the last gives everyone the same answer: which version is in which stage,
-and whether an entry counted. An entry that expects a version in a stage where it no longer is does not count: that
-is the compare-and-set, and it needs no lock and no lease. Entries are only ever added: the log is the audit too.
+**The log.** The log of model `NAME` is a registered model `NAME.moves` whose versions are the entries: MLflow numbers
+them 1, 2, 3, ... and its database lets no number be given twice, on SQLite and on a server alike. So all processes on
+all machines see the same entries in the same order, and reading them from the first to the last gives everyone the
+same answer: which version is in which stage, and whether an entry counted. An entry that expects a version in a stage
+where it no longer is does not count: that is the compare-and-set, and it needs no lock and no lease. Entries are only
+ever added: the log is the audit too. (Tags and aliases could not replace it: MLflow overwrites them unconditionally.)
 
-MLflow's stages, the tag `stage` and the aliases follow the log, in this order and the alias last; whoever moves
-goes on until they agree with the newest entry. A process killed in between leaves them behind, never the log:
-`disagreements` finds that, and the next move (or `repair`) sets it right. Moves made by other means, such as a
-click in MLflow's own pages, are not in the log; they are found, and undone, in the same way.
+**MLflow follows**: stages, then the tag `stage`, and last the aliases, which serving reads. Whoever moves goes on until
+they agree with the newest entry.
+
+**Interrupted or foreign?** A process marks the model, with the number of the newest entry, before it adds one, and
+takes its mark away when MLflow has followed. A mark that stays is that of a process which was killed. If MLflow shows
+something else than the log says, it is a move of kshot's on its way where the log said just that at the mark's entry or
+later: `settle` finishes it. Anything else was moved in MLflow's pages or by another client: `settle` adds it to the
+log. The rule looks at each version and each alias by itself, so both at once are told apart too. Only if someone sets
+back by hand just what an interrupted move had changed, the two look alike, and that move is finished.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kshot_flows import project
 from kshot_flows.registry import mlflow_api
-from kshot_flows.registry.stages import SINGLE, Audit, Log, Stage, StageConflictError, Unset, the
+from kshot_flows.registry.log import (
+    ELSEWHERE,
+    SINGLE,
+    Audit,
+    Log,
+    Stage,
+    StageConflictError,
+    Unset,
+    UnsettledError,
+    the,
+)
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
@@ -31,6 +49,21 @@ if TYPE_CHECKING:
 
 SUFFIX = ".moves"  # NAME.moves is the log of NAME
 _ENTRY = "kshot.move"  # the tag of a log entry that holds it
+_MARK = "kshot.moving."  # how a mark's tag begins; its value is the number of an entry and the time in seconds
+_OLD = 60.0  # seconds after which a mark is a dead process's: a move takes less than one
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What MLflow shows of a model's versions, at one moment of its log."""
+
+    stages: Mapping[int, Stage]
+    tags: Mapping[int, str]
+    aliases: Mapping[str, int]
+    settled: int  # the entry that MLflow is known to have followed
+    old_marks: tuple[str, ...]
+    marked: bool  # whether moves leave marks: those of an earlier kshot did not
+    ours: bool  # not a model that another program keeps in the same registry
 
 
 def read_log(door: MlflowClient, name: str) -> Log:
@@ -39,6 +72,31 @@ def read_log(door: MlflowClient, name: str) -> Log:
     for version in sorted(mlflow_api.versions(door, name + SUFFIX), key=lambda version: int(version.version)):
         log.add(int(version.version), mlflow_api.moment(version.creation_timestamp), json.loads(version.tags[_ENTRY]))
     return log
+
+
+def look(door: MlflowClient, name: str) -> tuple[Log, Shown]:
+    """A model's log and what MLflow shows, of one moment: while both were read, no entry was added."""
+    log = read_log(door, name)
+    while True:
+        # Marks are read before stages: a mark that is gone by then leaves nothing on its way.
+        model = mlflow_api.model(door, name)
+        known = {int(version.version): version for version in mlflow_api.versions(door, name)}
+        newest = read_log(door, name)
+        if newest.newest == log.newest:
+            break
+        log = newest
+    marks = {tag: value.split() for tag, value in model.tags.items() if tag.startswith(_MARK)}
+    settled = min((int(number) for number, _ in marks.values()), default=log.newest)
+    shown = Shown(
+        stages={number: Stage(version.current_stage) for number, version in known.items()},
+        tags={number: version.tags.get("stage", Stage.NONE) for number, version in known.items()},
+        aliases={alias: int(version) for alias, version in model.aliases.items()},
+        settled=settled if mlflow_api.MARKED in model.tags else 0,
+        old_marks=tuple(tag for tag, (_, when) in marks.items() if abs(time.time() - float(when)) > _OLD),
+        marked=mlflow_api.MARKED in model.tags or not log.numbers,
+        ours=bool(log.numbers) or any("bundle" in version.tags for version in known.values()),
+    )
+    return log, shown
 
 
 def record(
@@ -55,66 +113,111 @@ def record(
     """Write a move down and bring MLflow to it; a StageConflictError if `expect` is not in the stage (any more)."""
     if not why.strip():
         raise KshotError("a move is kept for ever, and so is its reason: say why")
-    log = _forget_deleted(door, name, read_log(door, name))
+    log, _ = settle(door, name)
     if not isinstance(expect, Unset) and log.holder(stage) != expect:
         raise StageConflictError(log.conflict(stage, expect))
-    entry: dict[str, Any] = {"version": version, "stage": stage, "who": who or project.user(), "why": why}
+    entry: dict[str, Any] = {"id": uuid.uuid4().hex, "version": version, "stage": stage}
+    entry |= {"who": who or project.user(), "why": why}
     if not isinstance(expect, Unset):
         entry["expect"] = expect
     if back:
         entry["rollback"] = True
     if stage is Stage.PRODUCTION and (uri := mlflow_api.existing(door, name, version).tags.get("gate.report")):
         entry["report"] = uri
-    mine = _append(door, name, entry)
-    audit = next(one for one in settle(door, name).entries if one.id == mine)
+    with _marked(door, name, log.newest):
+        _append(door, name, entry)
+        log = _follow(door, name)
+    audit = next(one for one in log.entries if one.id == entry["id"])
     if audit.refused:
         raise StageConflictError(audit.refused)
     return audit
 
 
-def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> str:
-    """Add an entry to the log, under a number that the database gives to no one else. Returns the entry's id."""
-    log, about = name + SUFFIX, f"Who moved which version of {name} where, an entry to a version. By kshot."
+def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
+    """Finish moves that were interrupted and add to the log those that were made by other means.
+
+    Returns the log, with which MLflow now agrees, and a sentence for each thing that was put right.
+    """
+    log, shown = look(door, name)
+    wrong = differences(log, shown)
+    if not shown.ours or (not wrong and not shown.old_marks and shown.marked):
+        return log, []
+    foreign = log.foreign(shown.stages, shown.aliases, shown.settled)
+    with _marked(door, name, shown.settled):
+        for version, stage, how in foreign:
+            # Two processes that find the same move make one entry of it, and none if kshot moved something meanwhile.
+            entry = {"id": f"{log.newest}:{version}:{stage}", "found_after": log.newest}
+            _append(door, name, {**entry, "version": version, "stage": stage, "who": ELSEWHERE, "why": how})
+        log = _follow(door, name)
+    door.set_registered_model_tag(name, mlflow_api.MARKED, "true")
+    for mark in shown.old_marks:
+        door.delete_registered_model_tag(name, mark)
+    found = [f"version {version} of {name} is {stage} now: {how}; it was recorded" for version, stage, how in foreign]
+    return log, found or [f"{name}: {sentence}; it was put right" for sentence in wrong]
+
+
+def differences(log: Log, shown: Shown) -> list[str]:
+    """Where MLflow is not what the log says, in a sentence each."""
+    found = []
+    for number, stage in shown.stages.items():
+        if stage is not log.stage(number):
+            found.append(f"version {number} is in {stage}, and the log says {log.stage(number)}")
+        elif (tag := shown.tags[number]) != stage:
+            found.append(f"version {number} is tagged {tag}, and the log says {stage}")
+    for single in SINGLE:
+        alias, holder = shown.aliases.get(single.lower()), log.holder(single)
+        if alias != holder:
+            found.append(f"the alias {single.lower()} is at {the(alias)}, and the log says {the(holder)}")
+    return found
+
+
+@contextmanager
+def _marked(door: MlflowClient, name: str, settled: int) -> Iterator[None]:
+    """Show on the model that MLflow may be behind its log; for good if the block does not come to its end."""
+    from mlflow.exceptions import MlflowException
+
+    mark = f"{_MARK}{uuid.uuid4().hex[:12]}"
+    try:
+        door.set_registered_model_tag(name, mark, f"{settled} {time.time():.0f}")
+        yield
+        door.delete_registered_model_tag(name, mark)
+    except MlflowException as error:
+        raise UnsettledError(
+            f"MLflow did not take a move of {name}, or not all of it: {error}. When it answers again, see what is in "
+            f"the audit; what is there will be finished: kshot history {name}"
+        ) from error
+
+
+def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> None:
+    """Add an entry to the log, under a number that the database gives to no one else."""
+    log = name + SUFFIX
+    about = (
+        f"This is no model: it is the audit log of {name}, which kshot keeps here. Do not serve or delete it. Each "
+        f"version is an entry: who moved which version of {name} to which stage, and why. See `kshot history {name}`."
+    )
+    sentence = (
+        f"No model, but an entry of the audit log of {name}: "
+        f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"
+    )
     mlflow_api.create_model(door, log, about, log=True)
-    entry = {"id": uuid.uuid4().hex, **entry}
-    sentence = f"version {entry['version']} to {entry['stage']} by {entry['who']}: {entry['why']}"[:1000]
     mlflow_api.patiently(
         lambda: door.create_model_version(
             log,
             source=f"kshot-move:/kshot-move/{name}",
             tags={_ENTRY: json.dumps(entry)},
-            description=sentence,
+            description=sentence[:1000],
             await_creation_for=0,
         )
     )
-    return str(entry["id"])
 
 
-def _forget_deleted(door: MlflowClient, name: str, log: Log) -> Log:
-    """Write down that a version which held a stage is gone, so that the stage is free."""
-    there = {int(version.version) for version in mlflow_api.versions(door, name)}
-    gone = [v for stage in SINGLE if (v := log.holder(stage)) is not None and v not in there]
-    for version in gone:
-        why = "the version was deleted from the registry"
-        _append(door, name, {"version": version, "stage": Stage.NONE, "who": project.user(), "why": why})
-    return read_log(door, name) if gone else log
-
-
-def settle(door: MlflowClient, name: str) -> Log:
+def _follow(door: MlflowClient, name: str) -> Log:
     """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
-    from mlflow.exceptions import MlflowException
-
     log = read_log(door, name)
     while True:
-        try:
-            mlflow_api.patiently(partial(_apply, door, name, log))
-        except MlflowException as error:
-            raise KshotError(
-                f"the move of {name} is in its log, but MLflow did not follow: {error}. When it is well again: "
-                f"kshot models {name} --repair"
-            ) from error
+        mlflow_api.patiently(partial(_apply, door, name, log))
         newest = read_log(door, name)
-        if len(newest.entries) == len(log.entries):
+        if newest.newest == log.newest:
             return newest
         log = newest
 
@@ -122,41 +225,20 @@ def settle(door: MlflowClient, name: str) -> Log:
 def _apply(door: MlflowClient, name: str, log: Log) -> None:
     known = {int(version.version): version for version in mlflow_api.versions(door, name)}
     stages = {number: Stage(version.current_stage) for number, version in known.items()}
-    wanted = log.wanted(stages)
     # A stage that holds one version is taken in one transaction, which archives whoever was there.
-    for number in sorted(wanted, key=lambda number: wanted[number] not in SINGLE):
-        target = wanted[number]
+    for number in sorted(known, key=lambda number: log.stage(number) not in SINGLE):
+        target = log.stage(number)
         others = [other for other in stages if other != number and stages[other] is target and target in SINGLE]
         if stages[number] is not target or others:
             mlflow_api.transition(door, name, number, target)
             stages.update(dict.fromkeys(others, Stage.ARCHIVED) | {number: target})
     for number, version in known.items():
-        if version.tags.get("stage", Stage.NONE) != wanted[number]:
-            door.set_model_version_tag(name, str(number), "stage", wanted[number])
+        if version.tags.get("stage", Stage.NONE) != log.stage(number):
+            door.set_model_version_tag(name, str(number), "stage", log.stage(number))
     aliases = mlflow_api.aliases(door, name)
-    for stage in SINGLE:
-        alias, holder = stage.lower(), next((n for n, where in wanted.items() if where is stage), None)
-        if holder is not None and aliases.get(alias) != holder:
+    for single in SINGLE:
+        alias, holder = single.lower(), log.holder(single)
+        if holder in known and aliases.get(alias) != holder:
             door.set_registered_model_alias(name, alias, str(holder))
-        elif holder is None and alias in aliases:
+        elif holder not in known and alias in aliases:
             door.delete_registered_model_alias(name, alias)
-
-
-def differences(door: MlflowClient, name: str, log: Log) -> list[str]:
-    """Where MLflow is not what the log says, in a sentence each."""
-    known = {int(version.version): version for version in mlflow_api.versions(door, name)}
-    wanted = log.wanted({number: Stage(version.current_stage) for number, version in known.items()})
-    gaps = set(range(1, max(log.numbers, default=0))) - log.numbers
-    found = [f"entry {number} of the log was deleted" for number in sorted(gaps)]
-    for number, version in known.items():
-        if Stage(version.current_stage) is not wanted[number]:
-            found.append(f"version {number} is in {version.current_stage}, and the log says {wanted[number]}")
-        elif (tag := version.tags.get("stage", Stage.NONE)) != wanted[number]:
-            found.append(f"version {number} is tagged {tag}, and the log says {wanted[number]}")
-    aliases = mlflow_api.aliases(door, name)
-    for stage in SINGLE if log.entries else ():
-        holder = next((number for number, where in wanted.items() if where is stage), None)
-        if aliases.get(stage.lower()) != holder:
-            at = the(aliases.get(stage.lower()))
-            found.append(f"the alias {stage.lower()} is at {at}, and the log says {the(holder)}")
-    return found

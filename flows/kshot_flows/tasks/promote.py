@@ -7,8 +7,9 @@ from contextlib import suppress
 
 from kshot.recipe import Recipe
 from kshot_flows import registry
+from kshot_flows.console import progress
 from kshot_flows.registry.gate import Evidence, GateSettings, judge
-from kshot_flows.registry.stages import Stage, StageConflictError
+from kshot_flows.registry.log import Stage, StageConflictError
 from kshot_flows.store import keys
 from kshot_flows.store.products import Promotion, Registered
 from kshot_flows.store.results import task, transient
@@ -31,11 +32,9 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
     """
     settings = GateSettings.of(recipe.gate)
     name, number = version.name, version.version
+    for sentence in registry.settle(name):
+        progress.say(f"  {sentence}")
     stage = next(one.stage for one in registry.versions(name) if one.version == number)
-    if stage is Stage.PRODUCTION:
-        known = registry.gate_report(name, number)
-        warnings = known.warnings if known else ()
-        return Promotion(name, number, stage, number, "it is in production already", warnings=warnings)
     if stage is Stage.ARCHIVED:
         why = f"it was archived, and only a person brings it back: kshot promote {name} {number} production"
         return Promotion(name, number, stage, registry.champion(name), why)
@@ -44,6 +43,10 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
     challenger = Evidence.from_dict({**json.loads(version.evidence.file.read_text()), "version": number})
     while True:
         champion = registry.champion(name)
+        if champion == number:  # by an earlier attempt, or by another process meanwhile
+            known = registry.gate_report(name, number)
+            why, warnings = "it is in production already", known.warnings if known else ()
+            return Promotion(name, number, Stage.PRODUCTION, number, why, warnings=warnings)
         try:
             other = None
             if champion is not None:

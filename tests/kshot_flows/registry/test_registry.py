@@ -9,10 +9,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from kshot_flows import registry
 from kshot_flows.registry.gate import Check, GateReport
-from kshot_flows.registry.stages import GateClosedError, Stage, StageConflictError
+from kshot_flows.registry.log import AlreadyThereError, GateClosedError, Stage, StageConflictError
 from kshot_flows.tracking import runs, stores
 from kshot_runtime.errors import KshotError
 
@@ -210,26 +211,95 @@ def test_a_gate_report_counts_only_against_the_champion_it_judged(model: str) ->
     assert registry.promote(model, 2, "production").displaced == 1
 
 
-def test_a_stage_moved_behind_our_back_is_told_and_repaired(model: str) -> None:
+def click(model: str, version: int, stage: str) -> None:
+    """As a click in MLflow's pages."""
+    with pytest.warns(FutureWarning):
+        stores.client().transition_model_version_stage(model, str(version), stage)
+
+
+def test_moves_made_in_mlflow_are_recorded_in_the_audit_and_stay(model: str) -> None:
+    door = stores.client()
+    registry.move(model, 1, "production", why="first")
+    door.set_registered_model_alias(model, "production", "2")
+    assert registry.disagreements(model) == ["the alias production is at version 2, and the log says version 1"]
+    assert registry.settle(model) == [
+        f"version 2 of {model} is Production now: the alias production was set to it; it was recorded"
+    ]
+    assert (stages(model), aliases(model)) == ({1: "Archived", 2: "Production", 3: "None"}, {"production": 2})
+    click(model, 3, "Staging")
+    click(model, 2, "Archived")
+    registry.move(model, 1, "production", why="back", expect=None)  # a move records them first
+    assert (stages(model), aliases(model)) == (
+        {1: "Production", 2: "Archived", 3: "Staging"},
+        {"production": 1, "staging": 3},
+    )
+    assert [(a.version, str(a.came_from), str(a.stage), a.displaced, a.adopted) for a in registry.history(model)] == [
+        (1, "None", "Production", None, False),
+        (2, "None", "Production", 1, True),
+        (3, "None", "Staging", None, True),
+        (2, "Production", "Archived", None, True),
+        (1, "Archived", "Production", None, False),
+    ]
+    assert registry.history(model)[1].who == "someone in MLflow"
+    assert (registry.disagreements(model), registry.settle(model)) == ([], [])
+
+
+def test_of_a_stage_and_an_alias_set_to_different_versions_the_alias_counts(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    click(model, 3, "Production")
+    stores.client().set_registered_model_alias(model, "production", "2")
+    assert len(registry.settle(model)) == 2
+    assert (stages(model), aliases(model)) == ({1: "Archived", 2: "Production", 3: "Archived"}, {"production": 2})
+    stores.client().delete_registered_model_alias(model, "production")
+    assert "the alias production was removed" in registry.settle(model)[0]
+    assert (stages(model)[2], registry.champion(model), registry.disagreements(model)) == ("Archived", None, [])
+
+
+def test_models_of_other_programs_are_left_alone(project: Path) -> None:
+    door, name = stores.client(), f"others-{uuid.uuid4().hex[:8]}"
+    door.create_registered_model(name)
+    door.create_model_version(name, source="somewhere", await_creation_for=0)
+    door.set_registered_model_alias(name, "production", "1")
+    assert (registry.settle(name), registry.disagreements(name)) == ([], [])
+    assert aliases(name) == {"production": 1}
+    with pytest.raises(MlflowException, match="not found"):
+        door.get_registered_model(f"{name}.moves")
+
+
+def test_the_champion_leaves_production_only_by_force_with_a_reason(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    registry.move(model, 2, "production", why="better")
+    for stage in ("staging", "archived", "none"):
+        with pytest.raises(GateClosedError, match=rf"nothing would be: .*promote {model} 2 {stage} --force --why"):
+            registry.promote(model, 2, stage, why="no")
+    assert registry.champion(model) == 2
+    assert registry.promote(model, 2, "staging", why="broken", force=True).why == "broken (forced)"
+    assert (aliases(model), registry.champion(model)) == ({"staging": 2}, None)
+    with pytest.raises(AlreadyThereError, match="version 2 is in staging already; nothing was moved"):
+        registry.promote(model, 2, "staging")
+    assert registry.rollback(model, why="back").version == 1
+
+
+def test_a_log_of_an_earlier_kshot_without_marks_is_followed_once(model: str) -> None:
+    """It said "in production" where a killed process had not set the alias."""
     registry.move(model, 1, "production", why="first")
     door = stores.client()
-    with pytest.warns(FutureWarning):
-        door.transition_model_version_stage(model, "3", "Production")  # a click in MLflow's pages
-    door.set_registered_model_alias(model, "production", "2")
-    assert registry.disagreements(model) == [
-        "version 3 is in Production, and the log says Archived",
-        "the alias production is at version 2, and the log says version 1",
+    door.delete_registered_model_tag(model, "kshot.marks")
+    door.delete_registered_model_alias(model, "production")
+    assert registry.settle(model) == [
+        f"{model}: the alias production is at no version, and the log says version 1; it was put right"
     ]
-    registry.repair(model)
-    assert registry.disagreements(model) == []
-    assert stages(model) == {1: "Production", 2: "None", 3: "Archived"}
     assert aliases(model) == {"production": 1}
+    door.delete_registered_model_alias(model, "production")
+    assert "the alias production was removed" in registry.settle(model)[0]
 
 
 @pytest.mark.parametrize(
     "last_call", ["create_model_version", "transition_model_version_stage", "set_model_version_tag"]
 )
-def test_a_mover_killed_between_two_calls_is_told_and_repaired(model: str, project: Path, last_call: str) -> None:
+def test_a_move_that_was_killed_is_finished_and_one_made_in_mlflow_beside_it_recorded(
+    model: str, project: Path, last_call: str
+) -> None:
     registry.move(model, 1, "production", why="first")
     script = f"""
 import os, signal, mlflow
@@ -245,10 +315,14 @@ registry.move({model!r}, 2, "production", why="killed meanwhile")
     assert done.returncode == -signal.SIGKILL
     assert registry.champion(model) == 2  # the log had it already
     assert any("alias production is at version 1" in line for line in registry.disagreements(model))
+    click(model, 3, "Archived")
     registry.move(model, 3, "staging", why="something else")
     assert registry.disagreements(model) == []
     assert aliases(model) == {"production": 2, "staging": 3}
     assert stages(model)[1] == "Archived"
+    assert [(a.version, a.stage, a.adopted) for a in registry.history(model)[1:]] == [
+        (2, "Production", False), (3, "Archived", True), (3, "Staging", False),
+    ]  # fmt: skip
 
 
 def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: str, project: Path) -> None:
@@ -256,7 +330,7 @@ def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: st
     script = f"""
 import sys
 from kshot_flows import registry
-from kshot_flows.registry.stages import StageConflictError
+from kshot_flows.registry.log import StageConflictError
 version = int(sys.argv[1])
 registry.champion({model!r}); print("ready", flush=True); sys.stdin.readline()
 won = lost = 0
@@ -345,3 +419,14 @@ def test_the_logs_are_not_models(model: str) -> None:
     registry.move(model, 1, "staging", why="x")
     assert model in registry.models()
     assert model + ".moves" not in registry.models()
+
+
+def test_the_pages_of_a_log_say_that_it_is_no_model(model: str) -> None:
+    registry.move(model, 1, "staging", why="x")
+    door, log = stores.client(), f"{model}.moves"
+    door.update_registered_model(log, "as an earlier kshot described it")
+    registry.move(model, 1, "archived", why="y")
+    assert door.get_registered_model(log).description.startswith(f"This is no model: it is the audit log of {model}")
+    assert door.get_model_version(log, "1").description == (
+        f"No model, but an entry of the audit log of {model}: version 1 to Staging by ann: x"
+    )

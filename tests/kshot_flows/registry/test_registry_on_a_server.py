@@ -16,7 +16,7 @@ import pytest
 
 from kshot_flows import registry
 from kshot_flows.registry.gate import Check, GateReport
-from kshot_flows.registry.stages import StageConflictError
+from kshot_flows.registry.log import StageConflictError
 from kshot_flows.tracking import runs, stores
 from kshot_runtime.errors import KshotError
 
