@@ -42,7 +42,7 @@ def sentence(error: BaseException) -> str:
         left = shutil.disk_usage(full).free / 2**20
         return f"disk full: {full} has {left:.0f} MB left; free some and run again: {again}"
     for each in chain:
-        if isinstance(each, ImportError):
+        if isinstance(each, ImportError) and not (each.name or "").startswith("kshot"):
             return f"{each.name} cannot be imported ({each}). pip install 'kshot[train]' brings what training needs."
         if isinstance(each, OSError) and each.errno in _DENIED and each.filename:
             return f"{each.filename}: {each.strerror}. Change its permissions, or set KSHOT_HOME to a folder of yours."
@@ -58,8 +58,8 @@ def sentence(error: BaseException) -> str:
         return f"the database is busy: another process has been writing to it for long. Wait for it, and {again}"
     if _DAMAGED.search(text):
         return (
-            f"a file is damaged ({_first_line(chain[-1])}). `kshot --debug` shows where it was read; restore it or move "
-            f"it away, and {again}"
+            f"a file is damaged ({_first_line(chain[-1])}). `kshot --debug` shows where it was read. Restore it or "
+            f"move it away, and {again}"
         )
     for name, words in {"mlflow": "MLflow", "dvc": "DVC", "prefect": "Prefect", "sqlalchemy": "the database"}.items():
         if name in names:
