@@ -59,7 +59,7 @@ def facts(recipe: Recipe, scores: Scores, bundle: Exported, run: runs.Run) -> di
         "training": _training(scores),
         "unknown": _unknown(scores),
         "limits": list(_limits(scores, about)),
-        "data": scores.data.refs(recipe.dataset),
+        "data": [(ref, _uses(recipe, scores, ref.name)) for ref in scores.data.refs(recipe.dataset)],
         "lineage": {name: value for name, value in lineage.items() if value},
         "loading": _LOADING.format(name=recipe.name),
         "settings": runs.flatten(recipe.model_dump(mode="json")),
@@ -135,9 +135,16 @@ def _unknown(scores: Scores) -> str | None:
         f"Measured on test classes, {line.shape.ways}-way {line.shape.shots}-shot, at the default threshold: of photos "
         f"that show one of the classes {_share(1 - found.accepted)} are wrongly refused as unknown, and of photos that "
         f"show none of them {_share(found.false_accepts)} are wrongly let in (AUROC {_share(found.auroc)}). "
-        "`accept`, the share of known photos that is to pass, moves the threshold: a higher one lets in more unknown "
-        "photos too."
+        "The threshold moves with `accept`, the share of known photos that is to pass: more of them, and more unknown "
+        "ones are let in."
     )
+
+
+def _uses(recipe: Recipe, scores: Scores, name: str) -> str:
+    """What a recipe takes which splits of a data set for."""
+    named = {role: getattr(recipe.dataset, role) for role in ("train", "validation", "unlabelled", "test")}
+    parts = [(role, part) for role, splits in named.items() if splits for part in scores.data.parts(splits)]
+    return ", ".join(f"{role}: {splits}" for role, (packed, splits) in parts if packed.name == name)
 
 
 def _limits(scores: Scores, about: Manifest) -> Iterator[str]:
@@ -146,8 +153,8 @@ def _limits(scores: Scores, about: Manifest) -> Iterator[str]:
     yield f"Photos are seen at {image.size} x {image.size} pixels in {colours} ({image.fit})."
     yield f"At most {most.ways} classes, {most.shots} photos of a class and {most.support} photos in all."
     yield (
-        f"The figures hold for classes like those of {scores.split} of {scores.data.name}, with support and queries "
-        f"drawn as {first.protocol}; for other photos, measure again."
+        f"The figures hold for classes like the tested ones ({scores.split}), with episodes drawn as: {first.protocol}. "
+        "For other photos, measure again."
     )
     if first.protocol.startswith("random photos"):
         yield "Support and queries were not kept apart by day, place or camera: expect less where these change."

@@ -243,7 +243,8 @@ def episode_sheet(
     shown = min(queries, max(int((truth == way).sum()) for way in rows))
     # Placed by hand, in inches: names over the pictures must not push them apart.
     cell, gap, left, top = 0.86, 0.3, 1.75, 0.85
-    width, height = left + cell * (shots + shown) + gap + 0.1, top + (cell + 0.16) * len(rows)
+    width = max(left + cell * (shots + shown) + gap + 0.1, left + cell * shots + gap + 3.6)  # for the words over them
+    height = top + (cell + 0.16) * len(rows)
     figure = Figure(figsize=(width, height))
 
     def place(row: int, column: int) -> Axes:
