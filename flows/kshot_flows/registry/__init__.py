@@ -161,12 +161,10 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
     mlflow_api.create_model(
         door, name, f"Few-shot learners made by kshot. Their moves between stages: {name}{moves.SUFFIX}"
     )
-    for known in mlflow_api.versions(door, name):
-        if known.run_id == run_id and known.tags.get("bundle") == this:
-            return int(known.version)
     run = door.get_run(run_id)
     model = logged_model.log(door, name, run, bundle, this, card)
-    made = door.create_model_version(
+    known = [known for known in mlflow_api.versions(door, name) if known.run_id == run_id]
+    made = next((known for known in known if known.tags.get("bundle") == this), None) or door.create_model_version(
         name,
         source=model.artifact_location,
         run_id=run_id,
@@ -181,6 +179,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
             **(tags or {}),
         },
     )
+    logged_model.link(door, model, name, int(made.version))
     return int(made.version)
 
 

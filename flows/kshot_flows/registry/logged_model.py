@@ -17,6 +17,7 @@ CLAIM = "kshot.bundle"
 """A tag of runs and logged models: the hash of the bundle that they are about. It is set before all else, so that
 whoever goes on after a process that was killed finds what that one began."""
 
+_VERSIONS = "mlflow.modelVersions"
 _SQUARE, _CROSS = (  # 8 x 8 pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAG0lEQVR42mNgQAeMDAz/GRgYGBmYYCKYDEwAADRSAQiRgurpAAAAAElFTkSuQmCC",
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAHklEQVR42mNgYGD4/5+BgYGJAQrgDMb/6CIMuBUDAOD9BQeK2M0yAAAAAElFTkSuQmCC",
@@ -47,6 +48,15 @@ def log(door: MlflowClient, name: str, run: Run, bundle: Path, identity: str, no
     if model.model_id not in {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}:
         door.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     return door.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def link(door: MlflowClient, model: LoggedModel, name: str, version: int) -> None:
+    """Let the logged model's page name its version. A server has done so when it made the version, SQLite has not."""
+    linked = json.loads(door.get_logged_model(model.model_id).tags.get(_VERSIONS, "[]"))
+    if not any(one["name"] == name and int(one["version"]) == version for one in linked):
+        door.set_logged_model_tags(
+            model.model_id, {_VERSIONS: json.dumps([*linked, {"name": name, "version": version}])}
+        )
 
 
 def _describe(model: LoggedModel, folder: Path) -> None:

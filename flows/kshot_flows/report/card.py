@@ -82,12 +82,16 @@ def html(known: Mapping[str, Any], pictures: Mapping[str, bytes], number: int) -
     )
 
 
-def add_verdict(report: Path, promotion: Promotion, gate: GateReport | None) -> None:
-    """Write into a report what became of its version."""
-    before, _, rest = report.read_text().partition(_OPEN)
+def add_verdict(report: Path, promotion: Promotion, gate: GateReport | None) -> bool:
+    """Write into a report what became of its version; False where it is not there, or another version's by now."""
+    text = report.read_text() if report.is_file() else ""
+    if f"<title>{promotion.name} version {promotion.version}</title>" not in text:
+        return False
+    before, _, rest = text.partition(_OPEN)
     _, _, after = rest.partition(_CLOSE)
     verdict = _templates().get_template("gate.html.jinja").render(promotion=promotion, gate=gate)
     report.write_text(f"{before}{_OPEN}{verdict}{_CLOSE}{after}")
+    return True
 
 
 @functools.cache
@@ -153,7 +157,7 @@ def _limits(scores: Scores, about: Manifest) -> Iterator[str]:
     yield f"Photos are seen at {image.size} x {image.size} pixels in {colours} ({image.fit})."
     yield f"At most {most.ways} classes, {most.shots} photos of a class and {most.support} photos in all."
     yield (
-        f"The figures hold for classes like the tested ones ({scores.split}), with episodes drawn as: {first.protocol}. "
+        f"The figures hold for classes like the tested ones ({scores.split}), episodes drawn as {first.protocol}. "
         "For other photos, measure again."
     )
     if first.protocol.startswith("random photos"):

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from kshot.evaluation import answers, drawn
+from kshot_flows import registry
 from kshot_flows.registry import CLAIM
+from kshot_flows.report import card
 from kshot_flows.store import embeddings, learners
-from kshot_flows.store.products import DataVersion, Line, Scores, Trained
+from kshot_flows.store.products import DataVersion, Line, Promotion, Registered, Scores, Trained
 from kshot_flows.tracking import curves, runs, stores
 
 if TYPE_CHECKING:
@@ -100,6 +102,13 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
     return _log_pictures(run, recipe, learner, scores)
+
+
+def log_verdict(version: Registered, promotion: Promotion) -> None:
+    """Add what became of a version to its report, in its folder and in the MLflow run."""
+    report = version.evidence.file.with_name(card.REPORT)
+    if card.add_verdict(report, promotion, registry.gate_report(version.name, version.version)):
+        stores.client().log_artifact(version.run, str(report))
 
 
 def _unknown(line: Line) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from kshot.statistics import interval
 from kshot_flows.console import progress
 from kshot_flows.console.tables import NARROW, TRUST, numbers, table, trust
+from kshot_flows.report import card
 from kshot_flows.store.products import (  # fmt: skip
     Attempt,
     DataVersion,
@@ -156,7 +157,9 @@ def _source(bundle: Exported, promotion: Promotion) -> str:
 def _next(bundle: Exported, version: Registered, promotion: Promotion, command: str) -> str:
     folder = escape(relative(bundle.folder))
     source = escape(_source(bundle, promotion))
+    report = escape(relative(version.evidence.file.with_name(card.REPORT)))
     return f"""
+[bold]Report[/bold]       {report}
 [bold]Serve it[/bold]     kshot serve {source}
 [bold]The bundle[/bold]   {folder}
 [bold]In Python[/bold]    from kshot_runtime.bundle import Bundle
@@ -165,7 +168,7 @@ def _next(bundle: Exported, version: Registered, promotion: Promotion, command: 
              print(bundle.classify(state, ["new.png"]).names)
 [bold]Where from[/bold]   kshot trace {version.name} {version.version}
 [bold]Versions[/bold]     kshot models {version.name}
-[bold]Pictures[/bold]     {escape(_pages())}
+[bold]MLflow[/bold]       {escape(_pages())}
 [bold]Again[/bold]        {escape(command)}"""
 
 

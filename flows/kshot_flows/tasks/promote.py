@@ -10,6 +10,7 @@ from kshot_flows import registry
 from kshot_flows.console import progress
 from kshot_flows.registry.gate import Evidence, GateSettings, judge
 from kshot_flows.registry.log import Stage, StageConflictError
+from kshot_flows.report import experiment
 from kshot_flows.store import keys
 from kshot_flows.store.products import Promotion, Registered
 from kshot_flows.store.results import task, transient
@@ -30,6 +31,12 @@ def promote(recipe: Recipe, version: Registered) -> Promotion:
 
     A version that someone archived stays there: what a person took out of service, no schedule puts back.
     """
+    promotion = _promoted(recipe, version)
+    experiment.log_verdict(version, promotion)
+    return promotion
+
+
+def _promoted(recipe: Recipe, version: Registered) -> Promotion:
     settings = GateSettings.of(recipe.gate)
     name, number = version.name, version.version
     for sentence in registry.settle(name):

@@ -40,9 +40,9 @@ def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported)
         run.text(evidence.EVIDENCE, judged_by)
         accuracy = {"accuracy": f"{first.accuracy:.6f}", "margin": f"{first.margin:.6f}"}
         version = registry.register(recipe.name, run.id, files, tags=accuracy, card=words)
-        for file, text in ((card.CARD, words), (card.REPORT, card.html(known, pictures, version))):
-            (folder / file).write_text(text)
-            run.file(folder / file)
+        for name, text in ((card.CARD, words), (card.REPORT, card.html(known, pictures, version))):
+            (folder / name).write_text(text)
+            run.file(folder / name)
     file = files.with_suffix(".evidence.json")
     file.write_text(judged_by)
     return Registered(recipe.name, version, run.id, stores.label(), Pin.of(file), data)
