@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from prefect import flow
+from prefect.states import Completed, State
 from pydantic import Field
 
 from kshot_flows import recipes
@@ -23,12 +24,18 @@ Change = Annotated[
 
 
 @flow(name="kshot", flow_run_name="{recipe}", persist_result=False)
-def pipeline(recipe: RecipeName, changes: list[Change] | None = None) -> Promotion:
-    """From a recipe (a path or a name), with changes such as `training.lr=0.01`, to a version and its stage."""
+def pipeline(recipe: RecipeName, changes: list[Change] | None = None) -> Promotion | State[Promotion]:
+    """From a recipe (a path or a name), with changes such as `training.lr=0.01`, to a version and its stage.
+
+    Where the gate keeps a version out of production, Prefect's page and notifications show the run as Blocked.
+    """
     experiment = recipes.load(recipe, changes or [])
     data = version_data(experiment)
     learner = meta_train(experiment, data)
     score = evaluate(experiment, data, learner)
     bundle = export(experiment, learner, score)
     version = register(experiment, data, score, bundle)
-    return promote(experiment, version)
+    promotion = promote(experiment, version)
+    if promotion.stage != "Production":
+        return Completed(name="Blocked", message=promotion.why, data=promotion)
+    return promotion

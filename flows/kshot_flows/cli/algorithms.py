@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from kshot_flows.console.tables import table
+from kshot_flows.console.tables import console, table
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -38,11 +38,10 @@ def algorithms(
 
     [cyan]kshot algorithms maml[/cyan]
     """
-    from rich.console import Console
 
     from kshot import plugins
 
-    out, found = Console(highlight=False), plugins.find()
+    out, found = console(), plugins.find()
     for part in _list(found) if name is None else _explain(name, found):
         out.print(part)
 

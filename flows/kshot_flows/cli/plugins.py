@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kshot_flows.console.tables import console
+
 if TYPE_CHECKING:
     from kshot_flows.plugins.check import Failure, Outcome
 
@@ -36,12 +38,11 @@ def new(
 
     [cyan]kshot plugin new mine[/cyan]
     """
-    from rich.console import Console
 
     from kshot_flows.plugins import project as plugin_project
 
     files = plugin_project.create(name, into)
-    out = Console(highlight=False)
+    out = console()
     out.print(f"[bold]{into / name}/[/bold] holds a plugin that works as it is:\n")
     out.print(_columns({path.name: what for path, what in files.items()}))
     out.print("\n[bold]Next[/bold]\n")
@@ -66,7 +67,6 @@ def check(
     import tempfile
 
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from kshot import plugins
@@ -75,7 +75,7 @@ def check(
 
     torch.set_num_threads(1)  # small tensors are faster so
     logging.getLogger("torch").setLevel(logging.ERROR)  # what a failed export logs is in its error, in words
-    out = Console(highlight=False)
+    out = console()
     failures: list[Failure] = []
     exempt = 0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()

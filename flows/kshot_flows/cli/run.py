@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
 
-from kshot_flows.console.tables import table
+from kshot_flows.console.tables import console, table
 
 # torch, prefect and mlflow take seconds to import: every command imports what it needs, so that --help is quick.
 
@@ -21,6 +23,9 @@ Changes = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Single values to change.", show_default=False),
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -65,6 +70,7 @@ def compare(
             show_default=False,
         ),
     ],
+    as_json: Json = False,
 ) -> None:
     """Set recipes side by side on the same test episodes: accuracy, paired differences, times, sizes.
 
@@ -82,7 +88,13 @@ def compare(
         from kshot_flows.report import summary
         from kshot_flows.run import start
 
-        summary.show_comparison(start.compare(recipes), again)
+        if as_json:
+            with redirect_stdout(sys.stderr):  # which gets the lines that say how far it is
+                found = start.compare(recipes)
+            about = {"folder": str(found.folder), "mlflow_run": found.run}
+            typer.echo(json.dumps({**found.standings.to_dict(), **about}, indent=2))
+        else:
+            summary.show_comparison(start.compare(recipes), again)
     except KeyboardInterrupt:
         stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
 
@@ -91,19 +103,24 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Print this one, to make your own of it.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the recipes that come along, or print one.
 
     Make your own of one: [cyan]kshot recipes photos-finetune > my.toml[/cyan], and then [cyan]kshot run my.toml[/cyan]
     """
-    from rich.console import Console
 
     from kshot_flows import recipes
 
     if name is not None:
         typer.echo(recipes.find(name).read_text(), nl=False)
         return
-    listed, out = table("recipe", "what it is"), Console(markup=False, highlight=False)
+    if as_json:
+        known = recipes.recipes().items()
+        listing = [{"name": each, "about": recipes.about(path), "path": str(path)} for each, path in known]
+        typer.echo(json.dumps(listing, indent=2))
+        return
+    listed, out = table("recipe", "what it is"), console(markup=False)
     for each, path in recipes.recipes().items():
         listed.add_row(each, recipes.about(path))
     out.print(listed)

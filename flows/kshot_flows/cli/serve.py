@@ -152,7 +152,6 @@ def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
     [cyan]kshot keys list[/cyan]
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     found = _keys(folder, database).all()
@@ -164,7 +163,9 @@ def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
         table.add_column(column, overflow="fold")
     for key in found:
         table.add_row(key.id, key.name, key.scope, _day(key.created), _day(key.revoked))
-    Console().print(table)
+    from kshot_flows.console.tables import console
+
+    console().print(table)
 
 
 @keys.command("revoke")

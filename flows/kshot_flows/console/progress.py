@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from kshot import memory
 from kshot.importing import Progress as ImportProgress
 from kshot.training import Progress as Position
+from kshot_flows.console.tables import console
 
 _SECONDS = 30.0  # between lines in a log, at least, where nothing was validated
 
 
-def console() -> Console:
-    """Standard output, as it is now."""
-    return Console(highlight=False)
-
-
 def say(text: str) -> None:
-    """One line for people."""
-    console().print(text)
+    """One line for people: on standard output, and on the page of the Prefect run that we are in."""
+    if not _logged(text):
+        console().print(text)
+
+
+def _logged(text: str) -> bool:
+    """Log a line to the Prefect run that we are in, if any; whether Prefect also prints it."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.exceptions import MissingContextError
+    from prefect.logging import get_run_logger
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    with suppress(MissingContextError):
+        get_run_logger().info(Text.from_markup(text).plain)
+        printing = [one for one in logging.getLogger().handlers if isinstance(one, PrefectConsoleHandler)]
+        return any(handler.level <= logging.INFO for handler in printing)
+    return False
 
 
 def training(positions: Iterator[Position]) -> Iterator[Position]:
@@ -62,10 +77,11 @@ def busy(what: str) -> Iterator[None]:
     """Show that something of unknown length goes on."""
     out = console()
     if out.is_terminal:
+        _logged(what)
         with out.status(what):
             yield
     else:
-        out.print(f"  {what}")
+        say(f"  {what}")
         yield
 
 
@@ -89,6 +105,7 @@ def _bar(positions: Iterator[Position], out: Console) -> Iterator[Position]:
             loss = position.loss if loss is None else 0.95 * loss + 0.05 * position.loss
             if position.validation is not None:
                 validation = f"  validation {_percent(position)}"
+                _logged(_line(position))
             bar.update(
                 row, completed=position.step, total=position.steps, figures=f"loss {loss:.3f}{validation}"
             )  # fmt: skip
@@ -104,10 +121,14 @@ def _lines(positions: Iterator[Position]) -> Iterator[Position]:
         if position.validation is not None or now - last > _SECONDS:
             last = now
             seconds = (now - began) * (position.steps - position.step) / (position.step - first)
-            found = f"  validation {_percent(position)}" if position.validation is not None else ""
             left = f"  {_clock(seconds)} left" if position.step < position.steps else ""
-            say(f"  step {position.step}/{position.steps}  loss {position.loss:.3f}{found}{left}")
+            say(_line(position) + left)
         yield position
+
+
+def _line(position: Position) -> str:
+    found = f"  validation {_percent(position)}" if position.validation is not None else ""
+    return f"  step {position.step}/{position.steps}  loss {position.loss:.3f}{found}"
 
 
 def _percent(position: Position) -> str:

@@ -1,16 +1,30 @@
-"""A table in the terminal, as every command shows one."""
+"""Tables as every command shows them: folded to a terminal, and never broken in a log."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from kshot.calibration import OpenSet
 
 TRUST = ("calibration\nerror", "known\nthat\npass", "unknown\nlet in", "AUROC")
 NARROW = (0, 1, 0, 0)  # padding, so that a table of many numbers fits 80 columns
+
+
+_WIDE = 1000  # columns of a log: no table is that wide, so none is folded
+
+
+def console(**options: Any) -> Console:
+    """Standard output, as it is now; `options` are those of rich's Console."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_WIDE if wide else None, **{"highlight": False, **options})
 
 
 def table(*columns: str, **more: Any) -> Table:

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kshot.statistics import interval
-from kshot_flows.console import progress
-from kshot_flows.console.tables import NARROW, TRUST, numbers, table, trust
+from kshot_flows.console.tables import NARROW, TRUST, console, numbers, table, trust
 from kshot_flows.report import card
 from kshot_flows.store.products import (  # fmt: skip
     Attempt,
@@ -35,7 +34,7 @@ T = TypeVar("T")
 
 def show(done: Sequence[Done], command: str) -> None:
     """Print the result of a pipeline whose steps are `done`; `command` is what started it."""
-    out = progress.console()
+    out = console()
     out.print(_steps(done))
     products = [step.product for step in done]
     if (trained := _find(products, Trained)) and trained.tried:
@@ -52,7 +51,7 @@ def show_comparison(found: Comparison, command: str) -> None:
     """Print how recipes stand to each other, and where to look next."""
     from kshot_flows.report import standings_view  # brings matplotlib
 
-    out = progress.console()
+    out = console()
     for part in standings_view.tables(found.standings):
         out.print(part)
     about = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import prefect
 from prefect import Task
+from prefect.assets import materialize
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.filesystems import LocalFileSystem
@@ -71,6 +72,8 @@ class Step(Generic[P, R]):
 
     task: Task[P, R]
     key: Callable[P, str]
+    shows: Callable[[Any], None]
+    assets: Callable[P, list[str]] | None
 
     @property
     def fn(self) -> Callable[P, R]:
@@ -83,15 +86,28 @@ class Step(Generic[P, R]):
             product: R = _recall(key)
         else:
             progress.say(f"[bold]{self.task.name}[/bold]")
-            product, again = _run(self.task, key, *args, **kwargs)
+            options = {"assets": self.assets(*args, **kwargs)} if self.assets else {}
+            product, again = _run(self.task.with_options(**options), key, *args, **kwargs)
+            self.shows(product)
         if (done := _journal.get(None)) is not None:
             done.append(Done(self.task.name, product, again, time.monotonic() - began))
         return product
 
 
-def task(key: Callable[P, str], **options: Any) -> Callable[[Callable[P, R]], Step[P, R]]:
-    """Prefect's `@task` with its options, its result used again wherever `key` of its arguments is the same."""
-    return lambda function: Step(prefect.task(**options)(function), key)
+def task(
+    key: Callable[P, str],
+    *,
+    shows: Callable[[Any], None] = lambda product: None,
+    assets: Callable[P, list[str]] | None = None,
+    **options: Any,
+) -> Callable[[Callable[P, R]], Step[P, R]]:
+    """Prefect's `@task` with its options, its result used again wherever `key` of its arguments is the same.
+
+    `shows` publishes the result, which may be an earlier one, on the run's page. `assets` names what the task makes,
+    and so Prefect tells who waits for these assets.
+    """
+    made = materialize(*["kshot://"], **options) if assets else prefect.task(**options)
+    return lambda function: Step(made(function), key, shows, assets)
 
 
 def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -103,6 +119,10 @@ def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     if again:
         progress.say(escape(f"  {made.name}: {stores.reason(error)}; trying again"))
     return again
+
+
+RETRIED: Mapping[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_condition_fn": transient}
+"""Options for a task whose failures may pass by themselves."""
 
 
 def recalled(pipeline: Callable[[], object]) -> list[Done] | None:

@@ -15,6 +15,7 @@ from kshot.evaluation import Score
 from kshot.recipe import Recipe
 from kshot.selection import evaluate_folds, fitting
 from kshot_flows.console import progress
+from kshot_flows.report import artifacts
 from kshot_flows.store import embeddings, keys, learners
 from kshot_flows.store.products import DataVersion, Line, Pin, Scores, Trained
 from kshot_flows.store.results import task
@@ -22,7 +23,7 @@ from kshot_flows.tasks import heads
 from kshot_flows.tasks.data import test_classes
 
 
-@task(keys.evaluate, tags={"compute"})
+@task(keys.evaluate, shows=artifacts.publish, tags={"compute"})
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
     """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
     test = test_classes(recipe, data)

@@ -15,6 +15,7 @@ from kshot.plugins import Provided
 from kshot.recipe import Recipe
 from kshot_flows import project
 from kshot_flows.console import progress
+from kshot_flows.report import artifacts
 from kshot_flows.store import embeddings, keys, learners
 from kshot_flows.store.products import Exported, Pin, Scores, Trained
 from kshot_flows.store.results import task
@@ -24,7 +25,7 @@ from kshot_runtime.bundle import Bundle
 from kshot_runtime.manifest import MANIFEST
 
 
-@task(keys.export, tags={"compute"})
+@task(keys.export, shows=artifacts.publish, tags={"compute"})
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     """Write the learner as ONNX with all that serving needs to know, checked against torch."""
     from kshot import exporting  # brings the exporter's libraries, which take a second

@@ -10,20 +10,19 @@ from kshot_flows import registry
 from kshot_flows.console import progress
 from kshot_flows.registry.gate import Evidence, GateSettings, judge
 from kshot_flows.registry.log import Stage, StageConflictError
-from kshot_flows.report import experiment
+from kshot_flows.report import artifacts, experiment
 from kshot_flows.store import keys
 from kshot_flows.store.products import Promotion, Registered
-from kshot_flows.store.results import task, transient
+from kshot_flows.store.results import RETRIED, task
 from kshot_flows.tasks import evidence
 from kshot_runtime.errors import KshotError
 
 
 @task(
     keys.promote,
+    shows=artifacts.publish,
     tags={"registry"},
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=transient,
+    **RETRIED,
     timeout_seconds=3600,
 )
 def promote(recipe: Recipe, version: Registered) -> Promotion:

@@ -7,20 +7,20 @@ import json
 from kshot.recipe import Recipe
 from kshot_flows import registry
 from kshot_flows.console import progress
-from kshot_flows.report import card, experiment
+from kshot_flows.report import artifacts, card, experiment
 from kshot_flows.store import keys
 from kshot_flows.store.products import DataVersion, Exported, Pin, Registered, Scores
-from kshot_flows.store.results import task, transient
+from kshot_flows.store.results import RETRIED, task
 from kshot_flows.tasks import evidence
 from kshot_flows.tracking import stores
 
 
 @task(
     keys.register,
+    shows=artifacts.publish,
+    assets=lambda recipe, *made: [f"kshot://models/{recipe.name}"],
     tags={"registry"},
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=transient,
+    **RETRIED,
     timeout_seconds=1800,
 )
 def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:

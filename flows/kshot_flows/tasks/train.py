@@ -13,7 +13,7 @@ from kshot import training
 from kshot.recipe import Recipe
 from kshot_flows import project
 from kshot_flows.console import progress
-from kshot_flows.report import experiment
+from kshot_flows.report import artifacts, experiment
 from kshot_flows.store import embeddings, keys, learners
 from kshot_flows.store.products import DataVersion, Pin, Trained, relative
 from kshot_flows.store.results import task
@@ -22,7 +22,7 @@ from kshot_flows.tasks.data import test_classes
 from kshot_flows.tracking import curves
 
 
-@task(keys.meta_train, tags={"compute"})
+@task(keys.meta_train, shows=artifacts.publish, tags={"compute"})
 def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
     """Make a learner in `runs/RECIPE/KEY/learner.pt`: by meta-training, or without it by choosing a head.
 

@@ -1,0 +1,120 @@
+"""Results as artifacts of a Prefect run: tables, the gate's report, contact sheets, and links to MLflow."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kshot.datasets import SHEET
+from kshot_flows import registry
+from kshot_flows.console import progress
+from kshot_flows.console.tables import TRUST, trust
+from kshot_flows.store.products import DataVersion, Exported, Product, Promotion, Registered, Scores, Trained, relative
+from kshot_flows.tracking import stores
+
+_SHEET = 900  # pixels of a contact sheet's longer side
+
+
+def publish(product: Product) -> None:
+    """Show a task's result on the page of the Prefect run that we are in, if it is in one that has a page."""
+    from prefect.context import FlowRunContext
+    from prefect.settings import get_current_settings
+
+    if FlowRunContext.get() is None or not get_current_settings().logging.to_api.enabled:
+        return
+    try:
+        _publish(product)
+    except Exception as error:  # a page is no reason for a run to fail
+        progress.say(f"  Prefect's page does not show this result: {type(error).__name__}")
+
+
+def _publish(product: Product) -> None:
+    match product:
+        case DataVersion():
+            for packed in product.all:
+                found = packed.open()
+                splits = ", ".join(f"{count} {split}" for split, count in found.splits.items())
+                lines = [f"{len(found.images):,} images, classes: {splits}", f"version {packed.version[:12]}"]
+                _markdown(f"data {packed.name}", "  \n".join([*lines, packed.source]), _sheet(found.folder / SHEET))
+        case Trained():
+            best = "" if product.validation is None else f"{100 * product.validation:.2f} % on validation episodes"
+            _markdown("learner", f"{best or 'not validated'}; MLflow run `{product.run}`")
+            if product.tried:
+                _table("heads", [_head(one) for one in product.tried])
+        case Scores():
+            _table("scores", [_line(product, line) for line in product.lines])
+        case Exported():
+            _table("bundle", [{"file": pin.path, "sha256": pin.sha256, "bytes": pin.file.stat().st_size}
+                              for pin in product.files])  # fmt: skip
+        case Registered():
+            for what, link in _links(product).items():
+                _link(what, link)
+        case Promotion():
+            report = registry.gate_report(product.name, product.version)
+            words = f"**Version {product.version} of {product.name} is in {product.stage.lower()}**: {product.why}"
+            _markdown("gate", f"{words}\n\n{report.to_markdown() if report else ''}")
+
+
+def _head(one: Any) -> dict[str, str]:
+    sizes = zip(one.shapes, one.accuracies, one.margins, strict=True)
+    figures = {f"{s.ways}-way {s.shots}-shot": f"{100 * a:.2f} ± {100 * m:.2f} %" for s, a, m in sizes}
+    return {"head": one.label, **figures, "": "chosen" if one.chosen else ""}
+
+
+def _line(scores: Scores, line: Any) -> dict[str, str]:
+    cells = zip((words.replace("\n", " ") for words in TRUST), trust(line.ece, line.open_set), strict=True)
+    return {"test episodes": scores.label(line), "accuracy": f"{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %",
+            **dict(cells)}  # fmt: skip
+
+
+def _links(version: Registered) -> dict[str, str]:
+    """The pages of MLflow about a version, where a server shows them."""
+    server = stores.uri().rstrip("/")
+    if not server.startswith("http"):
+        return {}
+    run = stores.client().get_run(version.run).info
+    pages = stores.public(server)
+    return {
+        "MLflow run": f"{pages}/#/experiments/{run.experiment_id}/runs/{version.run}",
+        "model version": f"{pages}/#/models/{version.name}/versions/{version.version}",
+    }
+
+
+def _sheet(file: Path) -> str:
+    """A contact sheet as markdown that holds the picture."""
+    if not file.is_file():
+        return ""
+    picture, held = Image.open(file).convert("RGB"), io.BytesIO()
+    picture.thumbnail((_SHEET, _SHEET))
+    picture.save(held, "JPEG", quality=80)
+    return f"![{relative(file)}](data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()})"
+
+
+def _markdown(what: str, *paragraphs: str) -> None:
+    from prefect.artifacts import create_markdown_artifact
+
+    create_markdown_artifact("\n\n".join(paragraphs), key=_key(what), description=what)
+
+
+def _table(what: str, rows: list[dict[str, Any]]) -> None:
+    from prefect.artifacts import create_table_artifact
+
+    create_table_artifact(rows, key=_key(what), description=what)
+
+
+def _link(what: str, link: str) -> None:
+    from prefect.artifacts import create_link_artifact
+
+    create_link_artifact(link, link_text=link, key=_key(what), description=what)
+
+
+def _key(what: str) -> str:
+    """An artifact's key: that of the flow run's name, since Prefect keeps one history for each key."""
+    from prefect.runtime import flow_run
+
+    return re.sub(r"[^a-z0-9]+", "-", f"{flow_run.name} {what}".lower()).strip("-")
