@@ -133,8 +133,10 @@ def _on(learner: Learner, images: ClassImages, what: str) -> ClassImages:
 
 def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:
     """Set the statistics of a closed-form learner from these classes; any other learner stays as it is."""
+    if not (isinstance(learner, FeatureLearner) and learner.closed_form):
+        return
     known = embeddings.features(learner, classes, what)
-    if isinstance(learner, FeatureLearner) and learner.closed_form and isinstance(known, ClassFeatures):
+    if isinstance(known, ClassFeatures):
         learner.learn_statistics(known.by_class)
 
 
