@@ -102,10 +102,10 @@ class Graphs:
         adapt_threads: int | None = None,
         arena: bool = False,
     ) -> None:
-        self._embed = _session(contents[EMBED], device, threads, arena) if EMBED in contents else None
-        self._adapt = _session(contents[ADAPT], device, adapt_threads or threads)
-        self._classify = _session(contents[CLASSIFY], device, threads, arena)
-        self._views = _session(contents[VIEWS], device, threads) if VIEWS in contents else None
+        self._embed = session(contents[EMBED], device, threads, arena) if EMBED in contents else None
+        self._adapt = session(contents[ADAPT], device, adapt_threads or threads)
+        self._classify = session(contents[CLASSIFY], device, threads, arena)
+        self._views = session(contents[VIEWS], device, threads) if VIEWS in contents else None
         self._fixed: dict[int, _FixedBatch] = {}
         self.digest = hashlib.sha256(contents.get(EMBED, b"")).digest()  # features of two with one are the same
         self.gives = [output.name for output in self._classify.get_outputs()]
@@ -404,7 +404,8 @@ class _FixedBatch:
             return np.array(self._features.numpy())  # on a CPU it would be the buffer itself
 
 
-def _session(model: bytes, device: Device, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
+def session(model: bytes, device: Device, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
+    """A graph on a device; an error if it is asked for by name and cannot be used."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would burn a core each
@@ -421,16 +422,16 @@ def _session(model: bytes, device: Device, threads: int, arena: bool = False) ->
     if wanted:
         onnxruntime.preload_dlls()
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[*wanted, "CPUExecutionProvider"])
+        made = onnxruntime.InferenceSession(model, options, providers=[*wanted, "CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common ancestor
         raise BundleError(f"onnxruntime does not load the graph: {error}") from None
-    active = _NAMES.get(session.get_providers()[0])
+    active = _NAMES.get(made.get_providers()[0])
     if device not in (active, "auto"):
         raise BundleError(
             f"{device} was asked for, but onnxruntime {onnxruntime.__version__} started on {active} only. It needs "
             "CUDA 13 and cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'. Use the device cpu, or auto."
         )
-    return session
+    return made
 
 
 def _run(session: onnxruntime.InferenceSession, outputs: list[str], given: Tensors) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kshot_flows.cli import algorithms, data, learn, models, plugins, run, schedule, serve
+from kshot_flows.cli import algorithms, data, learn, models, plugins, run, schedule, serve, upkeep
 from kshot_flows.cli.errors import sentence
 from kshot_flows.cli.run import stop
 
@@ -35,6 +35,8 @@ _ORDER = (
     "trace",
     "serve",
     "keys",
+    "doctor",
+    "gc",
 )
 
 
@@ -85,6 +87,7 @@ schedule.add_commands(app)
 algorithms.add_commands(app)
 models.add_commands(app)
 serve.add_commands(app)
+upkeep.add_commands(app)
 
 
 def _version(asked: bool) -> None:

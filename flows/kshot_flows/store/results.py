@@ -168,6 +168,15 @@ def folder() -> Path:
     return project.home() / ".kshot" / "steps"
 
 
+def usable(key: str) -> bool:
+    """Whether the kept result of a key can be used again."""
+    try:
+        _recall(key)
+    except _NothingKept:
+        return False
+    return True
+
+
 def _recall(key: str) -> Any:
     """The kept result of a key, if its things are still there and unchanged."""
     if not (folder() / key).exists():

@@ -60,6 +60,7 @@ def client() -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
     address = uri()
     _opens(address)
     return MlflowClient(tracking_uri=address)
