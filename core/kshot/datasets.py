@@ -180,7 +180,7 @@ class ImageSet:
             raise KshotError(
                 f"{self.folder / IMAGES} has sha256 {found[:12]}…, and its index says "
                 f"{self.index.images_sha256[:12]}…: it was changed after the import. "
-                f"Import it again, or fetch it: kshot data pull"
+                f"Import it again (--replace), or bring back what was recorded: kshot data pull {self.name}"
             )
 
 

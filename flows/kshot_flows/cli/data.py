@@ -1,13 +1,15 @@
-"""The commands around data: import, list, show, verify, push, pull."""
+"""The commands around data: import, list, show, verify, commit, remove, push, pull."""
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kshot_flows.console.tables import table
+from kshot_flows.console.tables import console, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +24,7 @@ app = typer.Typer(
     help="""Bring images in, look at them, keep their versions.
 
     A data set is a folder under [bold]data/[/bold] of the project (or under $KSHOT_DATA): all its images in one file,
-    and an index of classes, splits and files. DVC versions the whole folder in [bold]data.dvc[/bold].
+    and an index of classes, splits and files. [bold]data.dvc[/bold], which git keeps, names the version of each.
     """,
 )
 
@@ -94,25 +96,27 @@ def import_(
 
     [cyan]kshot data import omniglot omniglot --from ~/downloads/omniglot[/cyan]
 
-    Files that cannot be used are listed with the reason. If anything fails, nothing is left behind.
+    Files that cannot be used are listed with the reason. If anything fails, nothing is left behind. In a DVC
+    repository the data set is recorded in data.dvc as well, as by [cyan]kshot data commit[/cyan].
     """
     from kshot.importing import import_dataset
-    from kshot_flows.data.versioning import data_root
+    from kshot_flows.data import versioning
 
     fields = {"size": size, "channels": channels, "resize": resize, "fit": fit, "invert": invert}
     rule = {field: value for field, value in fields.items() if value is not None}
     events = import_dataset(
-        source, name, data_root(),
+        source, name, versioning.data_root(),
         from_dir=from_dir, rule=rule, split=split, seed=seed, min_images=min_images, group_by=group_by,
         allow_leaks=allow_leaks, replace=replace,
     )  # fmt: skip
     _tell(watch(events, name))
+    if versioning.versioned(versioning.data_root()):
+        _record(name)
 
 
 @app.command()
 def sources() -> None:
     """List the sources that have a name, with their splits."""
-    from rich.console import Console
 
     from kshot import plugins
 
@@ -120,45 +124,67 @@ def sources() -> None:
     for provided in plugins.find().of("datasets"):
         importer = provided.value
         listed.add_row(provided.name, importer.about, "\n".join(importer.splits), importer.licence)
-    Console(markup=False).print(listed)
+    console(markup=False).print(listed)
 
 
 @app.command(name="list")
-def list_() -> None:
-    """List the data sets of this project."""
-    from rich.console import Console
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the data sets of this project, and whether data.dvc names them as they are."""
 
-    from kshot.datasets import ImageSet, data_sets
+    from kshot.datasets import ImageSet
     from kshot_flows.data import versioning
+    from kshot_runtime.errors import KshotError
 
-    root = versioning.data_root()
-    names = data_sets(root)
-    out = Console(markup=False)
-    if not names:
+    root, rows = versioning.data_root(), []
+    for name, state in versioning.state_of(root, read=False).items():
+        row: dict[str, Any] = {"name": name, "state": state, "dvc": versioning.recorded(root, name)}
+        with suppress(KshotError):  # missing, or cannot be opened
+            found = ImageSet.open(root / name)
+            row |= {"version": found.version, "images": len(found.images), "classes": found.splits}
+            row |= {"size": found.rule.size, "channels": found.rule.channels, "licence": found.index.licence}
+        rows.append(row)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    out = console(markup=False)
+    if not rows:
         out.print(f"No data sets in {root} yet. Bring one in: kshot data import glyphs glyphs")
         return
-    listed = table("data set", "images", "classes", "size", "version")
-    for name in names:
-        data_set = ImageSet.open(root / name)
-        classes = ", ".join(f"{split} {count}" for split, count in data_set.splits.items())
-        listed.add_row(name, f"{len(data_set.images):,}", classes, _size(data_set.rule), data_set.version[:12])
+    listed = table("data set", "images", "classes", "size", "version", "data.dvc")
+    versioned = versioning.versioned(root)
+    for row in rows:
+        known = "version" in row
+        classes = ", ".join(f"{split} {count}" for split, count in row.get("classes", {}).items())
+        count, version = f"{row['images']:,}" if known else "", row.get("version", "")[:12]
+        listed.add_row(
+            row["name"],
+            count,
+            classes,
+            _size(row["size"], row["channels"]) if known else "",
+            version,
+            row["state"] if versioned else "-",
+        )
     out.print(listed)
-    if md5 := versioning.recorded(root):
-        out.print(f"data.dvc names this folder {md5}")
-    for difference in versioning.differences(root):
-        out.print(f"  since then: {difference}")
+    advice = {
+        "changed": "Record it: kshot data commit", "not recorded": "Record it: kshot data commit",
+        "missing": "Bring it here: kshot data pull", "damaged": "Bring back what was recorded: kshot data pull",
+    }  # fmt: skip
+    for wrong, what in advice.items() if versioned else ():
+        if names := [row["name"] for row in rows if row["state"] == wrong]:
+            out.print(f"{wrong}: {', '.join(names)}. {what} {' '.join(names)}", soft_wrap=True)
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", show_default=False)]) -> None:
     """Show what is in a data set, and where its contact sheet lies."""
-    from rich.console import Console
 
     from kshot.datasets import SHEET, ImageSet
     from kshot_flows.data.versioning import data_root
 
     data_set = ImageSet.open(data_root() / name)
-    index, out = data_set.index, Console(highlight=False, markup=False)
+    index, out = data_set.index, console(markup=False)
     listed = table(name, "classes", "images", "images a class", "for example")
     for split in data_set.splits:
         classes = [c for c in data_set.classes if c.split == split]
@@ -167,7 +193,10 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", 
         examples = ", ".join(c.name for c in classes[:3])
         listed.add_row(split, str(len(classes)), f"{sum(counts):,}", spread, examples)
     out.print(listed)
-    out.print(f"each image  {_size(data_set.rule)}, {data_set.rule.fit}, {data_set.rule.resize}", soft_wrap=True)
+    out.print(
+        f"each image  {_size(data_set.rule.size, data_set.rule.channels)}, {data_set.rule.fit}, {data_set.rule.resize}",
+        soft_wrap=True,
+    )
     out.print(f"from        {index.source}: {index.provenance}", soft_wrap=True)
     out.print(f"licence     {index.licence}", soft_wrap=True)
     if groups := sorted({f.group for f in index.files if f.group}):
@@ -184,48 +213,105 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", 
 def verify(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this one.", show_default=False)] = None,
 ) -> None:
-    """Read every image file again, compare it with its index, and the data folder with data.dvc."""
-    from rich.console import Console
+    """Read every byte of the images again, and compare them with the index, and that with data.dvc."""
 
-    from kshot.datasets import ImageSet, data_sets
+    from kshot.datasets import ImageSet
     from kshot_flows.data import versioning
     from kshot_runtime.errors import KshotError
 
-    root, out, wrong = versioning.data_root(), Console(highlight=False, markup=False), 0
-    for each in data_sets(root) if name is None else [name]:
+    root, out, wrong = versioning.data_root(), console(markup=False), 0
+    states = versioning.state_of(root, [name] if name else ())
+    for each, state in states.items():
         try:
             data_set = ImageSet.open(root / each)
             data_set.verify()
             out.print(f"{each}: {len(data_set.images):,} images are as they were imported", soft_wrap=True)
         except KshotError as error:
-            wrong += 1
+            wrong += state == "damaged" or each == name
             out.print(f"{each}: {error}", soft_wrap=True)
-    for difference in versioning.differences(root):
-        out.print(f"not as in data.dvc: {difference}", soft_wrap=True)
+        if state in ("changed", "missing", "not recorded") and versioning.versioned(root):
+            out.print(f"not as in data.dvc: {each}: {state}", soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
 
 
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these data sets.", show_default=False)
+]
+
+
 @app.command()
-def push() -> None:
-    """Copy the recorded data to the DVC remote.
+def commit(names: Names = None) -> None:
+    """Record data sets in data.dvc as they are now: all that are here, or some.
+
+    Each is verified first, and copied into DVC's cache. A data set that data.dvc names and that is not here stays in
+    it. Then commit data.dvc with git, and [cyan]kshot data push[/cyan].
+    """
+    _record(*names or ())
+
+
+@app.command()
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Which ones.", show_default=False)],
+) -> None:
+    """Take data sets out of data.dvc. Their files stay in the data folder, and former versions in git and DVC."""
+    from kshot_flows.data import versioning
+
+    root = versioning.data_root()
+    versioning.remove(root, *names)
+    typer.echo(f"{root.name}.dvc names {', '.join(names)} no more; files that are in {root} stay there.")
+
+
+@app.command()
+def push(names: Names = None) -> None:
+    """Copy the recorded data to the DVC remote, and look whether it arrived.
 
     Set one up once, for example in a bucket: [cyan]dvc remote add -d store s3://bucket/path[/cyan]
     """
     from kshot_flows.data import versioning
 
-    count = versioning.push(versioning.data_root())
-    typer.echo(f"Files that were new to the remote: {count}." if count else "The remote has everything already.")
+    root = versioning.data_root()
+    count = versioning.push(root, *names or ())
+    states = versioning.state_of(root, read=False)
+    named = ", ".join(names or (name for name, state in states.items() if state != "not recorded"))
+    typer.echo(f"The remote has what {root.name}.dvc names of {named}: {count} files were new there.")
+    if left := [name for name in names or states if states[name] in ("changed", "not recorded")]:
+        them = f"{', '.join(left)} as {'it is' if len(left) == 1 else 'they are'} here"
+        typer.echo(
+            f"Not {them}: that is not recorded. To push it too: kshot data commit {' '.join(left)}; kshot data push"
+        )
 
 
 @app.command()
-def pull() -> None:
-    """Fetch from the DVC remote what data.dvc names."""
+def pull(names: Names = None) -> None:
+    """Make data sets what data.dvc names, from DVC's cache or its remote: all of them, or some.
+
+    One that was damaged is mended. What no version records is never overwritten.
+    """
     from kshot_flows.data import versioning
 
     root = versioning.data_root()
-    versioning.pull(root)
-    typer.echo(f"{root} is what {root.name}.dvc names.")
+    new = versioning.pull(root, *names or ())
+    typer.echo(
+        f"{', '.join(names or ['All data sets'])}: as {root.name}.dvc names them, verified. "
+        f"Brought here: {', '.join(new) or 'nothing, as they were so'}."
+    )
+
+
+def _record(*names: str) -> None:
+    from kshot_flows.data import versioning
+
+    root = versioning.data_root()
+    done = versioning.record(root, *names)
+    for line in done.lines(root):
+        typer.echo(f"{line[0].upper()}{line[1:]}")
+    if done.new:
+        files = f"{root.name}.dvc .dvcignore .gitattributes .gitignore"
+        typer.echo(f"To keep and share it: git add {files}; git commit; kshot data push")
+    else:
+        typer.echo(
+            f"{root.name}.dvc names {', '.join(names) or 'all data sets that are here'} as they are: nothing to record."
+        )
 
 
 def watch(events: Iterator[Progress | ImportReport], name: str) -> ImportReport:
@@ -247,9 +333,8 @@ def watch(events: Iterator[Progress | ImportReport], name: str) -> ImportReport:
 
 
 def _tell(report: ImportReport) -> None:
-    from rich.console import Console
 
-    out = Console(highlight=False, markup=False)
+    out = console(markup=False)
     classes = ", ".join(f"{count} {split}" for split, count in report.splits.items())
     out.print(
         f"{report.images:,} images of {sum(report.splits.values())} classes ({classes}) in {report.folder}",
@@ -282,5 +367,5 @@ def _list(out: Any, title: str, lines: list[str]) -> None:
         out.print(f"  and {len(lines) - _SHOWN} more: see index.json", soft_wrap=True)
 
 
-def _size(rule: Any) -> str:
-    return f"{rule.size} x {rule.size} {'grey' if rule.channels == 1 else 'colour'}"
+def _size(size: int, channels: int) -> str:
+    return f"{size} x {size} {'grey' if channels == 1 else 'colour'}"

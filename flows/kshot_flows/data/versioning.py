@@ -1,29 +1,31 @@
-"""Dataset versions: DVC records the data folder in one pointer, `data.dvc`, which git keeps; and the way back from it.
+"""Versions of data sets: recorded in `data.dvc`, which git keeps, found again in clones, pushed, pulled, rebuilt.
 
-Only this module knows DVC. Every use of it goes through `_dvc`: absolute paths, one at a time, patient with locks.
+What is recorded was verified first, and what `data.dvc` names is dropped by `remove` only.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import yaml
 from filelock import FileLock
 
-from kshot.datasets import INDEX, SHEET, ImageSet, data_sets, file_sha256
+from kshot.datasets import IMAGES, INDEX, SHEET, ImageSet, data_sets
 from kshot_flows import project
+from kshot_flows.data.pointer import Entry, Pointer
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
     from kshot.importing import Progress
+    from kshot_flows.data.cache import Cache
 
-_KEY = "data sets"  # in data.dvc, under `meta`, which DVC keeps as it is: each data set's own version
+State = Literal["recorded", "changed", "not recorded", "missing", "damaged"]
 
 
 def data_root() -> Path:
@@ -31,14 +33,6 @@ def data_root() -> Path:
     if chosen := os.environ.get("KSHOT_DATA"):
         return Path(chosen).absolute()
     return project.home() / "data"
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What DVC calls the data folder."""
-
-    md5: str | None  # '....dir'; None where there is no DVC
-    why_not: str = ""  # why there is no md5
 
 
 @dataclass(frozen=True)
@@ -51,23 +45,64 @@ class Present:
     note: str = ""  # what to say about it
 
 
-def version_data(root: Path) -> Recorded:
-    """Record the data folder as it is now in data.dvc (`dvc add`), and say by what name."""
-    if why_not := _why_not_versioned(root):
-        return Recorded(None, why_not=why_not)
-    if not data_sets(root):
+@dataclass(frozen=True)
+class Recorded:
+    """What a recording changed in data.dvc."""
+
+    new: tuple[str, ...] = ()  # the data sets that it did not name as they are
+    split: bool = False  # whether it named the folder as a whole before, as kshot once wrote it
+
+    def lines(self, root: Path) -> list[str]:
+        """For people."""
+        split = f"{root.name}.dvc names each data set by itself now; before, it named the folder as a whole"
+        return [*[split] * self.split, *[f"recorded in {root.name}.dvc: {_list(self.new)}"] * bool(self.new)]
+
+
+def record(root: Path, *names: str) -> Recorded:
+    """Make data.dvc name some data sets, or all that are here, as they are now.
+
+    Each is verified first, and in DVC's cache afterwards. What has not changed since it was recorded needs no DVC.
+    """
+    if why := why_not_versioned(root):
+        raise KshotError(why)
+    found = {name: verified(name, root) for name in names or data_sets(root)}
+    if not found:
         raise KshotError(f"{root} holds no data set yet. Bring one in: kshot data import SOURCE NAME")
-    with _dvc(root) as repo:
-        _write_ignored(root)
-        repo.add(str(root))
-    _write_versions(root)
-    return Recorded(recorded(root))
+
+    def changed(pointer: Pointer) -> tuple[str, ...]:
+        pointer.refuse_twice(but=found)
+        known = {name: entry.version for name, entry in pointer.sets.items()}
+        return tuple(name for name in found if known.get(name) != found[name].version)
+
+    if not changed(Pointer.read(root)):
+        return Recorded()
+    with _dvc(root) as cache:
+        pointer = Pointer.read(root)  # another process may have recorded one meanwhile
+        new = changed(pointer)
+        _write_settings(root)
+        entries = {name: _updated(pointer, name, cache.add(name, found[name].version)) for name in new}
+        for name in pointer.sets.keys() - entries.keys() if pointer.former else ():
+            entries[name] = _apart(name, root, pointer, cache)
+        pointer.changed(entries).write()
+    return Recorded(new, pointer.former)
 
 
-def recorded(root: Path) -> str | None:
-    """The name of the data folder in data.dvc, without asking DVC; None if there is no data.dvc."""
-    pointer = _pointer(root)
-    return _md5(pointer.read_text()) if pointer.exists() else None
+def remove(root: Path, *names: str) -> None:
+    """Make data.dvc name some data sets no more. Their files stay."""
+    pointer = Pointer.read(root)
+    if unknown := [name for name in names if name not in {*pointer.sets, *pointer.twice}]:
+        raise KshotError(f"{pointer.file.name} does not name {', '.join(unknown)}; it names: {_list(pointer.sets)}")
+    pointer.refuse_twice(but=names)
+    with _dvc(root) as cache:
+        pointer = Pointer.read(root)
+        kept = pointer.sets.keys() - set(names) if pointer.former else ()
+        pointer.changed({name: _apart(name, root, pointer, cache) for name in kept}, drop=names).write()
+
+
+def recorded(root: Path, name: str) -> str | None:
+    """What DVC calls a data set, by data.dvc; None if that does not name it, or outside a DVC repository."""
+    known = Pointer.read(root).sets.get(name) if versioned(root) else None
+    return known.md5 if known else None
 
 
 def versioned(root: Path) -> bool:
@@ -75,91 +110,143 @@ def versioned(root: Path) -> bool:
     return _repository(root) is not None
 
 
+def why_not_versioned(root: Path) -> str:
+    """Why the data folder has no versions, and how to start; empty if it has."""
+    if versioned(root):
+        return ""
+    start = "dvc init" if _in_git(root) else "git init && dvc init, or dvc init --no-scm"
+    return f"{root} is in no DVC repository, so it has no version there. To start one: {start}"
+
+
 def ensure(
     name: str, root: Path, source: str | None = None, watch: Callable[[Progress], None] = lambda progress: None
 ) -> Present:
-    """The data set of this name: there already, or pulled if a remote has it, or else built by its source.
+    """The data set of this name, verified: there already, or pulled if possible, or else built by its source.
 
     `source` is `name` unless said otherwise. What was pulled or built is compared with what the committed data.dvc
-    names; a difference is told, and no error: the data set is sound, only not the same.
+    names; a difference is reported, and no error: the data set is sound, only not the same.
     """
     root.mkdir(parents=True, exist_ok=True)
     if (root / name / INDEX).exists():
         return _present(name, root, "was there")
-    failed = _try_pull(name, root)
-    if failed is None:
-        return _present(name, root, "pulled")
-    with FileLock(_lock_folder(root) / f"ensure-{name}"):
+    failed, note = why_not_versioned(root), ""
+    try:
+        if not failed and not recorded(root, name):
+            failed = f"{root.name}.dvc does not name it"
+        if not failed:
+            pull(root, name)
+            return _present(name, root, "pulled")
+    except KshotError as error:
+        failed = f"it could not be pulled ({error})"
+        note = "" if "no DVC remote" in failed else f"{name} was built, as {failed}"
+    with FileLock(root / ".locks" / f"~ensure-{name}"):
         if (root / name / INDEX).exists():  # built meanwhile by someone else
             return _present(name, root, "was there")
         try:
             _build(source or name, name, root, watch)
         except KshotError as error:
             raise KshotError(f"data set {name!r} is not in {root}; {failed}; and building it: {error}") from None
-    return _present(name, root, "built")
+    built = _present(name, root, "built")
+    return replace(built, note=built.note or note)
 
 
-def push(root: Path) -> int:
-    """Copy what data.dvc names to the DVC remote; the number of files that were new there."""
-    _need_remote(root)
-    if not recorded(root):
-        raise KshotError(f"{_pointer(root)} is missing: nothing is recorded yet that could be pushed")
-    with _dvc(root) as repo:
-        return int(repo.push())
+def verified(name: str, root: Path) -> ImageSet:
+    """A data set of which every byte is as it was imported; else an error that says what to do."""
+    data_set = ImageSet.open(root / name)
+    found = (root / name / IMAGES).stat()
+    _verify(root / name, data_set.version, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return data_set
 
 
-def pull(root: Path) -> dict[str, Any]:
-    """Make the data folder what data.dvc names, unless that would remove what no version records."""
-    _need_remote(root)
-    if not recorded(root):
-        raise KshotError(f"{_pointer(root)} is missing: nothing is recorded that could be pulled. Is it committed?")
-    try:
-        with _dvc(root) as repo:
-            return dict(repo.pull()["stats"])
-    except KshotError as error:
-        if "unsaved files" not in str(error):
-            raise
-        raise KshotError(
-            f"a pull would remove data that no version records ({'; '.join(differences(root))}). "
-            f"Move it away, or record it: dvc add {root.name}"
-        ) from None
+@lru_cache(maxsize=64)
+def _verify(folder: Path, *state: object) -> None:
+    """Once in a process for each state of the file."""
+    ImageSet.open(folder).verify()
 
 
-def differences(root: Path) -> list[str]:
-    """How the data folder differs from data.dvc; empty if it does not, or if there is no data.dvc."""
-    if _why_not_versioned(root) or not recorded(root):
+def push(root: Path, *names: str) -> int:
+    """Copy what data.dvc names to the DVC remote; the number of files that were new there. It is looked at there."""
+    pointer = _named(root, names)
+    with _dvc(root) as cache:
+        if pointer.former:
+            md5 = next(iter(pointer.sets.values())).md5
+            if lost := cache.lacking(md5):
+                raise KshotError(
+                    f"DVC's cache lacks {', '.join(lost)} of the folder that {pointer.file.name} names, so nothing was "
+                    "pushed. Record the data sets that are here anew: kshot data commit"
+                )
+            return cache.push(md5)
+        for name in (chosen := {name: pointer.sets[name] for name in names or pointer.sets}):
+            cache.url(chosen[name].more.get("remote"))
+            _into_cache(name, root, chosen[name], cache)
+        return sum(cache.push(entry.md5, entry.more.get("remote")) for entry in chosen.values())
+
+
+def pull(root: Path, *names: str) -> list[str]:
+    """Make data sets what data.dvc names, from DVC's cache or the remote; which of them were not.
+
+    What no version records is not touched, and is an error where it is in the way.
+    """
+    pointer = _named(root, names)
+    states = state_of(root, names or pointer.sets)
+    wrong = [name for name, state in states.items() if state != "recorded"]
+    if not wrong:
         return []
-    with _dvc(root) as repo:
-        (output,) = repo.find_outs_by_path(str(root))
-        if not output.workspace_status():
-            return []
-    named, here = _named_versions(_pointer(root).read_text()), _versions(root)
-    found = [f"{n}: not recorded" for n in sorted(here.keys() - named.keys())]
-    found += [f"{n}: missing" for n in sorted(named.keys() - here.keys())]
-    found += [f"{n}: changed" for n in sorted(named.keys() & here.keys()) if named[n] != here[n]]
-    return found or [f"{root} holds other bytes than were recorded"]
-
-
-# ---- DVC
-
-
-@contextmanager
-def _dvc(root: Path) -> Iterator[Any]:
-    """The DVC repository around the data folder, for one user at a time; its errors become messages."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
-
-    with FileLock(_lock_folder(root) / "dvc"):
-        try:
-            repo = Repo(str(_repository(root)), _wait_for_lock=True)
+    with _dvc(root) as cache:
+        for name in wrong:
+            entry, only = pointer.sets[name], name if pointer.former else None
+            if cache.lacking(entry.md5, only, read=states[name] == "damaged"):
+                cache.fetch(entry.md5, only, entry.more.get("remote"))
+        for name in wrong:
             try:
-                repo.scm_context.quiet = True  # its hint about `git add` is not meant for a pipeline
-                yield repo
-            finally:
-                repo.close()
-        except (DvcException, SCMError) as error:
-            raise KshotError(f"DVC: {error}") from error
+                cache.checkout(name, (IMAGES, INDEX) if _worthless(root / name, pointer.sets[name]) else ())
+            except Exception as error:
+                if "unsaved files" not in str(error):
+                    raise
+                raise KshotError(
+                    f"a pull would remove data that no version records ({name}: {states[name]}). "
+                    f"Move {root / name} away, or record it: kshot data commit {name}"
+                ) from None
+    for name in wrong:
+        try:
+            verified(name, root)
+        except KshotError as error:
+            raise KshotError(
+                f"{pointer.file.name} names a damaged {name}: {error}. An earlier {pointer.file.name} may name a sound "
+                f"one: git checkout {pointer.file.name} or git log {pointer.file.name}, then kshot data pull"
+            ) from None
+    return wrong
+
+
+def state_of(root: Path, names: Iterable[str] = (), read: bool = True) -> dict[str, State]:
+    """Some data sets, or all that are here or that data.dvc names, and how the two agree.
+
+    Every byte is read, or else indexes only.
+    """
+    pointer, found = Pointer.read(root), dict[str, State]()
+    for name in sorted(names or {*data_sets(root), *pointer.sets}):
+        if not (root / name).exists():
+            found[name] = "missing"
+            continue
+        try:
+            version = (verified(name, root) if read else ImageSet.open(root / name)).version
+        except KshotError:
+            found[name] = "damaged"
+            continue
+        known = pointer.sets.get(name)
+        found[name] = "not recorded" if known is None else "recorded" if known.version == version else "changed"
+    return found
+
+
+# ---- parts
+
+
+def _dvc(root: Path) -> AbstractContextManager[Cache]:
+    from kshot_flows.data import cache
+
+    if (repository := _repository(root)) is None:
+        raise KshotError(why_not_versioned(root))
+    return cache.opened(root, repository)
 
 
 def _repository(root: Path) -> Path | None:
@@ -167,41 +254,65 @@ def _repository(root: Path) -> Path | None:
     return next((folder for folder in root.parents if (folder / ".dvc").is_dir()), None)
 
 
-def _why_not_versioned(root: Path) -> str:
-    if versioned(root):
-        return ""
-    in_git = any((folder / ".git").exists() for folder in root.parents)
-    start = "dvc init" if in_git else "git init && dvc init, or dvc init --no-scm"
-    return f"{root} is in no DVC repository, so it has no version there. To start one: {start}"
+def _in_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in root.parents)
 
 
-def _need_remote(root: Path) -> None:
-    if why_not := _why_not_versioned(root):
-        raise KshotError(why_not)
-    if not _has_remote(root):
-        raise KshotError("no DVC remote is configured. Give it one, such as: dvc remote add -d store s3://bucket/path")
+def _named(root: Path, names: Sequence[str]) -> Pointer:
+    """What data.dvc says; an error if it names nothing, or not all of these."""
+    if why := why_not_versioned(root):
+        raise KshotError(why)
+    pointer = Pointer.read(root)
+    pointer.refuse_twice()
+    if not pointer.sets:
+        raise KshotError(
+            f"{pointer.file} names no data set: nothing is recorded yet. Record what is in {root}: kshot data commit"
+        )
+    if unknown := [name for name in names if name not in pointer.sets]:
+        raise KshotError(
+            f"{pointer.file.name} does not name {', '.join(unknown)}; it names: {_list(pointer.sets)}. "
+            f"Record what is in {root}: kshot data commit {' '.join(unknown)}"
+        )
+    return pointer
 
 
-def _has_remote(root: Path) -> bool:
-    with _dvc(root) as repo:
-        return bool(repo.config["core"].get("remote"))
-
-
-def _try_pull(name: str, root: Path) -> str | None:
-    """Pull one data set; why not, if that could not be."""
-    if why_not := _why_not_versioned(root):
-        return why_not
-    pointer = _pointer(root)
-    if not pointer.exists() or name not in _named_versions(pointer.read_text()):
-        return f"{pointer.name} does not name it"
-    if not _has_remote(root):
-        return "no DVC remote is configured to pull it from"
+def _apart(name: str, root: Path, pointer: Pointer, cache: Cache) -> Entry:
+    """The entry of a data set that was recorded with the whole folder only."""
+    known = pointer.sets[name]
+    if (root / name / INDEX).exists() and (found := verified(name, root)).version == known.version:
+        return cache.add(name, found.version)
     try:
-        with _dvc(root) as repo:
-            repo.pull(str(root / name))
+        return replace(cache.part(known.md5, name), version=known.version)
     except KshotError as error:
-        return f"it could not be pulled ({error})"
-    return None if (root / name / INDEX).exists() else "the DVC remote does not have it"
+        raise KshotError(
+            f"{pointer.file.name} names the folder as a whole, with {name} in it, which is not here as recorded, so "
+            f"that the data sets cannot be named one by one ({error}). Bring it: kshot data pull {name}; or drop it on "
+            f"purpose: kshot data remove {name}"
+        ) from None
+
+
+def _worthless(folder: Path, recorded: Entry) -> bool:
+    """Whether what lies here is a damaged copy of what was recorded, or nothing that can be opened."""
+    with suppress(KshotError):
+        return ImageSet.open(folder).version == recorded.version
+    return True
+
+
+def _updated(pointer: Pointer, name: str, entry: Entry) -> Entry:
+    """With what its users wrote into the former one."""
+    former = pointer.sets.get(name)
+    return replace(entry, more=former.more) if former else entry
+
+
+def _into_cache(name: str, root: Path, entry: Entry, cache: Cache) -> None:
+    """What data.dvc names, into the cache from the data folder, if it was built here and never recorded."""
+    if not (lost := cache.lacking(entry.md5)):
+        return
+    why = f"DVC's cache lacks {', '.join(lost)} of {name}, which data.dvc names"
+    if not (root / name / INDEX).exists():
+        raise KshotError(f"{why}, and it is not here either, so it cannot be pushed")
+    if verified(name, root).version != entry.version or cache.add(name, str(entry.version)).md5 != entry.md5:
+        raise KshotError(f"{why}, and {root / name} is another version: kshot data commit {name}")
 
 
 def _build(source: str, name: str, root: Path, watch: Callable[[Progress], None]) -> None:
@@ -212,67 +323,9 @@ def _build(source: str, name: str, root: Path, watch: Callable[[Progress], None]
             watch(event)
 
 
-# ---- what data.dvc says
-
-
-def _pointer(root: Path) -> Path:
-    return root.with_name(root.name + ".dvc")
-
-
-def _md5(text: str) -> str | None:
-    try:
-        return str(yaml.safe_load(text)["outs"][0]["md5"])
-    except (yaml.YAMLError, KeyError, IndexError, TypeError):
-        return None
-
-
-def _committed_pointer(root: Path) -> str | None:
-    pointer = _pointer(root)
-    if not pointer.parent.is_dir():
-        return None
-    command = ["git", "show", f"HEAD:./{pointer.name}"]
-    try:
-        shown = subprocess.run(command, cwd=pointer.parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return shown.stdout if shown.returncode == 0 else None
-
-
-def _versions(root: Path) -> dict[str, str]:
-    return {name: file_sha256(root / name / INDEX) for name in data_sets(root)}
-
-
-def _named_versions(text: str) -> dict[str, str]:
-    try:
-        return dict((yaml.safe_load(text).get("meta") or {}).get(_KEY) or {})
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
-        return {}
-
-
-def _write_versions(root: Path) -> None:
-    """Note each data set's version in data.dvc; what DVC and its users wrote there stays as it is."""
-    from dvc.utils.serialize import modify_yaml
-
-    pointer = _pointer(root)
-    if _named_versions(pointer.read_text()) != (versions := _versions(root)):
-        with modify_yaml(str(pointer)) as content:
-            content.setdefault("meta", {})[_KEY] = versions
-
-
-def _write_ignored(root: Path) -> None:
-    """Keep what is no data out of DVC: locks, imports under way, downloads, contact sheets."""
-    file = root.with_name(".dvcignore")
-    there = file.read_text() if file.exists() else ""
-    missing = {f"/{root.name}/.*", f"/{root.name}/*/{SHEET}"} - set(there.splitlines())
-    if missing:
-        whole = there if not there or there.endswith("\n") else f"{there}\n"
-        file.write_text(whole + "".join(f"{pattern}\n" for pattern in sorted(missing)))
-
-
 def _present(name: str, root: Path, how: Literal["was there", "pulled", "built"]) -> Present:
-    data_set = ImageSet.open(root / name)
-    text = _committed_pointer(root)
-    named = _named_versions(text).get(name) if text else None
+    data_set = verified(name, root)
+    named = _committed_version(name, root)
     if named is None or how == "was there":
         return Present(data_set, how, None if named is None else named == data_set.version)
     if named == data_set.version:
@@ -281,7 +334,7 @@ def _present(name: str, root: Path, how: Literal["was there", "pulled", "built"]
     from PIL import features
 
     note = (
-        f"{name} was {how}, and it is not what the committed {_pointer(root).name} names: version "
+        f"{name} was {how}, and it is not what the committed {root.name}.dvc names: version "
         f"{data_set.version[:12]}, not {named[:12]}. Another release of Pillow (here {PIL.__version__}, FreeType "
         f"{features.version('freetype2')}) decodes and draws a little differently, and another kshot may import "
         "differently. Results may differ a little too; the recorded bytes come from a DVC remote: kshot data pull"
@@ -289,7 +342,30 @@ def _present(name: str, root: Path, how: Literal["was there", "pulled", "built"]
     return Present(data_set, how, False, note)
 
 
-def _lock_folder(root: Path) -> Path:
-    folder = root / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _committed_version(name: str, root: Path) -> str | None:
+    if not root.parent.is_dir():
+        return None
+    command = ["git", "show", f"HEAD:./{root.name}.dvc"]
+    with suppress(OSError, KshotError):  # no git on this machine; a file that cannot be read
+        shown = subprocess.run(command, cwd=root.parent, capture_output=True, text=True, check=False)
+        sets = Pointer.parse(root.with_name(f"{root.name}.dvc"), shown.stdout if shown.returncode == 0 else "").sets
+        return sets[name].version if name in sets else None
+    return None
+
+
+def _write_settings(root: Path) -> None:
+    """What is no data is not for DVC: locks, imports under way, downloads, contact sheets. And git joins data.dvc."""
+    _add_lines(root.with_name(".dvcignore"), f"/{root.name}/.*", f"/{root.name}/*/{SHEET}")
+    if _in_git(root):
+        _add_lines(root.with_name(".gitattributes"), f"/{root.name}.dvc merge=union")
+
+
+def _add_lines(file: Path, *lines: str) -> None:
+    there = file.read_text() if file.exists() else ""
+    if missing := [line for line in lines if line not in there.splitlines()]:
+        whole = there if not there or there.endswith("\n") else f"{there}\n"
+        file.write_text(whole + "".join(f"{line}\n" for line in missing))
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

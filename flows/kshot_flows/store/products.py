@@ -52,6 +52,7 @@ class Packed:
     name: str
     version: str  # sha256 of the index, which holds that of the images
     source: str
+    md5: str | None = None  # what DVC calls it in data.dvc, '....dir'; None outside DVC
 
     def open(self) -> ImageSet:
         return ImageSet.open(versioning.data_root() / self.name)
@@ -63,7 +64,6 @@ class DataVersion:
 
     own: Packed
     others: tuple[Packed, ...]
-    md5: str | None  # what DVC calls the data folder; None outside DVC
     rotations: bool  # whether classes of the own one are turned as well, which makes other episodes
     protocol: Protocol = "random photos"  # how episodes are drawn
 
@@ -76,6 +76,10 @@ class DataVersion:
         return self.own.version
 
     @property
+    def md5(self) -> str | None:
+        return self.own.md5
+
+    @property
     def all(self) -> tuple[Packed, ...]:
         return self.own, *self.others
 
@@ -85,16 +89,16 @@ class DataVersion:
 
     def intact(self) -> bool:
         """Whether their names still stand for them, to the byte, and data.dvc still names them."""
-        for packed in self.all:
-            try:
-                found = packed.open()
-                found.verify()
-            except KshotError:
-                return False
-            if found.version != packed.version:
-                return False
         root = versioning.data_root()
-        return versioning.recorded(root) == self.md5 and versioning.versioned(root) == (self.md5 is not None)
+        try:
+            return all(
+                versioning.verified(packed.name, root).version == packed.version
+                and versioning.recorded(root, packed.name) == packed.md5
+                and versioning.versioned(root) == (packed.md5 is not None)
+                for packed in self.all
+            )
+        except KshotError:
+            return False
 
     def open(self) -> ImageSet:
         return self.own.open()
@@ -129,7 +133,7 @@ class DataVersion:
         learned = {packed for packed, _ in self.parts(dataset.train, dataset.validation, dataset.unlabelled)}
         return [
             runs.DataRef(
-                packed.name, packed.version, self.md5, packed.source,
+                packed.name, packed.version, packed.md5, packed.source,
                 context="meta-training" if packed in learned or packed == self.own else "test",
             )
             for packed in self.all
@@ -306,10 +310,13 @@ class Promotion:
         return f"{self.name} {self.version} {self.stage}"
 
     def intact(self) -> bool:
-        """Whether nothing has moved since: neither this version nor, where it waits, the one it has to beat."""
+        """Whether nothing has moved since, neither this version nor, where it waits, the one it has to beat.
+
+        By the audit log; where MLflow shows other stages or aliases, which serving reads, there is something to do.
+        """
         from kshot_flows import registry
 
-        if not self.judged:
+        if not self.judged or registry.disagreements(self.name):
             return False
         stages = {known.version: known.stage for known in registry.versions(self.name)}
         if stages.get(self.version) != self.stage:

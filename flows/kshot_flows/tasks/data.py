@@ -11,16 +11,23 @@ from kshot.episodes import Shape, check_shape
 from kshot.recipe import Recipe
 from kshot_flows.console import progress
 from kshot_flows.data import versioning
+from kshot_flows.report import artifacts
 from kshot_flows.store import keys
 from kshot_flows.store.products import DataVersion, Packed
-from kshot_flows.store.results import task, transient
+from kshot_flows.store.results import RETRIED, task
 from kshot_flows.tasks import heads
 from kshot_runtime.errors import KshotError
 
 
-@task(keys.version_data, tags={"data"}, retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=transient)
+@task(
+    keys.version_data,
+    shows=artifacts.publish,
+    assets=lambda recipe: [f"kshot://data/{name}" for name in recipe.dataset.names],
+    tags={"data"},
+    **RETRIED,
+)
 def version_data(recipe: Recipe) -> DataVersion:
-    """All data that the recipe names, brought in where they are missing, and the data folder recorded in data.dvc."""
+    """All data that the recipe names, brought in where they are missing, verified, and recorded in data.dvc."""
     root, found = versioning.data_root(), []
     for name in recipe.dataset.names:
         source = recipe.dataset.source if name == recipe.dataset.name else None
@@ -29,11 +36,16 @@ def version_data(recipe: Recipe) -> DataVersion:
         if present.note:
             progress.say(escape(f"  {present.note}"))
         found.append(present.data_set)
-    recorded = versioning.version_data(root)
-    if recorded.why_not:
-        progress.say(escape(f"  {recorded.why_not}"))
-    own, *others = (Packed(packed.name, packed.version, packed.index.source) for packed in found)
-    data = DataVersion(own, tuple(others), recorded.md5, recipe.dataset.rotations, recipe.dataset.protocol)
+    if why := versioning.why_not_versioned(root):
+        progress.say(escape(f"  {why}"))
+    else:
+        for line in versioning.record(root, *recipe.dataset.names).lines(root):
+            progress.say(escape(f"  {line}"))
+    own, *others = (
+        Packed(packed.name, packed.version, packed.index.source, versioning.recorded(root, packed.name))
+        for packed in found
+    )
+    data = DataVersion(own, tuple(others), recipe.dataset.rotations, recipe.dataset.protocol)
     _refuse_unlike(found)
     _refuse_seen(recipe, data)
     return data

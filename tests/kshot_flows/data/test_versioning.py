@@ -1,182 +1,176 @@
-"""Dataset versions: recorded, found again in clones and worktrees, pushed, pulled, rebuilt; and nothing lost."""
+"""Versions of data sets: recorded, found again in clones and worktrees, rebuilt; and nothing dropped or damaged."""
 
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from kshot.datasets import ImageSet, data_sets
-from kshot.importing import finish, import_dataset
 from kshot_flows.data import versioning
+from kshot_flows.data.pointer import Pointer
+from kshot_flows.data.versioning import Recorded
 from kshot_runtime.errors import KshotError
 
 PROJECT = Path(__file__).parents[3]
 
 
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path, monkeypatch):
-    """DVC keeps state, and git looks for settings, outside the repository: here in tmp_path."""
-    for variable, folder in (
-        ("DVC_SITE_CACHE_DIR", "site"),
-        ("DVC_GLOBAL_CONFIG_DIR", "global"),
-        ("DVC_SYSTEM_CONFIG_DIR", "system"),
-        ("HOME", "home"),
-    ):
-        (tmp_path / folder).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / folder))
-    for variable in ("KSHOT_MIRROR", "KSHOT_DATA", "KSHOT_HOME", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        monkeypatch.delenv(variable, raising=False)
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_NAME", "someone")
-        monkeypatch.setenv(f"GIT_{who}_EMAIL", "someone@example.org")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout
-
-
-def commit(folder: Path, why: str = "change") -> None:
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", why)
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A repository set up as kshot's own is: its .dvc/, .dvcignore and .gitignore."""
-    project = tmp_path / "project"
-    (project / ".dvc").mkdir(parents=True)
-    git(project, "init", "-q", "-b", "main")
-    for file in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
-        shutil.copy(PROJECT / file, project / file)
-    commit(project, "start")
-    return project
-
-
-def photos(folder: Path, seed: int = 0) -> Path:
-    """Three classes of two 8 x 8 images."""
-    random = np.random.default_rng(seed)
-    for name in ("ant", "bee", "cat"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(2):
-            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
-
-
-def take(root: Path, name: str = "zoo", seed: int = 0, **options) -> None:
-    source = photos(root.parent.parent / f"photos{seed}", seed)
-    finish(import_dataset(str(source), name, root, rule={"size": 8}, **options))
-
-
-def test_a_version_is_recorded_once_and_changes_with_the_data(project):
+def test_a_data_set_is_recorded_once_and_apart_from_others(project, take):
     root = project / "data"
     take(root)
-    first = versioning.version_data(root)
-    assert first.md5.endswith(".dir")
-    assert versioning.recorded(root) == first.md5
-    assert versioning.version_data(root) == first
+    assert versioning.record(root) == Recorded(("zoo",))
+    zoo = versioning.recorded(root, "zoo")
+    assert zoo.endswith(".dir")
+    assert versioning.record(root, "zoo") == Recorded()
     take(root, "pets", seed=1)
-    assert versioning.differences(root) == ["pets: not recorded"]
-    second = versioning.version_data(root)
-    assert second.md5 != first.md5
-    assert versioning.differences(root) == []
+    assert versioning.state_of(root) == {"pets": "not recorded", "zoo": "recorded"}
+    assert versioning.record(root) == Recorded(("pets",))
+    assert versioning.recorded(root, "pets") != versioning.recorded(root, "zoo") == zoo
+    take(root, "pets", seed=2, replace=True)
+    shutil.rmtree(root / "zoo")
+    assert versioning.state_of(root) == {"pets": "changed", "zoo": "missing"}
 
 
-def test_only_the_pointer_is_for_git_and_only_the_data_for_dvc(project):
+def test_only_the_pointer_is_for_git_and_only_the_data_for_dvc(project, git, dvc, take):
     root = project / "data"
     take(root)
-    versioning.version_data(root)
+    versioning.record(root)
     assert git(project, "status", "--short").split() == ["??", "data.dvc"]
     assert "nfiles: 2" in (project / "data.dvc").read_text()  # no contact sheet, no locks
+    before = (project / "data.dvc").read_text()
+    dvc(project, "commit", "--force", "data.dvc")  # DVC reads it, finds the same, and leaves it as it is
+    assert (project / "data.dvc").read_text() == before
 
 
-def test_a_users_own_repository_is_told_what_is_no_data(tmp_path):
+def test_a_users_own_repository_learns_what_is_no_data_and_how_data_merge(tmp_path, git, dvc, take):
     project = tmp_path / "theirs"
     project.mkdir()
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=project, check=True)
+    git(project, "init", "-q")
+    dvc(project, "init")
     (project / ".dvcignore").write_text("*.tmp")
     take(project / "data")
-    first = versioning.version_data(project / "data")
-    assert "nfiles: 2" in (project / "data.dvc").read_text()  # no contact sheet, no locks
-    assert (project / ".dvcignore").read_text() == "*.tmp\n/data/*/sheet.png\n/data/.*\n"
-    (project / "data" / ".downloads").mkdir()
-    (project / "data" / ".downloads" / "half").write_text("")
-    assert versioning.version_data(project / "data") == first
+    versioning.record(project / "data")
+    assert "nfiles: 2" in (project / "data.dvc").read_text()
+    assert (project / ".dvcignore").read_text() == "*.tmp\n/data/.*\n/data/*/sheet.png\n"
+    assert (project / ".gitattributes").read_text() == "/data.dvc merge=union\n"
+    assert (project / ".gitignore").read_text() == "/data\n"
+    take(project / "data", "pets", seed=1)
+    versioning.record(project / "data")
     assert (project / ".dvcignore").read_text().count("sheet.png") == 1
 
 
-def test_the_pointer_keeps_what_its_users_wrote(project):
-    root = project / "data"
+def test_the_pointer_keeps_what_its_users_wrote(project, dvc, take):
+    root, pointer = project / "data", project / "data.dvc"
     take(root)
-    versioning.version_data(root)
-    pointer = project / "data.dvc"
-    pointer.write_text("# ours\n" + pointer.read_text() + "  asked by: Ann\n")
+    versioning.record(root)
+    text = pointer.read_text().replace("  hash: md5", "  desc: all of them\n  hash: md5")
+    pointer.write_text(f"# ours\n{text}meta:\n  asked by: Ann\n")
+    take(root, "zoo", seed=1, replace=True)
     take(root, "pets", seed=1)
-    versioning.version_data(root)
+    versioning.record(root)
     text = pointer.read_text()
-    assert text.startswith("# ours\n")
-    assert "asked by: Ann" in text
-    assert ImageSet.open(root / "pets").version in text
+    assert text.startswith("# ours\nouts:\n- path: data/pets\n")
+    assert text.endswith("  desc: all of them\n  hash: md5  # zoo\nmeta:\n  asked by: Ann\n")
+    assert ImageSet.open(root / "zoo").version in text
+    dvc(project, "status", "data.dvc")
 
 
-def test_a_change_of_one_set_is_named(project):
+def test_what_is_recorded_was_verified_and_a_pull_mends_it(project, take, flip):
+    root = project / "data"
+    take(root)
+    take(root, "new", seed=1)
+    versioning.record(root, "zoo")
+    named = (project / "data.dvc").read_text()
+    flip(root / "zoo")
+    flip(root / "new")
+    for name in ("zoo", "new"):
+        with pytest.raises(
+            KshotError, match=rf"{name}/images.npy has sha256 .* Import it again .* kshot data pull {name}"
+        ):
+            versioning.record(root, name)
+        with pytest.raises(KshotError, match="changed after the import"):
+            versioning.ensure(name, root)
+    assert (project / "data.dvc").read_text() == named
+    assert versioning.state_of(root) == {"new": "damaged", "zoo": "damaged"}
+    assert versioning.pull(root) == ["zoo"]  # from DVC's cache, without a remote
+    assert versioning.pull(root) == []
+    assert versioning.ensure("zoo", root).data_set.version in named
+
+
+def test_a_set_that_is_not_here_stays_recorded_until_it_is_removed_on_purpose(project, take):
     root = project / "data"
     take(root)
     take(root, "pets", seed=1)
-    versioning.version_data(root)
-    take(root, "pets", seed=2, replace=True)
+    versioning.record(root)
     shutil.rmtree(root / "zoo")
-    assert versioning.differences(root) == ["zoo: missing", "pets: changed"]
+    take(root, "ants", seed=2)
+    versioning.record(root)
+    assert list(Pointer.read(root).sets) == ["ants", "pets", "zoo"]
+    with pytest.raises(KshotError, match="does not name goats; it names: ants, pets, zoo"):
+        versioning.remove(root, "goats")
+    versioning.remove(root, "zoo", "pets")
+    assert versioning.state_of(root) == {"ants": "recorded", "pets": "not recorded"}
+    ImageSet.open(root / "pets").verify()
 
 
-def test_a_clone_pulls_what_was_pushed(project, tmp_path):
+def test_a_pointer_of_the_former_form_is_rewritten_when_something_is_recorded(
+    project, tmp_path, git, commit, take, former
+):
     root = project / "data"
     take(root)
-    recorded = versioning.version_data(root)
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", tmp_path / "store"], cwd=project, check=True
-    )
+    take(root, "pets", seed=1)
+    former(root)
     commit(project)
-    assert versioning.push(root) == 3  # two files and the folder's list
-    assert versioning.push(root) == 0
-    git(tmp_path, "clone", "-q", "project", "clone")
-    there = tmp_path / "clone" / "data"
-    present = versioning.ensure("zoo", there)
-    assert (present.how, present.same) == ("pulled", True)
-    present.data_set.verify()
-    assert versioning.version_data(there) == recorded
-    assert git(tmp_path / "clone", "status", "--short") == ""
-
-
-def test_a_pull_of_one_set_does_not_touch_another_that_was_never_recorded(project, tmp_path):
-    test_a_clone_pulls_what_was_pushed(project, tmp_path)
-    root = tmp_path / "clone" / "data"
-    shutil.rmtree(root / "zoo")
-    take(root, "mine", seed=3)
-    assert versioning.ensure("zoo", root).how == "pulled"
-    ImageSet.open(root / "mine").verify()
-
-
-def test_a_whole_pull_never_removes_what_was_not_recorded(project, tmp_path):
-    test_a_clone_pulls_what_was_pushed(project, tmp_path)
-    root = tmp_path / "clone" / "data"
-    take(root, "mine", seed=3)
-    take(root, "zoo", seed=4, replace=True)
-    mine, zoo = (ImageSet.open(root / name).version for name in ("mine", "zoo"))
-    with pytest.raises(KshotError, match=r"no version records \(mine: not recorded; zoo: changed\)"):
-        versioning.pull(root)
-    assert ImageSet.open(root / "mine").version == mine
+    folder = versioning.recorded(root, "zoo")
+    assert versioning.state_of(root) == {"pets": "recorded", "zoo": "recorded"}
+    assert versioning.record(root) == Recorded()  # nothing is new, so it stays as it is
+    zoo = Pointer.read(root).sets["zoo"].version
+    shutil.rmtree(root / "zoo")  # its part is taken from the list of the folder's files
+    take(root, "ants", seed=2)
+    assert versioning.record(root) == Recorded(("ants",), split=True)
+    pointer = Pointer.read(root)
+    assert list(pointer.sets) == ["ants", "pets", "zoo"]
+    assert not pointer.former
+    assert "data sets" not in pointer.text
+    assert pointer.sets["zoo"].version == zoo
+    assert pointer.sets["zoo"].md5 != folder
+    assert versioning.pull(root) == ["zoo"]
     assert ImageSet.open(root / "zoo").version == zoo
+    git(project, "checkout", "data.dvc")
+    shutil.rmtree(root / "zoo")
+    assert versioning.pull(root, "zoo") == ["zoo"]  # an old commit's data come back as ever
+    versioning.remove(root, "pets")
+    assert list(Pointer.read(root).sets) == ["zoo"]
 
 
-def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path, monkeypatch):
+def test_a_set_of_the_former_form_that_nobody_has_is_not_dropped(project, tmp_path, git, commit, take, former):
+    root = project / "data"
+    take(root)
+    take(root, "pets", seed=1)
+    former(root)
+    commit(project)
+    git(tmp_path, "clone", "-q", "project", "clone")
+    root = tmp_path / "clone" / "data"
+    take(root)
+    assert versioning.record(root, "zoo") == Recorded()
+    take(root, "ants", seed=2)
+    with pytest.raises(KshotError, match=r"with pets in it, .*no DVC remote .* kshot data remove pets"):
+        versioning.record(root, "ants")
+    versioning.remove(root, "pets")
+    versioning.record(root, "ants")
+    assert list(Pointer.read(root).sets) == ["ants", "zoo"]
+
+
+def test_a_pointer_that_cannot_be_read_is_an_error_and_not_taken_for_an_empty_one(project, take):
+    root = project / "data"
+    take(root)
+    (project / "data.dvc").write_text("outs:\n<<<<<<< HEAD\n- path: data/zoo\n")
+    with pytest.raises(KshotError, match=r"data.dvc cannot be read .* git checkout --theirs data.dvc"):
+        versioning.record(root)
+
+
+def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path, monkeypatch, git, commit):
     mirror = tmp_path / "mirror" / "mnist"
     mirror.mkdir(parents=True)
     for part, pixels in (("t10k", bytes(range(196))), ("train", bytes(range(1, 197)))):
@@ -188,7 +182,7 @@ def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path,
     root = project / "data"
     assert versioning.ensure("mnist", root).how == "built"
     assert versioning.ensure("mnist", root).how == "was there"
-    recorded = versioning.version_data(root)
+    versioning.record(root)
     commit(project)
     git(tmp_path, "clone", "-q", "project", "clone")
     there = tmp_path / "clone" / "data"
@@ -196,13 +190,10 @@ def test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path,
     present = versioning.ensure("mnist", there, watch=seen.append)
     assert (present.how, present.same, present.note) == ("built", True, "")
     assert seen
-    assert versioning.version_data(there) == recorded
+    assert versioning.record(there) == Recorded()
     assert git(tmp_path / "clone", "status", "--short") == ""
 
-
-def test_a_clone_that_builds_something_else_says_why(project, tmp_path, monkeypatch):
-    test_a_clone_without_a_remote_builds_the_same_and_says_so(project, tmp_path, monkeypatch)
-    (tmp_path / "mirror/mnist/t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 4, 5, 5, 8, 8]))
+    (mirror / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 4, 5, 5, 8, 8]))
     git(tmp_path, "clone", "-q", "project", "third")
     present = versioning.ensure("mnist", tmp_path / "third" / "data")
     assert (present.how, present.same) == ("built", False)
@@ -210,89 +201,73 @@ def test_a_clone_that_builds_something_else_says_why(project, tmp_path, monkeypa
     assert "Pillow" in present.note
 
 
-def test_a_set_that_can_neither_be_pulled_nor_built_says_both(project):
+def test_a_set_that_can_neither_be_pulled_nor_built_says_both(project, take):
     root = project / "data"
     with pytest.raises(
         KshotError, match=r"'zoo' is not in .*data.dvc does not name it; and building it: there is no folder"
     ):
         versioning.ensure("zoo", root)
     take(root)
-    versioning.version_data(root)
+    versioning.record(root)
     shutil.rmtree(root / "zoo")
-    with pytest.raises(KshotError, match="no DVC remote is configured"):
+    shutil.rmtree(project / ".dvc" / "cache")
+    with pytest.raises(KshotError, match=r"no DVC remote is configured.* and building it"):
         versioning.ensure("zoo", root)
 
 
-def test_a_git_worktree_is_a_project_of_its_own(project, tmp_path):
+def test_a_git_worktree_is_a_project_of_its_own(project, tmp_path, git, commit, take):
     root = project / "data"
     take(root)
-    recorded = versioning.version_data(root)
+    versioning.record(root)
     commit(project)
     git(project, "worktree", "add", "-q", str(tmp_path / "tree"))
     there = tmp_path / "tree" / "data"
-    assert versioning.recorded(there) == recorded.md5
+    assert versioning.recorded(there, "zoo") == versioning.recorded(root, "zoo")
     take(there)
-    assert versioning.version_data(there) == recorded
+    assert versioning.record(there) == Recorded()
 
 
-def test_outside_any_repository_data_works_and_its_version_says_why_it_is_missing(tmp_path):
+def test_outside_any_repository_data_works_and_its_version_says_why_it_is_missing(tmp_path, take):
     root = tmp_path / "bare" / "data"
     take(root)
-    recorded = versioning.version_data(root)
-    assert recorded.md5 is None
-    assert "dvc init --no-scm" in recorded.why_not
+    assert "dvc init --no-scm" in versioning.why_not_versioned(root)
+    assert versioning.recorded(root, "zoo") is None
     assert versioning.ensure("zoo", root).how == "was there"
-    assert versioning.differences(root) == []
-    with pytest.raises(KshotError, match="no DVC repository"):
-        versioning.push(root)
+    for act in (versioning.record, versioning.push, versioning.pull, versioning.remove):
+        with pytest.raises(KshotError, match="no DVC repository"):
+            act(root)
 
 
-def test_without_git_on_the_machine_data_are_used_and_versioned_all_the_same(tmp_path, monkeypatch):
+def test_in_git_without_dvc_the_way_to_start_is_told(tmp_path, git):
+    git(tmp_path, "init", "-q", "plain")
+    assert versioning.why_not_versioned(tmp_path / "plain" / "data").endswith("To start one: dvc init")
+
+
+def test_without_git_on_the_machine_data_are_used_and_versioned_all_the_same(tmp_path, monkeypatch, take, dvc):
     root = tmp_path / "plain" / "data"
     take(root)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=root.parent, check=True)
+    dvc(root.parent, "init", "--no-scm")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert versioning.ensure("zoo", root).same is None
-    assert versioning.version_data(root).md5
-
-
-def test_in_git_without_dvc_the_way_to_start_is_told(tmp_path):
-    git(tmp_path, "init", "-q", "plain")
-    take(tmp_path / "plain" / "data")
-    assert versioning.version_data(tmp_path / "plain" / "data").why_not.endswith("To start one: dvc init")
-
-
-def test_dvc_without_git_versions_too(tmp_path):
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
-    take(folder / "data")
-    recorded = versioning.version_data(folder / "data")
-    assert recorded.md5
-    assert versioning.version_data(folder / "data") == recorded
+    versioning.record(root)
+    assert versioning.recorded(root, "zoo")
+    assert not (root.parent / ".gitattributes").exists()
 
 
 def test_an_empty_data_folder_is_no_version(project):
     (project / "data").mkdir()
     with pytest.raises(KshotError, match="holds no data set yet"):
-        versioning.version_data(project / "data")
+        versioning.record(project / "data")
 
 
-def test_without_a_remote_push_and_pull_say_how_to_get_one(project):
-    take(project / "data")
-    versioning.version_data(project / "data")
-    for move in (versioning.push, versioning.pull):
-        with pytest.raises(KshotError, match="dvc remote add"):
-            move(project / "data")
-
-
-def test_several_processes_may_record_at_once(project):
+def test_several_processes_record_different_sets_at_once(project, take):
     root = project / "data"
-    take(root)
+    names = ["ants", "bees", "cats", "dogs"]
+    for seed, name in enumerate(names):
+        take(root, name, seed=seed)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        recorded = pool.map(versioning.version_data, [root] * 6)
-    assert len({r.md5 for r in recorded}) == 1
-    assert all(r.md5 for r in recorded)
+        pool.starmap(versioning.record, [(root, name) for name in names])
+    assert versioning.state_of(root) == dict.fromkeys(names, "recorded")
 
 
 def test_the_data_folder_follows_the_environment(tmp_path, monkeypatch):
@@ -305,6 +280,6 @@ def test_the_data_folder_follows_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_committed_pointer_of_this_project_names_glyphs_alone():
-    text = (PROJECT / "data.dvc").read_text()
+    pointer = Pointer.read(PROJECT / "data")
     if os.environ.get("CI") or not data_sets(PROJECT / "data"):  # elsewhere one's own data sets may be recorded too
-        assert list(versioning._named_versions(text)) == ["glyphs"]
+        assert list(pointer.sets) == ["glyphs"]

@@ -1,0 +1,164 @@
+"""Faults while data are imported and recorded: nothing is lost, nothing is half, and the next time is right."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from kshot.datasets import ImageSet
+from kshot_flows.data import versioning
+from kshot_flows.data.pointer import Pointer
+from kshot_flows.data.versioning import Recorded
+from kshot_runtime.errors import KshotError
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file grows beyond this size: to a program that writes, the same as a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_stops_import_recording_and_push_and_afterwards_all_is_right(project, tmp_path, take):
+    root = project / "data"
+    with (project / ".dvc" / "config").open("a") as config:
+        config.write(f"    remote = store\n['remote \"store\"']\n    url = {tmp_path / 'store'}\n")
+    room, size = 500_000, 256  # of the images' 1.2 MB
+    take(root)
+    versioning.record(root)
+    named = (project / "data.dvc").read_text()
+    with full_disk(room), pytest.raises(KshotError, match=r"data/pets was not written: .*Nothing of it was kept"):
+        take(root, "pets", seed=1, size=size)
+    assert not list(root.glob(".importing-*"))
+    take(root, "pets", seed=1, size=size)
+    with (
+        full_disk(room),
+        pytest.raises(
+            KshotError, match=r"pets was not recorded: DVC's cache .* did not take .* \(.*too large.*images.npy"
+        ),
+    ):
+        versioning.record(root)
+    assert (project / "data.dvc").read_text() == named
+    assert versioning.record(root) == Recorded(("pets",))
+    with full_disk(room), pytest.raises(KshotError, match=r"store does not hold images.npy.* in full \(.*too large"):
+        versioning.push(root)
+    assert versioning.push(root) > 0
+    assert versioning.push(root) == 0
+    ImageSet.open(root / "pets").verify()
+
+
+def test_a_full_disk_leaves_the_pointer_as_it_was(project, take):
+    root = project / "data"
+    take(root)
+    versioning.record(root)
+    pointer = Pointer.read(root)
+    with full_disk(5), pytest.raises(OSError, match="too large"):
+        pointer.changed({}, drop=["zoo"]).write()
+    assert Pointer.read(root) == pointer
+    assert not list(project.glob(".data.dvc.*"))
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["dvc.output.Output.commit", "kshot_flows.data.pointer.Pointer.write"],
+    ids=["before the cache", "before the pointer"],
+)
+def test_a_recording_that_is_killed_is_done_by_the_next(project, take, where):
+    root = project / "data"
+    take(root)
+    versioning.record(root)
+    take(root, "pets", seed=1)
+    owner, _, method = where.rpartition(".")
+    module, _, name = owner.rpartition(".")
+    killed = f"""
+        import os, signal
+        from pathlib import Path
+        from {module} import {name}
+        from kshot_flows.data import versioning
+        {name}.{method} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        versioning.record(Path({str(root)!r}))
+        """
+    named = (project / "data.dvc").read_text()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(killed)])
+    assert done.returncode == -signal.SIGKILL
+    assert (project / "data.dvc").read_text() == named
+    assert versioning.record(root) == Recorded(("pets",))
+    assert versioning.state_of(root) == {"pets": "recorded", "zoo": "recorded"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_an_import_that_is_killed_leaves_the_former_set_and_nothing_after_the_next(project, take, number):
+    root = project / "data"
+    take(root)
+    before = ImageSet.open(root / "zoo").version
+    take(root, "other", seed=1)  # makes its photos
+    killed = f"""
+        import os
+        from pathlib import Path
+        import kshot.importing as importing
+        importing.contact_sheet = lambda *_: os.kill(os.getpid(), {int(number)})
+        photos, root = {str(root.parent.parent / "photos1")!r}, Path({str(root)!r})
+        importing.finish(importing.import_dataset(photos, "zoo", root, replace=True))
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(killed)])
+    assert done.returncode == -number
+    assert len(list(root.glob(".importing-zoo*"))) == 1
+    assert ImageSet.open(root / "zoo").version == before
+    ImageSet.open(root / "zoo").verify()
+    take(root, "zoo", seed=1, replace=True)
+    assert not list(root.glob(".importing-*"))
+    assert ImageSet.open(root / "zoo").version != before
+
+
+def test_two_imports_of_one_name_at_once_make_one_data_set_and_one_message(project, take):
+    root = project / "data"
+    take(root, "other")
+    importing = f"""
+        from pathlib import Path
+        from kshot.importing import finish, import_dataset
+        from kshot_runtime.errors import KshotError
+        try:
+            finish(import_dataset({str(root.parent.parent / "photos0")!r}, "zoo", Path({str(root)!r})))
+        except KshotError as error:
+            print(error)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(importing)]
+    two = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate()[0] for process in two)
+    assert said[0] == ""
+    assert "zoo exists already" in said[1]
+    ImageSet.open(root / "zoo").verify()
+
+
+def test_a_clock_that_went_back_hides_no_change(project, take):
+    root = project / "data"
+    take(root)
+    for file in (root / "zoo").iterdir():
+        os.utime(file, (2_000_000_000, 2_000_000_000))
+    versioning.record(root)
+    take(root, "zoo", seed=1, replace=True)  # older by its times
+    assert versioning.record(root) == Recorded(("zoo",))
+    assert versioning.state_of(root) == {"zoo": "recorded"}
+
+
+def test_a_folder_that_was_moved_is_the_same_project(project, tmp_path, take):
+    take(project / "data")
+    versioning.record(project / "data")
+    project.rename(tmp_path / "moved")
+    root = tmp_path / "moved" / "data"
+    assert versioning.record(root) == Recorded()
+    take(root, "pets", seed=1)
+    assert versioning.record(root) == Recorded(("pets",))
+    assert versioning.state_of(root) == {"pets": "recorded", "zoo": "recorded"}
