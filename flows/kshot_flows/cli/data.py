@@ -304,14 +304,13 @@ def _record(*names: str) -> None:
     root = versioning.data_root()
     done = versioning.record(root, *names)
     for line in done.lines(root):
-        typer.echo(f"{line[0].upper()}{line[1:]}")
-    if done.new:
-        files = f"{root.name}.dvc .dvcignore .gitattributes .gitignore"
-        typer.echo(f"To keep and share it: git add {files}; git commit; kshot data push")
+        typer.echo(line)
+    if done.new or done.split:
+        files = [f"{root.name}.dvc", ".dvcignore", ".gitattributes", ".gitignore"]
+        keep = f"git add {' '.join(files)} && git commit; " if versioning.in_git(root) else ""
+        typer.echo(f"To keep and share it: {keep}kshot data push")
     else:
-        typer.echo(
-            f"{root.name}.dvc names {', '.join(names) or 'all data sets that are here'} as they are: nothing to record."
-        )
+        typer.echo(f"Nothing to record: {root.name}.dvc names {', '.join(names) or 'all data sets'} as here.")
 
 
 def watch(events: Iterator[Progress | ImportReport], name: str) -> ImportReport:

@@ -74,7 +74,8 @@ def record(root: Path, *names: str) -> Recorded:
         known = {name: entry.version for name, entry in pointer.sets.items()}
         return tuple(name for name in found if known.get(name) != found[name].version)
 
-    if not changed(Pointer.read(root)):
+    pointer = Pointer.read(root)
+    if not changed(pointer) and (names or not pointer.former):
         return Recorded()
     with _dvc(root) as cache:
         pointer = Pointer.read(root)  # another process may have recorded one meanwhile
@@ -110,11 +111,16 @@ def versioned(root: Path) -> bool:
     return _repository(root) is not None
 
 
+def in_git(root: Path) -> bool:
+    """Whether the data folder lies in a git repository."""
+    return any((folder / ".git").exists() for folder in root.parents)
+
+
 def why_not_versioned(root: Path) -> str:
     """Why the data folder has no versions, and how to start; empty if it has."""
     if versioned(root):
         return ""
-    start = "dvc init" if _in_git(root) else "git init && dvc init, or dvc init --no-scm"
+    start = "dvc init" if in_git(root) else "git init && dvc init, or dvc init --no-scm"
     return f"{root} is in no DVC repository, so it has no version there. To start one: {start}"
 
 
@@ -196,7 +202,10 @@ def pull(root: Path, *names: str) -> list[str]:
         for name in wrong:
             entry, only = pointer.sets[name], name if pointer.former else None
             if cache.lacking(entry.md5, only, read=states[name] == "damaged"):
-                cache.fetch(entry.md5, only, entry.more.get("remote"))
+                try:
+                    cache.fetch(entry.md5, only, entry.more.get("remote"))
+                except KshotError as error:
+                    raise KshotError(f"{name} is not in DVC's cache, and {error}. Or import it again") from None
         for name in wrong:
             try:
                 cache.checkout(name, (IMAGES, INDEX) if _worthless(root / name, pointer.sets[name]) else ())
@@ -252,10 +261,6 @@ def _dvc(root: Path) -> AbstractContextManager[Cache]:
 def _repository(root: Path) -> Path | None:
     """The nearest folder around the data folder that `dvc init` was called in."""
     return next((folder for folder in root.parents if (folder / ".dvc").is_dir()), None)
-
-
-def _in_git(root: Path) -> bool:
-    return any((folder / ".git").exists() for folder in root.parents)
 
 
 def _named(root: Path, names: Sequence[str]) -> Pointer:
@@ -356,7 +361,7 @@ def _committed_version(name: str, root: Path) -> str | None:
 def _write_settings(root: Path) -> None:
     """What is no data is not for DVC: locks, imports under way, downloads, contact sheets. And git joins data.dvc."""
     _add_lines(root.with_name(".dvcignore"), f"/{root.name}/.*", f"/{root.name}/*/{SHEET}")
-    if _in_git(root):
+    if in_git(root):
         _add_lines(root.with_name(".gitattributes"), f"/{root.name}.dvc merge=union")
 
 

@@ -1,6 +1,9 @@
 """The data commands, as a user types them."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +91,33 @@ def test_sources_are_listed_with_their_splits():
     listed = kshot_data("sources")
     for word in ("glyphs", "omniglot", "vinyals", "mini-imagenet", "mnist"):
         assert word in listed
+
+
+def test_sets_are_recorded_at_import_pushed_pulled_and_removed(place, monkeypatch):
+    for variable in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG"):
+        monkeypatch.setenv(f"DVC_{variable}_DIR", str(place / variable))
+    kshot_data("import", "photos", "before")
+    subprocess.run(["git", "init", "-q"], check=True)
+    for command in (["init"], ["remote", "add", "-d", "store", "store"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command, "-q"], check=True)
+    told = kshot_data("import", "photos", "pets")
+    assert "recorded in data.dvc: pets" in told
+    assert "git add data.dvc .dvcignore .gitattributes .gitignore && git commit; kshot data push" in told
+    listed = {row["name"]: row for row in json.loads(kshot_data("list", "--json"))}
+    assert {name: row["state"] for name, row in listed.items()} == {"before": "not recorded", "pets": "recorded"}
+    assert (listed["pets"]["images"], listed["pets"]["classes"]) == (6, {"train": 1, "val": 1, "test": 1})
+    assert listed["pets"]["dvc"].endswith(".dir")
+    assert "not recorded: before. Record it: kshot data commit before" in kshot_data("list")
+    told = kshot_data("push")
+    assert "The remote has what data.dvc names of pets: 3 files were new there." in told
+    assert "Not before as it is here: that is not recorded. To push it too: kshot data commit before" in told
+    assert "recorded in data.dvc: before" in kshot_data("commit")
+    assert "Nothing to record: data.dvc names pets as here." in kshot_data("commit", "pets")
+    assert "names of before, pets: 2 files" in kshot_data("push")  # the images are the same
+    shutil.rmtree("data/pets")
+    assert "missing: pets. Bring it here: kshot data pull pets" in kshot_data("list")
+    assert "not as in data.dvc: pets: missing" in kshot_data("verify")
+    assert "verified. Brought here: pets." in kshot_data("pull")
+    assert "Brought here: nothing, as they were so." in kshot_data("pull", "pets")
+    assert "data.dvc names pets no more" in kshot_data("remove", "pets")
+    assert Path("data/pets/index.json").exists()

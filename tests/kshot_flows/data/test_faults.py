@@ -12,9 +12,11 @@ from contextlib import contextmanager
 import pytest
 
 from kshot.datasets import ImageSet
+from kshot_flows import recipes
 from kshot_flows.data import versioning
 from kshot_flows.data.pointer import Pointer
 from kshot_flows.data.versioning import Recorded
+from kshot_flows.tasks.data import version_data
 from kshot_runtime.errors import KshotError
 
 
@@ -162,3 +164,24 @@ def test_a_folder_that_was_moved_is_the_same_project(project, tmp_path, take):
     take(root, "pets", seed=1)
     assert versioning.record(root) == Recorded(("pets",))
     assert versioning.state_of(root) == {"pets": "recorded", "zoo": "recorded"}
+
+
+def test_a_run_on_damaged_data_stops_before_anything_is_recorded_or_trained(
+    tmp_path, new_project, monkeypatch, dvc, flip
+):
+    home = new_project(tmp_path / "home")
+    monkeypatch.setenv("KSHOT_HOME", str(home))
+    dvc(home, "init", "--no-scm")
+    recipe = recipes.load(str(home / "tiny.toml"))
+    data = version_data.fn(recipe)
+    assert data.md5 == versioning.recorded(home / "data", "patterns")
+    assert data.intact()
+    flip(home / "data" / "patterns")
+    named = (home / "data.dvc").read_text()
+    assert not data.intact()
+    with pytest.raises(KshotError, match=r"changed after the import. Import it again .* kshot data pull patterns"):
+        version_data.fn(recipe)
+    assert (home / "data.dvc").read_text() == named
+    versioning.pull(home / "data")
+    assert data.intact()
+    assert version_data.fn(recipe) == data

@@ -124,7 +124,7 @@ def test_a_pointer_of_the_former_form_is_rewritten_when_something_is_recorded(
     commit(project)
     folder = versioning.recorded(root, "zoo")
     assert versioning.state_of(root) == {"pets": "recorded", "zoo": "recorded"}
-    assert versioning.record(root) == Recorded()  # nothing is new, so it stays as it is
+    assert versioning.record(root, "zoo", "pets") == Recorded()  # nothing is new, so it stays as it is
     zoo = Pointer.read(root).sets["zoo"].version
     shutil.rmtree(root / "zoo")  # its part is taken from the list of the folder's files
     take(root, "ants", seed=2)
@@ -137,6 +137,8 @@ def test_a_pointer_of_the_former_form_is_rewritten_when_something_is_recorded(
     assert pointer.sets["zoo"].md5 != folder
     assert versioning.pull(root) == ["zoo"]
     assert ImageSet.open(root / "zoo").version == zoo
+    git(project, "checkout", "data.dvc")
+    assert versioning.record(root) == Recorded(("ants",), split=True)
     git(project, "checkout", "data.dvc")
     shutil.rmtree(root / "zoo")
     assert versioning.pull(root, "zoo") == ["zoo"]  # an old commit's data come back as ever
