@@ -113,7 +113,7 @@ def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:
         run.data.metrics
     )
     assert "calibration.3w1s.temperature" in run.data.metrics
-    head, _, row, *_ = run.data.tags["mlflow.note.content"].splitlines()  # what its page says first
+    head, _, row = run.data.tags["mlflow.note.content"].split("### How good it is\n")[1].splitlines()[:3]
     assert head.endswith("| calibration error | known that pass | unknown let in | AUROC |")
     assert row.startswith("| 3-way 1-shot | **")
     assert row.count("|") == head.count("|")
@@ -122,7 +122,63 @@ def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:
     drawn = ("learning-curve", "episodes-3w1s", "confusion", "embeddings", "reliability", "episode", "unknown")
     assert pictures == {f"pictures/{name}.png" for name in drawn}
     files = {artifact.path for artifact in door.list_artifacts(version.run)}
-    assert {"learner.pt", "evidence.json", "recipe.json"} <= files
+    assert {"learner.pt", "evidence.json", "recipe.json", "card.md", "report.html"} <= files
+
+
+def test_report_and_card_lie_in_the_run_folder_and_the_versions_page_shows_the_card(project: Project) -> None:
+    version, trained = of(project.first, Registered), of(project.first, Trained)
+    assert isinstance(version, Registered)
+    assert isinstance(trained, Trained)
+    shown = (trained.folder / "card.md").read_text()
+    assert stores.client().get_model_version("tiny", "1").description == shown
+    for part in ("are wrongly refused as unknown", "are wrongly let in", trained.data.version[:16], version.run):
+        assert part in shown
+    report = (trained.folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 7
+    assert "version 1 is in production: passed the gate, the first version" in report  # the gate came later
+    assert not re.findall(r'(?:src|href)="(?!data:)|url\(|@import', report)  # it needs nothing beside itself
+    kept = stores.client().download_artifacts(version.run, "report.html", str(project.home / ".kshot"))
+    assert Path(kept).read_text() == report
+
+
+def test_logged_models_are_compared_by_what_was_measured_on_a_data_set(project: Project) -> None:
+    door, trained = stores.client(), of(project.first, Trained)
+    assert isinstance(trained, Trained)
+    experiment_id = door.get_experiment_by_name("tiny").experiment_id
+    order = {"field_name": "metrics.test.3w1s.accuracy", "dataset_name": "patterns", "ascending": False}
+    first, *_ = door.search_logged_models([experiment_id], order_by=[order])
+    validated = [(each.step, each.value) for each in first.metrics if each.key == "validation.accuracy"]
+    assert [step for step, _ in sorted(validated)] == [20, 40]
+    tested = {each.key: each for each in first.metrics}["test.3w1s.accuracy"]
+    assert (tested.dataset_name, tested.dataset_digest) == ("patterns", trained.data.version[:36])
+    assert first.params["learner.name"] == "protonet"
+
+
+def test_prefects_page_shows_the_lines_and_the_results_of_a_run_in_which_nothing_was_left_to_do(
+    project: Project, prefect_api: str
+) -> None:
+    from prefect import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: True}), get_client(sync_client=True) as client:
+        project.run()
+        [run] = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        shown = {one.key: str(one.data) for one in client.read_artifacts(artifact_filter=of_run)}
+        assert {"tiny-data-patterns", "tiny-learner", "tiny-scores", "tiny-bundle", "tiny-gate"} <= shown.keys()
+        assert "data:image/jpeg;base64," in shown["tiny-data-patterns"]  # the contact sheet
+        assert "3-way 1-shot" in shown["tiny-scores"]
+        assert "Version 1 passed the gate" in shown["tiny-gate"]
+        until = time.monotonic() + 30
+        logged: list[str] = []
+        while "  nothing has changed: the earlier result is used again" not in logged:
+            assert time.monotonic() < until, logged
+            time.sleep(0.5)
+            of_logs = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+            logged = [log.message for log in client.read_logs(log_filter=of_logs)]
+    assert "meta_train" in logged
 
 
 def test_a_version_is_traced_back_to_its_data_and_its_prefect_run(project: Project) -> None:
@@ -304,10 +360,10 @@ def test_a_run_that_cannot_be_asked_for_is_not_taken_for_deleted(
         raise MlflowException("try later", error_code=TEMPORARILY_UNAVAILABLE)
 
     recipe = recipes.load(str(project.home / "tiny.toml"))
-    assert not experiment._open_for("0" * 32, recipe)
+    assert not experiment._is_free("0" * 32, recipe)
     monkeypatch.setattr(MlflowClient, "get_run", busy)
     with pytest.raises(MlflowException, match="try later"):
-        experiment._open_for("0" * 32, recipe)
+        experiment._is_free("0" * 32, recipe)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda"])
@@ -394,7 +450,9 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bits(
     assert re.search(r"goes on from the checkpoint at step \d+ of 1000", shown)
     assert "tiny version 1 is in production" in shown
     [run] = [version.run for version in registry_of(home)]
-    assert run == json.loads((folder / "mlflow-run.json").read_text())["run"]  # one run from beginning to end
+    monkeypatch.setenv("KSHOT_HOME", str(home))
+    begun = (folder / "mlflow-run.txt").read_text()
+    assert stores.client().get_run(run).data.tags["kshot.training"] == begun  # one run from beginning to end
 
     uninterrupted = new_project(tmp_path / "uninterrupted")
     monkeypatch.setenv("KSHOT_HOME", str(uninterrupted))
