@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kshot_flows import project
+from kshot_flows.data import extras
 from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
@@ -253,12 +254,14 @@ def _experiment(door: MlflowClient, name: str) -> str:
         if found is not None and found.lifecycle_stage == "deleted":
             door.restore_experiment(found.experiment_id)
         if found is not None:
+            if why_not := extras.missing(found.artifact_location):
+                raise KshotError(why_not)
             return str(found.experiment_id)
         database = stores.database_of(door.tracking_uri)
         # An embedded store must be told where artifacts live; by default they follow the current folder.
         place = str(stores.artifacts(database) / name) if database else None
         try:
-            return str(door.create_experiment(name, artifact_location=place, tags=_TRAINING_PAGES))
+            door.create_experiment(name, artifact_location=place, tags=_TRAINING_PAGES)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from kshot_flows import project
+from kshot_flows.data import extras
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def uri() -> str:
     if database := database_of(address):
         _create(database)
         _follow_a_move(database)
+    elif why_not := extras.missing(address):
+        raise KshotError(why_not)
     else:
         answers(address)
     return address
