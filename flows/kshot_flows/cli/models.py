@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kshot_flows.console.tables import table
+from kshot_flows.console.tables import console, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,12 +51,10 @@ def models(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    from rich.console import Console
-
     from kshot_flows import registry
     from kshot_flows.tracking import stores
 
-    out = Console(markup=False)
+    out = console(markup=False)
     names = registry.models() if name is None else [name]
     for each in names:
         _settle(each)
@@ -121,8 +119,6 @@ def history(
     refused: Annotated[bool, typer.Option("--refused", help="Also show moves that came too late.")] = False,
     as_json: Json = False,
 ) -> None:
-    from rich.console import Console
-
     from kshot_flows import registry
 
     _settle(name)
@@ -130,16 +126,14 @@ def history(
     if as_json:
         _print_json([entry.to_dict() for entry in entries])
     else:
-        Console(markup=False).print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
+        console(markup=False).print(_moves(name, entries) if entries else f"No version of {name} was ever moved.")
 
 
 def trace(name: Name, version: Number, as_json: Json = False) -> None:
-    from rich.console import Console
-
     from kshot_flows import registry
 
     _settle(name)
-    found, out = registry.trace(name, version), Console(markup=False)
+    found, out = registry.trace(name, version), console(markup=False)
     if as_json:
         _print_json({**found.version.to_dict(), "history": [entry.to_dict() for entry in found.history]})
         return

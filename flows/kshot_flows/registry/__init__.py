@@ -205,9 +205,7 @@ def move(
     stage = Stage.of(stage)
     if stage not in SINGLE and expect is not ANY:
         raise KshotError(f"{stage} holds any number of versions, so none can be expected there")
-    door = stores.client()
-    mlflow_api.existing(door, name, version)
-    return moves.record(door, name, version, stage, why=why, who=who, expect=expect)
+    return moves.record(stores.client(), name, version, stage, why=why, who=who, expect=expect)
 
 
 def promote(

@@ -42,6 +42,7 @@ from kshot_flows.registry.log import (
     UnsettledError,
     the,
 )
+from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def record(
     if not why.strip():
         raise KshotError("a move is kept for ever, and so is its reason: say why")
     log, _ = settle(door, name)
+    tags = mlflow_api.existing(door, name, version).tags
     if not isinstance(expect, Unset) and log.holder(stage) != expect:
         raise StageConflictError(log.conflict(stage, expect))
     entry: dict[str, Any] = {"id": uuid.uuid4().hex, "version": version, "stage": stage}
@@ -122,8 +124,8 @@ def record(
         entry["expect"] = expect
     if back:
         entry["rollback"] = True
-    if stage is Stage.PRODUCTION and (uri := mlflow_api.existing(door, name, version).tags.get("gate.report")):
-        entry["report"] = uri
+    if stage is Stage.PRODUCTION and "gate.report" in tags:
+        entry["report"] = tags["gate.report"]
     with _marked(door, name, log.newest):
         _append(door, name, entry)
         log = _follow(door, name)
@@ -183,8 +185,8 @@ def _marked(door: MlflowClient, name: str, settled: int) -> Iterator[None]:
         door.delete_registered_model_tag(name, mark)
     except MlflowException as error:
         raise UnsettledError(
-            f"MLflow did not take a move of {name}, or not all of it: {error}. When it answers again, see what is in "
-            f"the audit; what is there will be finished: kshot history {name}"
+            f"MLflow did not take a move of {name}, or not all of it: {stores.reason(error)}. When it answers again, "
+            f"the next command finishes what is in the audit: kshot history {name}"
         ) from error
 
 

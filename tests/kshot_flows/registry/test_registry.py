@@ -8,6 +8,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import psycopg
 import pytest
 from mlflow.exceptions import MlflowException
 
@@ -325,37 +326,50 @@ registry.move({model!r}, 2, "production", why="killed meanwhile")
     ]  # fmt: skip
 
 
-def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: str, project: Path) -> None:
-    rounds = 4
-    script = f"""
-import sys
+RACE = """
+import os, sys
+import mlflow.store.model_registry.sqlalchemy_store, mlflow.store.tracking.sqlalchemy_store
 from kshot_flows import registry
-from kshot_flows.registry.log import StageConflictError
-version = int(sys.argv[1])
-registry.champion({model!r}); print("ready", flush=True); sys.stdin.readline()
+
+ready, go = os.pipe()
+for version in sys.argv[1:]:
+    if not os.fork():
+        version = int(version)
+        registry.champion(model)  # connects
+        os.close(go), os.read(ready, 1)  # until the parent closes its end
+        {work}
+        os._exit(0)
+os.close(go)
+sys.exit(any(os.wait()[1] for version in sys.argv[1:]))
+"""
+
+
+def race(model: str, versions: range, work: str) -> list[list[int]]:
+    """Let processes of one moment each do the same for a version of its own; what they print."""
+    script = RACE.replace("{work}", work.strip().replace("\n", "\n        ")).replace("(model", f"({model!r}")
+    command = [sys.executable, "-c", script, *map(str, versions)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_of_several_processes_exactly_one_wins_and_the_others_are_told(model: str) -> None:
+    rounds = 4
+    counts = race(
+        model,
+        range(1, 4),
+        f"""
 won = lost = 0
 for _ in range({rounds}):
-    seen = registry.champion({model!r})
     try:
-        registry.move({model!r}, version, "production", why="race", expect=seen)
+        registry.move(model, version, "production", why="race", expect=registry.champion(model))
         won += 1
-    except StageConflictError as error:
+    except registry.StageConflictError as error:
         assert "was expected in Production" in str(error)
         lost += 1
-print(won, lost)
-"""
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(version)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for version in (1, 2, 3)
-    ]
-    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 3
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    counts = [tuple(map(int, racer.communicate(timeout=120)[0].split())) for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0, 0]
+os.write(1, f"{{won}} {{lost}}\\n".encode())
+""",
+    )
     moves = registry.history(model)
     assert sum(won for won, _ in counts) == len(moves)
     assert sum(won + lost for won, lost in counts) == 3 * rounds
@@ -366,6 +380,36 @@ print(won, lost)
     assert [version for version, stage in stages(model).items() if stage == "Production"] == [champion]
     assert aliases(model) == {"production": champion}
     assert registry.disagreements(model) == []
+
+
+def test_of_four_that_promote_at_once_on_postgres_one_wins(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE mlflow")
+    address = postgres.replace("@/postgres?", "@/mlflow?")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("KSHOT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for content in "abcde":
+        version = register("raced", tmp_path, content)
+        registry.record_gate("raced", version, report(True, None if content == "a" else 1))
+    registry.promote("raced", 1, "production")
+    outcome = race(
+        "raced",
+        range(2, 6),
+        """
+try:
+    registry.promote(model, version, "production")
+    os.write(1, f"{version}\\n".encode())
+except registry.StageConflictError as error:
+    assert "version 1 was expected in Production" in str(error)
+""",
+    )
+    [[winner]] = outcome
+    assert [(entry.version, entry.displaced) for entry in registry.history("raced")] == [(1, None), (winner, 1)]
+    assert aliases("raced") == {"production": winner}
+    assert (registry.disagreements("raced"), registry.settle("raced")) == ([], [])
 
 
 def test_a_trace_leads_from_the_version_to_data_code_recipe_runs_and_moves(project: Path, tmp_path: Path) -> None:
