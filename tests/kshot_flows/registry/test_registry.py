@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -442,6 +443,26 @@ def test_a_fetched_bundle_is_the_registered_one_or_an_error(model: str, tmp_path
     with pytest.raises(KshotError, match=r"adapt\.onnx changed"):
         registry.fetch_bundle(model, 3, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_project_that_was_moved_keeps_its_bundles_reports_and_moves(
+    shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    (before / "mlflow").mkdir(parents=True)
+    shutil.copy(shared_store / "mlflow" / "mlflow.db", before / "mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("KSHOT_HOME", str(before))
+    register("moved", tmp_path, "a")
+    registry.record_gate("moved", 1, report(True, None))
+    before.rename(after)
+    monkeypatch.setenv("KSHOT_HOME", str(after))
+    assert registry.gate_report("moved", 1).passed
+    registry.promote("moved", 1, "production")
+    registry.record_gate("moved", register("moved", tmp_path, "b"), report(True, 1))
+    assert registry.promote("moved", 2, "production").displaced == 1
+    assert (registry.fetch_bundle("moved", 1, tmp_path / "got") / "adapt.onnx").read_text() == "adapt.onnx a"
+    assert not before.exists()
 
 
 def test_mistakes_are_told_with_what_there_is(model: str) -> None:

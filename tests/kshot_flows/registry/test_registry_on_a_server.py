@@ -1,7 +1,9 @@
 """The same registry through a real MLflow server with our settings: versions are text there, artifacts travel."""
 
 import itertools
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from kshot_flows import registry
+from kshot_flows.cli.errors import sentence
 from kshot_flows.registry.gate import Check, GateReport
 from kshot_flows.registry.log import StageConflictError
 from kshot_flows.tracking import runs, stores
@@ -24,7 +28,7 @@ SETTINGS = Path(__file__).parents[3] / "mlflow"
 
 
 @pytest.fixture
-def server(shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     (tmp_path / "mlflow" / "server").mkdir(parents=True)
     shutil.copy(shared_store / "mlflow" / "mlflow.db", tmp_path / "mlflow" / "server")  # saves making its tables
     with socket.socket() as free:
@@ -50,10 +54,15 @@ def server(shared_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 time.sleep(0.5)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("KSHOT_USER", "ann")
-        yield uri
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # its workers too
-        process.wait(timeout=30)
+        stop(process)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)  # its workers too
+        server.wait(timeout=30)
 
 
 RACER = """
@@ -69,7 +78,9 @@ for _ in range(3):
 """
 
 
-def test_register_move_race_roll_back_trace_and_fetch_through_a_server(server: str, tmp_path: Path) -> None:
+def test_register_move_race_roll_back_trace_and_fetch_through_a_server_and_when_it_is_gone(
+    server: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = runs.DataRef("toy", "f" * 64, "0" * 32 + ".dir")
     for content in "abc":
         bundle = tmp_path / content
@@ -114,6 +125,25 @@ def test_register_move_race_roll_back_trace_and_fetch_through_a_server(server: s
     fetched = registry.fetch_bundle("toy", "production", tmp_path / "fetched")
     assert (fetched / "adapt.onnx").read_text() == "abc"[back.version - 1]
     assert list((tmp_path / "mlflow" / "server" / "artifacts").rglob("adapt.onnx"))  # where server.env says
+
+    stores.client().set_registered_model_alias("toy", "production", "2")  # by another client
+    assert registry.settle("toy") == [
+        "version 2 of toy is Production now: the alias production was set to it; it was recorded"
+    ]
+    assert (registry.champion("toy"), registry.disagreements("toy")) == (2, [])
+
+    stop(server)
+    began = time.monotonic()
+    monkeypatch.setattr(stores, "_FRESH", math.inf)  # it ended in the middle of a command
+    with pytest.raises(MlflowException) as error:
+        registry.promote("toy", 1, "staging")
+    assert re.fullmatch(r"MLflow at http://\S+ does not answer \(.*\)\..*", sentence(error.value))
+    for command in (["models"], ["promote", "toy", "1", "staging"]):
+        entry = "from kshot_flows.cli.main import main; main()"
+        told = subprocess.run([sys.executable, "-c", entry, *command], capture_output=True, text=True)
+        assert told.returncode == 1
+        assert re.fullmatch(r"no MLflow server answers at http://\S+ \(.*refused\)\. Start it as .*\n", told.stderr)
+    assert time.monotonic() - began < 60
 
 
 def test_a_server_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
