@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from prefect import flow
+from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from pydantic import Field
 
@@ -23,7 +25,11 @@ Change = Annotated[
 ]
 
 
-@flow(name="kshot", flow_run_name="{recipe}", persist_result=False)
+def _name() -> str:
+    return Path(flow_run.parameters["recipe"]).stem
+
+
+@flow(name="kshot", flow_run_name=_name, persist_result=False)
 def pipeline(recipe: RecipeName, changes: list[Change] | None = None) -> Promotion | State[Promotion]:
     """From a recipe (a path or a name), with changes such as `training.lr=0.01`, to a version and its stage.
 

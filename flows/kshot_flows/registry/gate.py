@@ -136,13 +136,8 @@ class GateReport:
             "",
             f"{_percent(self.accuracy)} ± {_percent(self.margin)} over {self.episodes} episodes, {against}.",
             "",
-            "| | check | measured | limit | |",
-            "|---|---|---:|---:|---|",
+            *(f"- {'✓' if check.passed else '✗'} **{check.name}**: {check.sentence}" for check in self.checks),
         ]
-        for check in self.checks:
-            measured = "-" if check.measured is None else f"{check.measured:.5g}"
-            mark = "✓" if check.passed else "✗"
-            lines.append(f"| {mark} | {check.name} | {measured} | {check.limit:.5g} | {check.sentence} |")
         if self.warnings:
             lines += ["", "Mind:", "", *(f"- {sentence}" for sentence in self.warnings)]
         return "\n".join(lines) + "\n"

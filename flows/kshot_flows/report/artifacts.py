@@ -40,16 +40,25 @@ def _publish(product: Product) -> None:
                 found = packed.open()
                 splits = ", ".join(f"{count} {split}" for split, count in found.splits.items())
                 lines = [f"{len(found.images):,} images, classes: {splits}", f"version {packed.version[:12]}"]
-                _markdown(f"data {packed.name}", "  \n".join([*lines, packed.source]), _sheet(found.folder / SHEET))
+                words = "  \n".join([*lines, packed.source])
+                _markdown(f"data {packed.name}", lines[0], words, _sheet(found.folder / SHEET))
         case Trained():
-            best = "" if product.validation is None else f"{100 * product.validation:.2f} % on validation episodes"
-            _markdown("learner", f"{best or 'not validated'}; MLflow run `{product.run}`")
+            reached = "" if product.validation is None else f"{100 * product.validation:.2f} % on validation episodes"
+            about = f"{product.steps} steps, {reached or 'not validated'}"
+            _markdown("learner", about, about, f"MLflow run `{product.run}`")
             if product.tried:
-                _table("heads", [_head(one) for one in product.tried])
+                _table(
+                    "heads", "Heads that were compared on validation episodes", [_head(one) for one in product.tried]
+                )
         case Scores():
-            _table("scores", [_line(product, line) for line in product.lines])
+            _table(
+                "scores",
+                "Accuracy on test episodes, ± half its 95 % interval",
+                [_line(product, line) for line in product.lines],
+            )
         case Exported():
-            _table("bundle", [{"file": pin.path, "sha256": pin.sha256, "bytes": pin.file.stat().st_size}
+            about = f"ONNX answers {100 * product.agreement:.2f} % of the queries as torch does"
+            _table("bundle", about, [{"file": pin.path, "sha256": pin.sha256, "bytes": pin.file.stat().st_size}
                               for pin in product.files])  # fmt: skip
         case Registered():
             for what, link in _links(product).items():
@@ -57,7 +66,7 @@ def _publish(product: Product) -> None:
         case Promotion():
             report = registry.gate_report(product.name, product.version)
             words = f"**Version {product.version} of {product.name} is in {product.stage.lower()}**: {product.why}"
-            _markdown("gate", f"{words}\n\n{report.to_markdown() if report else ''}")
+            _markdown("gate", f"{product.stage}: {product.why}", f"{words}\n\n{report.to_markdown() if report else ''}")
 
 
 def _head(one: Any) -> dict[str, str]:
@@ -95,26 +104,26 @@ def _sheet(file: Path) -> str:
     return f"![{relative(file)}](data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()})"
 
 
-def _markdown(what: str, *paragraphs: str) -> None:
+def _markdown(what: str, about: str, *paragraphs: str) -> None:
     from prefect.artifacts import create_markdown_artifact
 
-    create_markdown_artifact("\n\n".join(paragraphs), key=_key(what), description=what)
+    create_markdown_artifact("\n\n".join(paragraphs), key=_key(what), description=about)
 
 
-def _table(what: str, rows: list[dict[str, Any]]) -> None:
+def _table(what: str, about: str, rows: list[dict[str, Any]]) -> None:
     from prefect.artifacts import create_table_artifact
 
-    create_table_artifact(rows, key=_key(what), description=what)
+    create_table_artifact(rows, key=_key(what), description=about)
 
 
 def _link(what: str, link: str) -> None:
     from prefect.artifacts import create_link_artifact
 
-    create_link_artifact(link, link_text=link, key=_key(what), description=what)
+    create_link_artifact(link, link_text=link, key=_key(what), description=link)
 
 
 def _key(what: str) -> str:
-    """An artifact's key: that of the flow run's name, since Prefect keeps one history for each key."""
+    """Prefect keeps one history for each key: of one recipe, the flow run's name."""
     from prefect.runtime import flow_run
 
     return re.sub(r"[^a-z0-9]+", "-", f"{flow_run.name} {what}".lower()).strip("-")
