@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +50,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         temporary_settings,
     )
 
-    serve = (
-        "from kshot_flows.run.embedded import api\n"
-        "with api(schedules=True) as url:\n    print(url, flush=True)\n    input()"
-    )
+    serve = "from kshot_flows.run.embedded import api\nwith api() as url:\n    print(url, flush=True)\n    input()"
     server = subprocess.Popen(
         [sys.executable, "-c", serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True, env={**os.environ, "KSHOT_HOME": str(tmp_path_factory.mktemp("prefect"))},
@@ -62,6 +62,25 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     server.kill()
     server.communicate()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a server that speaks S3: moto's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
 
 
 TINY = """
@@ -97,20 +116,30 @@ episodes = 60
 
 
 @pytest.fixture(scope="session")
-def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with one small data set: 16 x 16 patterns, one for each class, under much noise."""
+def draw() -> Callable[[Path, int], Path]:
+    """Draw the pictures of a small data set, 16 x 16: a pattern for each class, under much noise."""
+
+    def pictures(folder: Path, seed: int) -> Path:
+        random = np.random.default_rng(seed)
+        for split, classes in (("train", 10), ("val", 6), ("test", 6)):
+            for name in range(classes):
+                pattern = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4)))  # (16, 16)
+                place = folder / split / f"{split}-{name}"
+                place.mkdir(parents=True)
+                for number in range(8):
+                    noisy = np.clip(pattern + random.normal(0, 100, (16, 16)), 0, 255).astype(np.uint8)
+                    Image.fromarray(noisy).save(place / f"{number}.png")
+        return folder
+
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def patterns(tmp_path_factory: pytest.TempPathFactory, draw: Callable[[Path, int], Path]) -> Path:
+    """A data folder with one small data set."""
     from kshot.importing import finish, import_dataset
 
-    random = np.random.default_rng(0)
-    pictures, root = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("patterns") / "data"
-    for split, classes in (("train", 10), ("val", 6), ("test", 6)):
-        for name in range(classes):
-            pattern = np.kron(random.integers(0, 256, (4, 4)), np.ones((4, 4)))  # (16, 16)
-            folder = pictures / split / f"{split}-{name}"
-            folder.mkdir(parents=True)
-            for number in range(8):
-                noisy = np.clip(pattern + random.normal(0, 100, (16, 16)), 0, 255).astype(np.uint8)
-                Image.fromarray(noisy).save(folder / f"{number}.png")
+    pictures, root = draw(tmp_path_factory.mktemp("pictures"), 0), tmp_path_factory.mktemp("patterns") / "data"
     finish(import_dataset(str(pictures), "patterns", root, rule={"size": 16, "channels": 1}))
     return root
 

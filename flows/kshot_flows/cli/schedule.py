@@ -1,26 +1,42 @@
-"""The command that runs a recipe on a schedule."""
+"""The commands around schedules: schedule; schedules with pause, resume, remove and watch."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from kshot_flows.cli.run import Changes, Recipe
 
+schedules = typer.Typer(rich_markup_mode="rich", help="List schedules; pause, resume and remove them.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `kshot schedules` shows it.", show_default=False)]
+Notify = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="POST a JSON line there when a run fails or is blocked.", show_default=False),
+]
+
 
 def add_commands(app: typer.Typer) -> None:
     """Make these functions commands of `app`."""
     app.command()(schedule)
+    app.add_typer(schedules, name="schedules")
 
 
 def schedule(
     recipe: Recipe,
     changes: Changes = None,
     cron: Annotated[
-        str, typer.Option(help="When: minute, hour, day, month, weekday.", show_default=False, metavar="EXPR")
-    ] = ...,  # type: ignore[assignment]  # typer's way to say: needed
-    timezone: Annotated[str, typer.Option(help="In which the expression is meant.")] = "UTC",
+        str | None, typer.Option(help="When: minute, hour, day, month, weekday.", show_default=False, metavar="EXPR")
+    ] = None,
+    every: Annotated[
+        str | None,
+        typer.Option(help="Or how often, such as 6h, counted from midnight.", show_default=False, metavar="DURATION"),
+    ] = None,
+    timezone: Annotated[str, typer.Option(help="In which these are meant.")] = "UTC",
+    notify: Notify = None,
 ) -> None:
     """Run a recipe again and again, one run at a time, for as long as this command lives.
 
@@ -28,9 +44,87 @@ def schedule(
 
     [cyan]kshot schedule glyphs-protonet --cron "0 3 * * *"[/cyan]
 
-    A run on unchanged data and recipe uses everything again and takes seconds. For several machines, see
-    flows/prefect.yaml.
+    [cyan]kshot schedule my-recipe.toml training.lr=0.01 --every 6h --notify https://example.com/hook[/cyan]
+
+    It takes the place of an earlier schedule of the recipe; slots that were missed give one run. A run on unchanged
+    data and recipe uses everything again and takes seconds. For several machines, see docs/schedules.md.
+    """
+    from kshot_flows.run import scheduler
+
+    scheduler.serve(recipe, changes or [], cron=cron, every=every, timezone=timezone, notify=notify)
+
+
+@schedules.callback(invoke_without_command=True)
+def list_(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False
+) -> None:
+    """List schedules: what runs when, and how it went; or pause, resume and remove one.
+
+    In JSON: name, recipe, changes, when, timezone, status (active, paused, or stopped: no process serves it), next,
+    last (how the last run ended), ended (when), page. Times are ISO 8601.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from kshot_flows.console.tables import console, table
+    from kshot_flows.run import schedules
+
+    found = schedules.listed()
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2, default=lambda time: time.isoformat()))
+        return
+    if not found:
+        typer.echo("No schedules yet. One is made by: kshot schedule RECIPE --every 6h")
+        return
+
+    shown = table("name", "recipe", "when", "status", "next", "last run")
+    for one in found:
+        last = f"{one.last}, {one.ended.astimezone():%Y-%m-%d %H:%M}" if one.last and one.ended else ""
+        following = f"{one.next.astimezone():%Y-%m-%d %H:%M}" if one.next else ""
+        recipe, when = " ".join([one.recipe, *one.changes]), f"{one.when} ({one.timezone})"
+        shown.add_row(one.name, recipe, when, one.status, following, last)
+    out = console(markup=False)
+    out.print(shown)
+    for one in found:
+        if one.status == schedules.STOPPED:
+            out.print(f"Nothing serves {one.name}. This does, for as long as it lives: {one.command}", soft_wrap=True)
+
+
+@schedules.command()
+def pause(name: Name) -> None:
+    """Let a schedule start nothing until it is resumed; a run that goes on comes to its end."""
+    from kshot_flows.run import schedules
+
+    schedules.pause(name)
+    typer.echo(f"{name} starts nothing until: kshot schedules resume {name}")
+
+
+@schedules.command()
+def resume(name: Name) -> None:
+    """Let a paused schedule go on, at its next time."""
+    from kshot_flows.run import schedules
+
+    schedules.resume(name)
+    typer.echo(f"{name} is active again.")
+
+
+@schedules.command()
+def remove(name: Name) -> None:
+    """Forget a schedule. The process that serves it ends, with a run that goes on; earlier runs stay on record."""
+    from kshot_flows.run import schedules
+
+    schedules.remove(name)
+    typer.echo(f"{name} is no schedule any more.")
+
+
+@schedules.command()
+def watch(notify: Notify = None) -> None:
+    """For runs of workers: have the Prefect server mark those that died as crashed, and report those that fail.
+
+    [cyan]kshot schedules watch --notify https://example.com/hook[/cyan]
+
+    Once for each server; again, it changes the address. Schedules of `kshot schedule` have it already.
     """
     from kshot_flows.run import schedules
 
-    schedules.serve(recipe, changes or [], cron=cron, timezone=timezone)
+    schedules.watch(notify)
+    typer.echo("Prefect marks runs that died as crashed" + (f", and posts bad ends to {notify}." if notify else "."))

@@ -33,45 +33,43 @@ def configured() -> bool:
 
 
 @contextmanager
-def api(*, schedules: bool = False) -> Iterator[str]:
+def api() -> Iterator[str]:
     """A Prefect API for the block: the one that is set up (PREFECT_API_URL or a profile), or else one of our own.
 
     Ours runs in a thread, so it ends with this process however that ends, and starts in two seconds where Prefect's
-    own takes eight. It keeps its records in `.kshot/prefect.db`. With `schedules` it also fires them.
+    own takes eight. It keeps its records in `.kshot/prefect.db`, and starts no scheduled runs.
     """
-    quiet = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}  # its thread would add a second to every flow
     if url := PREFECT_API_URL.value():
-        with temporary_settings(quiet):
-            with get_client(sync_client=True) as client:
-                failure = client.api_healthcheck()
-            if failure:
-                raise KshotError(
-                    f"no Prefect server answers at {url} ({failure}). Start it, or unset PREFECT_API_URL (and see "
-                    "`prefect config view`) to run without one."
-                )
-            yield url
+        with get_client(sync_client=True) as client:
+            failure = client.api_healthcheck()
+        if failure:
+            raise KshotError(
+                f"no Prefect server answers at {url} ({failure}). Start it, or unset PREFECT_API_URL (and see "
+                "`prefect config view`) to run without one."
+            )
+        yield url
         return
     folder = project.home() / ".kshot"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        **quiet,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # its thread would add a second to every flow
         PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
         PREFECT_API_BLOCKS_REGISTER_ON_START: False,
         PREFECT_LOGGING_TO_API_ENABLED: False,
         PREFECT_UI_ENABLED: False,
     }
-    with temporary_settings(settings), _server(folder, schedules) as url, temporary_settings({PREFECT_API_URL: url}):
+    with temporary_settings(settings), _server(folder) as url, temporary_settings({PREFECT_API_URL: url}):
         yield url
 
 
 @contextmanager
-def _server(folder: Path, schedules: bool) -> Iterator[str]:
+def _server(folder: Path) -> Iterator[str]:
     import uvicorn
     from prefect.server.api.server import create_app
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        app = create_app(ephemeral=not schedules, final=True, ignore_cache=True)
+        app = create_app(ephemeral=True, final=True, ignore_cache=True)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         # Settings are context variables, which a new thread does not inherit.
         context = copy_context()

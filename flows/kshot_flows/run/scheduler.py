@@ -1,0 +1,288 @@
+"""The process behind `kshot schedule`: it starts the due runs of a Prefect deployment, one by one, as children.
+
+Prefect's own runner has a run wait for each slot that was missed, and leaves its children behind when it is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import NamedTuple
+from uuid import UUID, uuid4
+
+import httpx
+from filelock import FileLock, Timeout
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
+from prefect.deployments.runner import EntrypointType
+from prefect.exceptions import ObjectNotFound
+from prefect.schedules import Schedule
+from prefect.settings import (
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_RUNNER_POLL_FREQUENCY,
+    get_current_settings,
+    temporary_settings,
+)
+from prefect.states import Cancelled, Crashed, Pending, State
+from rich.markup import escape
+
+from kshot_flows import project, recipes
+from kshot_flows.console.tables import console
+from kshot_flows.pipeline import pipeline
+from kshot_flows.run import child, schedules, watching
+from kshot_flows.run.server import Server
+from kshot_runtime.errors import KshotError
+
+_RUN_SECONDS = 8  # that a run has to end itself before it is killed: all is over in 15 s
+_REPLACED_SECONDS = 60  # that an earlier schedule of the recipe has to end itself
+
+
+def serve(
+    recipe: str,
+    changes: Sequence[str] = (),
+    *,
+    cron: str | None = None,
+    every: str | None = None,
+    timezone: str = "UTC",
+    notify: str | None = None,
+) -> None:
+    """Run a recipe whenever it is due, one run at a time, until this process is told to end.
+
+    It takes the place of an earlier schedule of the recipe. Slots that were missed, because a run took long or
+    because nothing ran, give one run. The recipe is read anew for every run.
+    """
+    schedule, name, server = schedules.when(cron, every, timezone), recipes.load(recipe, changes).name, Server()
+    if notify is not None:
+        watching.check_address(notify)
+    serving = _Serving(server, name)
+    with _ended_by_signals():
+        try:
+            server.ensure()
+            serving.begin({"recipe": recipe, "changes": list(changes)}, schedule, notify)
+            serving.go_on()
+        except _Ended:
+            pass
+        finally:
+            serving.stop()
+            server.close()
+    _say("Stopped: nothing is scheduled any more. The same command schedules it again.")
+
+
+class _Ended(BaseException):
+    """This process was told to end."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise `_Ended`, once, when SIGINT or SIGTERM comes; in the background of a script SIGINT would be ignored."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signals.append(signal.SIGHUP)
+
+    def end(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise _Ended
+
+    before = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Running(NamedTuple):
+    """A run that goes on."""
+
+    id: UUID
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+class _Serving:
+    """A schedule that this process serves."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name = server, name
+        self.token = f"{project.user()}, process {os.getpid()} ({uuid4().hex[:6]})"  # names us in the deployment
+        self._deployment: UUID | None = None
+        self._running: _Running | None = None
+        self._missed = 0
+        self._turn = FileLock(project.home() / ".kshot" / "locks" / f"schedule-{name}.lock", thread_local=False)
+
+    def begin(self, parameters: dict[str, object], schedule: Schedule, notify: str | None) -> None:
+        """Take the place of what was scheduled before, and say what comes."""
+        with self.server.client() as client:
+            before = None
+            with suppress(ObjectNotFound):
+                before = client.read_deployment_by_name(f"{pipeline.name}/{self.name}")
+            self._take_turn(client, before)
+            missed = 0 if before is None else self._clear(client, before)
+            self._deployment = pipeline.to_deployment(
+                name=self.name, schedule=schedule, version=self.token, paused=False, tags=["kshot"],
+                parameters=parameters, entrypoint_type=EntrypointType.MODULE_PATH,
+            ).apply()  # fmt: skip
+            watching.mark_the_dead(client)
+            watching.forget(client, self._deployment)
+            if notify is not None:
+                watching.notify(client, notify, self._deployment)
+            first = schedules.next_time(schedule)
+            _say(
+                f"[bold]{self.name}[/bold] runs {schedules.in_words(schedule)} ({schedule.timezone}), next on "
+                f"{first:%-d %B %Y at %H:%M:%S}. Ctrl-C ends it. "
+                f"{self.server.page('deployments/deployment', self._deployment)}"
+            )
+            if missed:
+                client.create_flow_run_from_deployment(self._deployment)
+                _say(f"{missed} runs were missed, or did not come to an end. One run makes up for all of them.")
+
+    def _take_turn(self, client: SyncPrefectClient, before: DeploymentResponse | None) -> None:
+        """Be the only process of the project that serves the recipe: an earlier one sees that it is replaced."""
+        try:
+            self._turn.acquire(timeout=0)
+        except Timeout:
+            _say(f"{self.name} is scheduled already. Waiting for that schedule to end, which this one replaces.")
+            if before is not None:
+                client.update_deployment(before.id, DeploymentUpdate(version=self.token))
+            try:
+                self._turn.acquire(timeout=_REPLACED_SECONDS)
+            except Timeout:
+                raise KshotError(
+                    f"the process that serves {self.name} ({before.version if before else 'unknown'}) has not ended "
+                    "within a minute; end it, and try again"
+                ) from None
+
+    def _clear(self, client: SyncPrefectClient, before: DeploymentResponse) -> int:
+        """End what an earlier schedule left, and count the runs that were missed or died with it."""
+        missed = 0
+        for run in schedules.open_runs(client, before.id):
+            late = run.expected_start_time is None or run.expected_start_time <= datetime.now(UTC)
+            missed += late
+            if run.state_type is not StateType.SCHEDULED:
+                _set(client, run.id, Crashed(message="Its process has ended."))
+            elif late or not run.auto_scheduled:
+                _set(client, run.id, Cancelled(message="A new schedule took its place."))
+        client.pause_deployment(before.id)  # removes the runs to come
+        return missed
+
+    def go_on(self) -> None:
+        """Start what is due, until the schedule is removed or replaced."""
+        away = False
+        while True:
+            try:
+                with self.server.client() as client:
+                    while found := self._ours(client):
+                        self._look(client, found)
+                        if away:
+                            _say("Prefect's server answers again.")
+                        away = False
+                        self._wait()
+                    return
+            except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: Prefect's word for "Failed to reach API"
+                if not away:
+                    _say(f"Prefect's server at {self.server.url} does not answer ({type(error).__name__}).")
+                away = True
+                if not self.server.configured:
+                    self.server.ensure()
+                time.sleep(1)
+
+    def _ours(self, client: SyncPrefectClient) -> DeploymentResponse | None:
+        """Our deployment; None once it was removed or replaced."""
+        assert self._deployment is not None
+        try:
+            found = client.read_deployment(self._deployment)
+        except ObjectNotFound:
+            _say(f"The schedule of {self.name} was removed.")
+        else:
+            if found.version == self.token:
+                return found
+            _say(f"The schedule of {self.name} was replaced by {found.version}.")
+        self._deployment = None
+        return None
+
+    def _look(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
+        """See how the run goes that goes on, drop slots that were missed, and start what is due."""
+        if self._running is not None:
+            if client.read_flow_run(self._running.id).state_type is StateType.CANCELLING:
+                child.end(self._running.process, _RUN_SECONDS)
+                _set(client, self._running.id, Cancelled(message="Cancelled on its page."))
+            if self._running.process.poll() is not None:
+                self._finish(client, self._running)
+        due = client.get_scheduled_flow_runs_for_deployments([deployment.id], scheduled_before=datetime.now(UTC))
+        asked, slots = ([run for run in due if run.auto_scheduled is by_clock] for by_clock in (False, True))
+        if deployment.paused:  # Prefect removes its runs to come, and may add some at that very moment
+            for run in slots:
+                _set(client, run.id, Cancelled(message="The schedule is paused."))
+            slots = []
+        for run in slots[1:]:
+            _set(client, run.id, Cancelled(message="An earlier slot still waits: one run for both."))
+        self._missed += len(slots[1:])
+        if self._running is None and (asked or slots):
+            self._start(client, [*asked, *slots][0])
+
+    def _start(self, client: SyncPrefectClient, run: FlowRun) -> None:
+        if client.set_flow_run_state(run.id, Pending()).status is not SetStateStatus.ACCEPT:
+            return
+        environment = {
+            **get_current_settings().to_environment_variables(exclude_unset=True),
+            "PREFECT_API_URL": self.server.url,
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the tasks speak for themselves
+        }
+        process = child.start("run", str(run.id), environment=environment)
+        self._running = _Running(run.id, process, time.monotonic())
+        more = f", with {self._missed} missed slots that it makes up for" if self._missed else ""
+        due = run.expected_start_time.astimezone() if run.expected_start_time else datetime.now()
+        self._missed = 0
+        _say(f"{self._now()} starts, due at {due:%H:%M:%S}{more}. {self.server.page('runs/flow-run', run.id)}")
+
+    def _finish(self, client: SyncPrefectClient, run: _Running) -> None:
+        """Say how a run ended, and mark it crashed if it could not do that itself."""
+        state, code = client.read_flow_run(run.id).state, run.process.returncode
+        if state is None or not state.is_final():
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            state = Crashed(message=f"Its process ended {how}.")
+            _set(client, run.id, state)
+        message = "" if state.name in ("Completed", "Failed") or not state.message else f": {escape(state.message)}"
+        _say(f"{self._now()} {state.name} after {time.monotonic() - run.began:.0f} s{message}")
+        self._running = None
+
+    def _now(self) -> str:
+        return f"{datetime.now():%Y-%m-%d %H:%M:%S} [bold]{self.name}[/bold]"
+
+    def _wait(self) -> None:
+        """Until it is time to look again; the end of a run is seen at once."""
+        seconds = PREFECT_RUNNER_POLL_FREQUENCY.value()
+        if self._running is None:
+            time.sleep(seconds)
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                self._running.process.wait(seconds)
+
+    def stop(self) -> None:
+        """End the run that goes on, and leave nothing scheduled."""
+        if self._running is not None:
+            child.end(self._running.process, _RUN_SECONDS)
+        quick, away = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), (httpx.HTTPError, RuntimeError)
+        with quick, suppress(*away), self.server.client() as client:
+            if self._running is not None:
+                self._finish(client, self._running)
+            if self._deployment is not None:
+                client.pause_deployment(self._deployment)
+                client.update_deployment(self._deployment, DeploymentUpdate(version=schedules.STOPPED))
+        self._turn.release()
+
+
+def _set(client: SyncPrefectClient, run: UUID, state: State[None]) -> None:
+    client.set_flow_run_state(run, state, force=True)
+
+
+def _say(line: str) -> None:
+    console().print(line, soft_wrap=True)  # a link that is broken in two is none
