@@ -52,8 +52,10 @@ def sentence(error: BaseException) -> str:
                 f"some, and run again: {again}"
             )
     if _NO_ANSWER.search(text):
-        place = _place(names, text)
-        return f"{place} does not answer ({_first_line(chain[-1])}). What is finished is kept: start it, and {again}"
+        from kshot_flows.tracking import stores
+
+        why = stores.reason(text)
+        return f"{_place(names, text)} does not answer ({why}). What is finished is kept: start it, and {again}"
     if "database is locked" in text:
         return f"the database is busy: another process has been writing to it for long. Wait for it, and {again}"
     if _DAMAGED.search(text):

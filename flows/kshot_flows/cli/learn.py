@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kshot_flows.cli.run import prepare_prefect
 from kshot_runtime.errors import KshotError
 
 
@@ -81,7 +81,7 @@ def learn(
 
     [cyan]kshot schedule photos.toml --cron "0 3 * * *"[/cyan]
     """
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
+    prepare_prefect()
     from kshot_flows.console import progress
     from kshot_flows.report import summary
     from kshot_flows.run import learn as learning

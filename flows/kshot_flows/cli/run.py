@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -34,6 +35,21 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
+def prepare_prefect() -> None:
+    """Have Prefect quiet in this process, and give a server that is away seconds: before it is imported."""
+    for name, value in _PREFECT.items():
+        os.environ.setdefault(name, value)
+    logging.raiseExceptions = False  # or it prints what it could not send
+
+
+_PREFECT = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the tasks speak for themselves
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+    "PREFECT_CLIENT_MAX_RETRIES": "2",
+    "PREFECT_API_REQUEST_TIMEOUT": "15",
+}
+
+
 def stop(message: str) -> None:
     typer.secho(f"\n{message}", err=True)
     sys.exit(130)
@@ -50,7 +66,7 @@ def run(recipe: Recipe, changes: Changes = None) -> None:
 
     [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
     """
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the steps speak for themselves
+    prepare_prefect()
     again = shlex.join(["kshot", "run", recipe, *(changes or [])])
     try:
         from kshot_flows.report import summary
@@ -82,7 +98,7 @@ def compare(
 
     [cyan]kshot compare glyphs-protonet "glyphs-protonet learner.name=maml" training.steps=300[/cyan]
     """
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    prepare_prefect()
     again = shlex.join(["kshot", "compare", *recipes])
     try:
         from kshot_flows.report import summary

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
+
 from kshot_flows.compare import comparison
+from kshot_flows.console import progress
 from kshot_flows.pipeline import pipeline
 from kshot_flows.report.standings import Comparison
 from kshot_flows.run import embedded
 from kshot_flows.store import results
+from kshot_flows.store.products import Promotion
 from kshot_flows.store.results import Done
+from kshot_flows.tracking import stores
 
 
 def unchanged(recipe: str, changes: Sequence[str] = ()) -> bool:
@@ -22,7 +27,12 @@ def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
     if done := _recalled(recipe, changes):
         return done
     with embedded.api(), results.journal() as done:
-        pipeline(recipe, list(changes))
+        try:
+            pipeline(recipe, list(changes))
+        except Exception as error:
+            if not done or not isinstance(done[-1].product, Promotion):
+                raise
+            progress.say(escape(f"All is done, but Prefect does not show it: {stores.reason(error)}"))
     return done
 
 

@@ -152,7 +152,7 @@ def answers(uri: str) -> None:
     _answered[uri] = time.monotonic()
 
 
-def reason(error: BaseException) -> str:
+def reason(error: object) -> str:
     """Why a call failed, in some words: MLflow's errors hold those of four libraries below."""
     text = str(error)
     for sign, words in _REASONS.items():
@@ -163,6 +163,8 @@ def reason(error: BaseException) -> str:
 
 _REASONS = {
     "Connection refused": "connection refused",
+    "onnection attempts failed": "connection refused",  # httpx
+    "Connect call failed": "connection refused",  # asyncio
     "Name or service not known": "there is no such host",
     "timed out": "no answer in time",
     "database or disk is full": "the disk is full",
