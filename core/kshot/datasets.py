@@ -115,16 +115,16 @@ class ImageSet:
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"])) or "the file"
-            raise KshotError(f"{folder / INDEX} is damaged: {where}: {problem['msg']}. Import it again.") from None
+            raise KshotError(f"{folder / INDEX} is damaged: {where}: {problem['msg']}. {_again(folder)}") from None
         try:
             images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError):
-            raise KshotError(f"{folder / IMAGES} is missing or damaged: import the data set again.") from None
+            raise KshotError(f"{folder / IMAGES} is missing or damaged. {_again(folder)}") from None
         expected = (len(index.files), *index.rule.shape)
         if images.shape != expected or images.dtype != np.uint8:
             raise KshotError(
                 f"{folder / IMAGES} holds {images.dtype} {images.shape}, and its index says uint8 {expected}: "
-                "the two are not of one import. Import the data set again."
+                f"the two are not of one import. {_again(folder)}"
             )
         return cls(folder, index, images, hashlib.sha256(content).hexdigest())
 
@@ -179,8 +179,7 @@ class ImageSet:
         if found != self.index.images_sha256:
             raise KshotError(
                 f"{self.folder / IMAGES} has sha256 {found[:12]}…, and its index says "
-                f"{self.index.images_sha256[:12]}…: it was changed after the import. "
-                f"Import it again (--replace), or bring back what was recorded: kshot data pull {self.name}"
+                f"{self.index.images_sha256[:12]}…: it was changed after the import. {_again(self.folder)}"
             )
 
 
@@ -371,6 +370,10 @@ def file_sha256(path: Path) -> str:
 def data_sets(root: Path) -> list[str]:
     """The names of the data sets under a data folder."""
     return sorted(index.parent.name for index in root.glob(f"[!.]*/{INDEX}"))
+
+
+def _again(folder: Path) -> str:
+    return f"Import it again (--replace), or bring back what was recorded: kshot data pull {folder.name}"
 
 
 def _no_such_data_set(folder: Path) -> str:

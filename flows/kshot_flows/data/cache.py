@@ -217,8 +217,9 @@ def _alone(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """What DVC logs as a warning or an error: kept, and not shown."""
+    """What DVC and storage libraries log as a warning or an error: kept, and not shown."""
     loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    loggers += [root] if not (root := logging.getLogger()).handlers else []
     kept = [(logger.handlers, logger.propagate) for logger in loggers]
     listener = _Listener()
     for logger in loggers:
@@ -237,6 +238,9 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and str(error.filename2).endswith(".tmp"):  # half of a file, on a full disk
+            with suppress(OSError):
+                Path(error.filename2).unlink()
         self.heard.append(_sentence(error) if error else " ".join(record.getMessage().split()))
 
 

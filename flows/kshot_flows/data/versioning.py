@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -133,7 +132,7 @@ def ensure(
     names; a difference is reported, and no error: the data set is sound, only not the same.
     """
     root.mkdir(parents=True, exist_ok=True)
-    if (root / name / INDEX).exists():
+    if all((root / name / file).exists() for file in (INDEX, IMAGES)):  # else a pull was cut off, or nothing is here
         return _present(name, root, "was there")
     failed, note = why_not_versioned(root), ""
     try:
@@ -156,18 +155,17 @@ def ensure(
     return replace(built, note=built.note or note)
 
 
+_sound: set[tuple[object, ...]] = set()  # states of files that this process has verified
+
+
 def verified(name: str, root: Path) -> ImageSet:
     """A data set of which every byte is as it was imported; else an error that says what to do."""
-    data_set = ImageSet.open(root / name)
-    found = (root / name / IMAGES).stat()
-    _verify(root / name, data_set.version, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    data_set, found = ImageSet.open(root / name), (root / name / IMAGES).stat()
+    state = (data_set.folder, data_set.version, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    if state not in _sound:
+        data_set.verify()
+        _sound.add(state)
     return data_set
-
-
-@lru_cache(maxsize=64)
-def _verify(folder: Path, *state: object) -> None:
-    """Once in a process for each state of the file."""
-    ImageSet.open(folder).verify()
 
 
 def push(root: Path, *names: str) -> int:

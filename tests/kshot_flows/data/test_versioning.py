@@ -98,6 +98,20 @@ def test_what_is_recorded_was_verified_and_a_pull_mends_it(project, take, flip):
     assert versioning.ensure("zoo", root).data_set.version in named
 
 
+def test_a_torn_set_stops_a_run_and_one_that_a_killed_pull_left_half_is_brought_again(project, take):
+    root = project / "data"
+    take(root)
+    versioning.record(root)
+    images = root / "zoo" / "images.npy"
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(KshotError, match=r"images.npy is missing or damaged. .* kshot data pull zoo"):
+        versioning.ensure("zoo", root)
+    assert versioning.pull(root) == ["zoo"]
+    for half in (images, root / "zoo" / "index.json"):
+        half.unlink()
+        assert versioning.ensure("zoo", root).how == "pulled"
+
+
 def test_a_set_that_is_not_here_stays_recorded_until_it_is_removed_on_purpose(project, take):
     root = project / "data"
     take(root)
