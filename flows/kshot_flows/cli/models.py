@@ -23,23 +23,29 @@ Number = Annotated[int, typer.Argument(metavar="VERSION", help="The version's nu
 Why = Annotated[str, typer.Option(help="The reason. It is kept with the move.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
 
-_VERSION = """A version in JSON has name, version, stage (none, staging, production, archived), aliases, registered,
-    accuracy and margin (shares of 1), gate (passed, failed, or null if it was never judged), gate_report, warnings,
-    recipe, data, data_sha256, other_data_sha256, git_commit, git_dirty, mlflow_run, prefect_run, source, sha256 (of
-    each file)."""
-_MOVE = """A move in JSON has number, when, version, from, to, archived (the version that it displaced), who, why,
-    gate_report, rollback, adopted (it was made in MLflow), refused (why it did not count). Times are ISO 8601."""
+_VERSION = (
+    "A version in JSON has name, version, stage (none, staging, production, archived), aliases, registered, accuracy "
+    "and margin (shares of 1), gate (passed, failed, or null if it was never judged), gate_report, warnings, recipe, "
+    "data, data_sha256, other_data_sha256, git_commit, git_dirty, mlflow_run, prefect_run, source, sha256 (by file)."
+)
+_MOVE = (
+    "A move in JSON has number, when, version, from, to, archived (the version that it displaced), who, why, "
+    "gate_report, rollback, adopted (it was made in MLflow), refused (why it did not count)."
+)
+_TIMES = "Times are ISO 8601."
 
 
 def add_commands(app: typer.Typer) -> None:
     """Make these functions commands of `app`."""
+    lists = "List models and their versions: stage, accuracy, data, when."
+    moves = "List every move of a model's versions: who, when, why, from, to."
+    traces = "Show what led to a version: data, code, recipe, runs, files, gate, and its moves."
     helps: dict[Callable[..., None], str | None] = {
-        models: f"List models and their versions: stage, accuracy, data, when.\n\n{_VERSION}",
+        models: f"{lists}\n\n{_VERSION} {_TIMES}",
         promote: None,
         rollback: None,
-        history: f"List every move of a model's versions: who, when, why, from, to.\n\n{_MOVE}",
-        trace: f"Show what led to a version: data, code, recipe, runs, files, gate, and its moves.\n\n{_VERSION} And "
-        f"history, its moves.\n\n{_MOVE}",
+        history: f"{moves}\n\n{_MOVE} {_TIMES}",
+        trace: f"{traces}\n\n{_VERSION} It has its moves as history. {_MOVE} {_TIMES}",
     }
     for command, text in helps.items():
         app.command(help=text)(command)
@@ -155,7 +161,8 @@ def _settle(name: str, *, needed: bool = False) -> None:
     except registry.UnsettledError as error:
         if needed:
             raise
-        typer.secho(str(error), fg="red", err=True)
+        for sentence in (*registry.disagreements(name), str(error)):
+            typer.secho(sentence, fg="red", err=True)
 
 
 def _print_json(value: Any) -> None:

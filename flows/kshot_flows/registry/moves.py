@@ -154,7 +154,7 @@ def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
     door.set_registered_model_tag(name, mlflow_api.MARKED, "true")
     for mark in shown.old_marks:
         door.delete_registered_model_tag(name, mark)
-    found = [f"version {version} of {name} is {stage} now: {how}; it was recorded" for version, stage, how in foreign]
+    found = [f"version {version} of {name} {stage.said} now: {how}; it was recorded" for version, stage, how in foreign]
     return log, found or [f"{name}: {sentence}; it was put right" for sentence in wrong]
 
 
@@ -163,7 +163,7 @@ def differences(log: Log, shown: Shown) -> list[str]:
     found = []
     for number, stage in shown.stages.items():
         if stage is not log.stage(number):
-            found.append(f"version {number} is in {stage}, and the log says {log.stage(number)}")
+            found.append(f"version {number} {stage.said}, and by the log it {log.stage(number).said}")
         elif (tag := shown.tags[number]) != stage:
             found.append(f"version {number} is tagged {tag}, and the log says {stage}")
     for single in SINGLE:

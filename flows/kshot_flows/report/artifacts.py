@@ -65,7 +65,7 @@ def _publish(product: Product) -> None:
                 _link(what, link)
         case Promotion():
             report = registry.gate_report(product.name, product.version)
-            words = f"**Version {product.version} of {product.name} is in {product.stage.lower()}**: {product.why}"
+            words = f"**Version {product.version} of {product.name} {product.stands}**: {product.why}"
             _markdown("gate", f"{product.stage}: {product.why}", f"{words}\n\n{report.to_markdown() if report else ''}")
 
 

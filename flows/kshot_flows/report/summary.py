@@ -137,7 +137,7 @@ def _scores(scores: Scores) -> Table:
 def _verdict(promotion: Promotion) -> str:
     what = f"{promotion.name} version {promotion.version}"
     if promotion.stage != "Production":
-        return f"[bold yellow]{what} is in {promotion.stage.lower()}:[/bold yellow] {escape(promotion.why)}"
+        return f"[bold yellow]{what} {promotion.stands}:[/bold yellow] {escape(promotion.why)}"
     mind = escape(f" Mind: it {'; '.join(promotion.warnings)}." if promotion.warnings else "")
     return f"[bold green]{what} is in production.[/bold green][yellow]{mind}[/yellow]"
 

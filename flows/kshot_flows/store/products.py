@@ -309,6 +309,13 @@ class Promotion:
     def identity(self) -> str:
         return f"{self.name} {self.version} {self.stage}"
 
+    @property
+    def stands(self) -> str:
+        """Where it is, as it follows "version 1" in a sentence."""
+        from kshot_flows.registry import Stage
+
+        return Stage(self.stage).said
+
     def intact(self) -> bool:
         """Whether nothing has moved since, neither this version nor, where it waits, the one it has to beat.
 

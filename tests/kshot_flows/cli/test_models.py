@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import typer
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from typer.testing import CliRunner
 
 from kshot_flows import registry
@@ -97,11 +100,28 @@ def test_a_move_made_in_mlflow_is_recorded_by_the_next_command_which_says_so(mod
     door.set_registered_model_alias(model, "production", "2")
     door.set_registered_model_alias(model, "canary", "1")
     told = say("models", model)
-    assert f"version 2 of {model} is Production now: the alias production was set to it; it was recorded" in told
+    assert f"version 2 of {model} is in production now: the alias production was set to it; it was recorded" in told
     assert re.search(r"2 +Production +95.10", told)
     assert re.search(r"1 +Archived +95.10 .* canary", told)
     assert "it was recorded" not in say("models", model)
     assert re.search(r"2 +None +Production +1 +someone in MLflow +the alias production was set", say("history", model))
+
+
+def test_where_the_registry_cannot_be_written_what_does_not_agree_is_said_and_the_rest_shown(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.client().set_registered_model_alias(model, "production", "2")
+
+    def denied(*_: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_tag", denied)
+    told = say("models", model)
+    assert "the alias production is at version 2, and the log says version 1" in told
+    assert f"MLflow did not take a move of {model}, or not all of it: Permission denied" in told
+    assert re.search(r"1 +Production +95.10", told)
+    with pytest.raises(registry.UnsettledError):
+        say("rollback", model)
 
 
 def test_json_has_stable_names_iso_times_and_nothing_else_on_standard_output(model: str) -> None:

@@ -128,7 +128,7 @@ def test_register_move_race_roll_back_trace_and_fetch_through_a_server_and_when_
 
     stores.client().set_registered_model_alias("toy", "production", "2")  # by another client
     assert registry.settle("toy") == [
-        "version 2 of toy is Production now: the alias production was set to it; it was recorded"
+        "version 2 of toy is in production now: the alias production was set to it; it was recorded"
     ]
     assert (registry.champion("toy"), registry.disagreements("toy")) == (2, [])
 
