@@ -85,7 +85,7 @@ class Serving(Thread):
     def __init__(self, home: Path, classes: Path) -> None:
         super().__init__(daemon=True)
         self.answers: list[str] = []
-        self._stop = Event()
+        self._over = Event()
         self._photo = next(classes.rglob("*.png")).read_bytes()
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from kshot_flows.cli.main import main; main()", "serve", "models:/tiny@production",
@@ -99,7 +99,7 @@ class Serving(Thread):
         url = next(line for line in self._process.stdout if "http://" in line).split()[-1]
         with httpx.Client(base_url=url, timeout=60) as http:
             [space] = http.get("/v1/spaces").json()["spaces"]
-            while not self._stop.wait(0.1):
+            while not self._over.wait(0.1):
                 answer = http.post(f"/v1/spaces/{space['id']}/classify", files={"photos": self._photo})
                 self.answers.append(answer.json()["model"]["version"] if answer.is_success else answer.text)
 
@@ -108,10 +108,10 @@ class Serving(Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._over.set()
         self.join(60)
         self._process.terminate()
-        self._process.wait()
+        self._process.communicate(timeout=60)
 
 
 def alive(process: int) -> bool:
