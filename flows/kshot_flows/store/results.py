@@ -114,8 +114,11 @@ def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again may help: something outside did not answer. For a task's `retry_condition_fn`."""
     from mlflow.exceptions import MlflowException
 
+    from kshot_flows.registry import UnsettledError
+
     error = state.result(raise_on_failure=False)
-    again = isinstance(error, OSError | MlflowException) and getattr(error, "errno", None) != errno.ENOSPC
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    again = isinstance(error, OSError | MlflowException | UnsettledError) and not full
     if again:
         progress.say(escape(f"  {made.name}: {stores.reason(error)}; trying again"))
     return again

@@ -257,6 +257,15 @@ def test_of_a_stage_and_an_alias_set_to_different_versions_the_alias_counts(mode
     assert (stages(model)[2], registry.champion(model), registry.disagreements(model)) == ("Archived", None, [])
 
 
+def test_a_log_that_was_deleted_begins_again_with_what_mlflow_shows(model: str) -> None:
+    registry.move(model, 1, "production", why="first")
+    registry.move(model, 2, "production", why="better")
+    stores.client().delete_registered_model(f"{model}.moves")
+    assert len(registry.settle(model)) == 2
+    assert (stages(model), aliases(model)) == ({1: "Archived", 2: "Production", 3: "None"}, {"production": 2})
+    assert (registry.champion(model), registry.disagreements(model)) == (2, [])
+
+
 def test_models_of_other_programs_are_left_alone(project: Path) -> None:
     door, name = stores.client(), f"others-{uuid.uuid4().hex[:8]}"
     door.create_registered_model(name)
