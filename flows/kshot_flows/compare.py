@@ -144,13 +144,13 @@ def standings(played: Sequence[Played]) -> Standings:
 
 def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> Comparison:
     """Keep the table and the picture in the project, and log both as one MLflow run."""
-    from kshot_flows.report import standings_view
+    from kshot_flows.report import pictures, standings_view
 
     folder = project.home() / "runs" / EXPERIMENT / hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(found.to_dict(), indent=2))
-    picture = standings_view.picture(found)
-    picture.savefig(folder / "comparison.png", dpi=150)
+    picture = pictures.png(standings_view.picture(found))
+    (folder / "comparison.png").write_bytes(picture)
     about = {
         f"{number}": {
             "recipe": one.entrant.label,
@@ -164,7 +164,7 @@ def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> 
     tags = {"mlflow.runName": ", ".join(row.label for row in found.rows)[:200]}
     with runs.run(EXPERIMENT, recipe=about, data=own, others=others, seed=TEST_SEED, tags=tags) as opened:
         opened.json("comparison", found.to_dict())
-        opened.picture("comparison", picture)
+        opened.pictures({"comparison": picture})
         return Comparison(found, folder, opened.id)
 
 

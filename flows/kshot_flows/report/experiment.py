@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kshot.evaluation import answers, drawn
+from kshot.evaluation import answers
+from kshot.evaluation import drawn as draw
 from kshot_flows import registry
 from kshot_flows.registry import CLAIM
 from kshot_flows.report import card
@@ -65,6 +65,8 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
     """
     from mlflow.entities import Metric
 
+    from kshot_flows.report import pictures  # brings matplotlib
+
     kept = {"training.seconds": learner.seconds}
     if learner.validation is not None:
         kept["best.validation.accuracy"] = learner.validation
@@ -101,7 +103,9 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
         run.table("heads", [asdict(one) for one in learner.tried])
     for pin in (scores.report, scores.arrays, learner.learner):
         run.file(pin.file)
-    return _log_pictures(run, recipe, learner, scores)
+    drawn = {name: pictures.png(figure) for name, figure in _figures(recipe, learner, scores)}
+    run.pictures(drawn)
+    return drawn
 
 
 def log_verdict(version: Registered, promotion: Promotion) -> None:
@@ -117,17 +121,6 @@ def _unknown(line: Line) -> dict[str, float]:
     return {} if found is None else {
         "accepted": found.accepted, "false_accepts": found.false_accepts, "auroc": found.auroc,
     }  # fmt: skip
-
-
-def _log_pictures(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores) -> dict[str, bytes]:
-    from kshot_flows.report import pictures
-
-    drawings = {name: pictures.png(figure) for name, figure in _figures(recipe, learner, scores)}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, png in drawings.items():
-            Path(scratch, f"{name}.png").write_bytes(png)
-        run.client.log_artifacts(run.id, scratch, "pictures")
-    return drawings
 
 
 def _figures(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple[str, Figure]]:
@@ -158,7 +151,7 @@ def _episode(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple
     model = learners.load(learner.learner.file)
     images = scores.data.classes(recipe.dataset.test)
     shape = min((line.shape for line in scores.lines), key=lambda shape: abs(shape.ways - _MAPPED_WAYS))
-    [episode] = drawn(images, shape, 1, seed=scores.seed)
+    [episode] = draw(images, shape, 1, seed=scores.seed)
     [(taken, logits)] = answers(model, embeddings.features(model, images, scores.data.name), shape, 1, seed=scores.seed)
     names = [images.names[i] for i in episode.source.tolist()]
     truth, predicted = episode.query_labels.numpy(), logits.argmax(1).numpy()

@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,6 @@ from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -85,11 +84,12 @@ class Run:
     def tag(self, name: str, value: object) -> None:
         self.client.set_tag(self.id, name, str(value))
 
-    def picture(self, name: str, figure: Figure) -> None:
-        with warnings.catch_warnings():
-            # A class may be named in a script that matplotlib's font lacks: boxes will do.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            self.client.log_figure(self.id, figure, f"pictures/{name}.png", save_kwargs={"dpi": 150})
+    def pictures(self, drawn: Mapping[str, bytes]) -> None:
+        """PNG files by name, in one call."""
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, png in drawn.items():
+                Path(scratch, f"{name}.png").write_bytes(png)
+            self.client.log_artifacts(self.id, scratch, "pictures")
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows as CSV, with a column for each key that any of them has."""
