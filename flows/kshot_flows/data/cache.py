@@ -116,7 +116,9 @@ class Cache:
                 files = {info for key, _, info in tree if only in (None, key[0])}
                 self._copy(there, self._repo.cache.local, files, verify=True)
         if lost := self.lacking(md5, only):
-            raise KshotError(f"the remote {self.url(remote)} did not give {', '.join(lost)}{self._why()}")
+            raise KshotError(
+                f"the remote {self.url(remote)} did not give {', '.join(lost)}{self._why()}; was it pushed?"
+            )
 
     def checkout(self, name: str, anew: tuple[str, ...] = ()) -> None:
         """Make a data set what data.dvc names, from the cache; some files even if DVC sees no change in them."""

@@ -203,7 +203,7 @@ def pull(root: Path, *names: str) -> list[str]:
                 try:
                     cache.fetch(entry.md5, only, entry.more.get("remote"))
                 except KshotError as error:
-                    raise KshotError(f"{name} is not in DVC's cache, and {error}. Or import it again") from None
+                    raise KshotError(f"{name} is not in DVC's cache, and {error}") from None
         for name in wrong:
             try:
                 cache.checkout(name, (IMAGES, INDEX) if _worthless(root / name, pointer.sets[name]) else ())
@@ -311,7 +311,7 @@ def _into_cache(name: str, root: Path, entry: Entry, cache: Cache) -> None:
     """What data.dvc names, into the cache from the data folder, if it was built here and never recorded."""
     if not (lost := cache.lacking(entry.md5)):
         return
-    why = f"DVC's cache lacks {', '.join(lost)} of {name}, which data.dvc names"
+    why = f"DVC's cache does not hold {name} as data.dvc names it ({', '.join(lost)} missing)"
     if not (root / name / INDEX).exists():
         raise KshotError(f"{why}, and it is not here either, so it cannot be pushed")
     if verified(name, root).version != entry.version or cache.add(name, str(entry.version)).md5 != entry.md5:

@@ -79,7 +79,10 @@ def test_what_was_built_and_never_recorded_here_is_pushed_all_the_same(project, 
     commit(project)
     git(tmp_path, "clone", "-q", "project", "clone")
     there = tmp_path / "clone" / "data"
-    with pytest.raises(KshotError, match=r"cache lacks its list of files of zoo, .* not here either, so it cannot be"):
+    with pytest.raises(
+        KshotError,
+        match=r"does not hold zoo as data.dvc names it \(its list of files missing\), .* not here either",
+    ):
         versioning.push(there)
     with pytest.raises(KshotError, match=r"remote .*store did not give its list of files"):
         versioning.pull(there)
