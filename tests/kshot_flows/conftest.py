@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -81,6 +84,46 @@ def s3_server() -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     server.kill()
     server.wait()
+
+
+class MlflowServer(NamedTuple):
+    """A server and the group of its processes."""
+
+    uri: str
+    group: int
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.group, number)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(shared_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], MlflowServer]]:
+    """Start MLflow's server, again where it was; its address stays."""
+    folder, started = tmp_path_factory.mktemp("mlflow-server"), list[subprocess.Popen[bytes]]()
+    shutil.copy(shared_store / "mlflow" / "mlflow.db", folder)  # saves making its tables
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
+    ]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+    def start() -> MlflowServer:
+        with (folder / "log").open("a") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        for _ in range(600):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                break
+            time.sleep(0.1)
+        return MlflowServer(f"http://127.0.0.1:{port}", started[-1].pid)
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 TINY = """

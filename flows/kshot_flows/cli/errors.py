@@ -24,7 +24,7 @@ _NO_ANSWER = re.compile(
     r"|Name or service not known|All connection attempts failed|Remote end closed"
 )
 _NO_MEMORY = re.compile(r"OutOfMemory|can't allocate memory")
-_DAMAGED = re.compile(r"malformed|not a database|PytorchStreamReader|zip archive|ended too early|truncated")
+_DAMAGED = re.compile(r"malformed|not a database|PytorchStreamReader|zip archive|EOFError|UnpicklingError|truncated")
 
 
 def sentence(error: BaseException) -> str:

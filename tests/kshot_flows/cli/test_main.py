@@ -91,14 +91,16 @@ def test_a_users_mistake_is_a_message_on_stderr_and_no_traceback(tmp_path: Path)
     assert done.stdout == ""
 
 
-def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "app", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+def test_errors_are_red_in_a_terminal_and_plain_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise KshotError("[dataset] is missing")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as left:
         main.main()
-
-
-def test_errors_are_red_in_a_terminal_and_plain_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    main._complain(KshotError("[dataset] is missing"))
+    assert left.value.code == 1
     assert capsys.readouterr().err == "[dataset] is missing\n"  # brackets are no markup here
 
 
