@@ -1,6 +1,6 @@
 """Register and promote, killed at any call of MLflow's client or copy of a file, and what the next command leaves.
 
-A script by itself. Everything is imported once, and each piece of work happens in a fork: a kill costs no start of Python.
+A script by itself. Everything is imported once, and each piece of work happens in a fork, where a kill costs little.
 """
 
 import functools
