@@ -49,12 +49,19 @@ class Recorded:
     """What a recording changed in data.dvc."""
 
     new: tuple[str, ...] = ()  # the data sets that it did not name as they are
+    other: tuple[str, ...] = ()  # those of them that it named in another version
     split: bool = False  # whether it named the folder as a whole before, as kshot once wrote it
 
     def lines(self, root: Path) -> list[str]:
         """For people."""
-        split = f"{root.name}.dvc names each data set by itself now; before, it named the folder as a whole"
-        return [*[split] * self.split, *[f"recorded in {root.name}.dvc: {_list(self.new)}"] * bool(self.new)]
+        file, other = f"{root.name}.dvc", _list(self.other)
+        said = {
+            f"{file} names each data set by itself now; before, it named the folder as a whole": self.split,
+            f"recorded in {file}: {_list(self.new)}": self.new,
+            f"{file} named another version of {other}; back to that: git checkout {file}; kshot data pull {other}":
+                self.other,
+        }  # fmt: skip
+        return [line for line, so in said.items() if so]
 
 
 def record(root: Path, *names: str) -> Recorded:
@@ -84,7 +91,7 @@ def record(root: Path, *names: str) -> Recorded:
         for name in pointer.sets.keys() - entries.keys() if pointer.former else ():
             entries[name] = _apart(name, root, pointer, cache)
         pointer.changed(entries).write()
-    return Recorded(new, pointer.former)
+    return Recorded(new, tuple(name for name in new if name in pointer.sets), pointer.former)
 
 
 def remove(root: Path, *names: str) -> None:
@@ -152,7 +159,7 @@ def ensure(
         except KshotError as error:
             raise KshotError(f"data set {name!r} is not in {root}; {failed}; and building it: {error}") from None
     built = _present(name, root, "built")
-    return replace(built, note=built.note or note)
+    return replace(built, note=". ".join(filter(None, [note, built.note])))
 
 
 _sound: set[tuple[object, ...]] = set()  # states of files that this process has verified

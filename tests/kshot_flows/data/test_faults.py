@@ -129,7 +129,7 @@ def test_a_clock_that_went_back_hides_no_change(project, take):
         os.utime(file, (2_000_000_000, 2_000_000_000))
     versioning.record(root)
     take(root, "zoo", seed=1, replace=True)  # older by its times
-    assert versioning.record(root) == Recorded(("zoo",))
+    assert versioning.record(root) == Recorded(("zoo",), other=("zoo",))
     assert versioning.state_of(root) == {"zoo": "recorded"}
 
 

@@ -68,7 +68,10 @@ def test_the_pointer_keeps_what_its_users_wrote(project, dvc, take):
     pointer.write_text(f"# ours\n{text}meta:\n  asked by: Ann\n")
     take(root, "zoo", seed=1, replace=True)
     take(root, "pets", seed=1)
-    versioning.record(root)
+    assert versioning.record(root).lines(root) == [
+        "recorded in data.dvc: pets, zoo",
+        "data.dvc named another version of zoo; back to that: git checkout data.dvc; kshot data pull zoo",
+    ]
     text = pointer.read_text()
     assert text.startswith("# ours\nouts:\n- path: data/pets\n")
     assert text.endswith("  desc: all of them\n  hash: md5  # zoo\nmeta:\n  asked by: Ann\n")
