@@ -88,7 +88,7 @@ def take() -> Callable[..., None]:
 
 @pytest.fixture
 def former() -> Callable[..., None]:
-    """Record the folder as a whole, as kshot did until version 0.1."""
+    """Record the folder as a whole, as kshot once did."""
 
     def former(root: Path) -> None:
         from dvc.repo import Repo
