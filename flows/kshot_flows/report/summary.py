@@ -99,7 +99,7 @@ def _summary(product: Product) -> str:
         case Exported():
             return (
                 f"ONNX answers {100 * product.agreement:.2f} % of the queries as torch does "
-                f"(logits differ by {product.largest_difference:.1e}); {product.latency_ms:.1f} ms a photo"
+                f"(logits differ by {product.largest_difference:.1e}); {product.latency_ms:.2f} ms a photo"
             )
         case Registered():
             return f"{product.name} version {product.version}"
