@@ -314,8 +314,8 @@ def test_other_test_episodes_use_the_training_again_and_replay_the_champion(proj
     assert isinstance(promotion, Promotion)
     report = registry.gate_report("tiny", version.version)
     assert report is not None
-    assert summary.champion == champion
-    assert summary.episodes == 60
+    assert report.champion == champion
+    assert report.episodes == 60
     assert promotion.stage == "Staging"
     assert "were right; at least 100.00 %" in promotion.why
     assert version.run != of(project.first, Trained).run  # type: ignore[attr-defined]  # that one is version 1's
