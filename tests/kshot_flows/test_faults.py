@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from kshot.training import Progress
 from kshot_flows import recipes
 from kshot_flows.cli.main import app
-from kshot_flows.store import results
+from kshot_flows.store import learners, results
 from kshot_flows.tasks.data import version_data
 from kshot_flows.tasks.train import meta_train
 from kshot_flows.tracking import curves, runs, stores
@@ -115,6 +115,13 @@ def test_a_training_goes_on_from_the_checkpoint_before_a_torn_one_and_starts_ane
     told = " ".join(capsys.readouterr().out.split())
     assert f"{last.relative_to(home)} is of another training: its settings.lr was 1.0, and is now 0.003" in told
     assert "goes on from" not in told
+
+    whole = trained.learner.file.read_bytes()
+    for torn in (b"", whole[:200], whole[: len(whole) // 2]):
+        trained.learner.file.write_bytes(torn)
+        assert not trained.intact()
+        with pytest.raises(KshotError, match=r"learner\.pt is damaged or no learner"):
+            learners.read(trained.learner.file)
 
 
 def test_a_project_that_was_moved_finds_its_artifacts_and_its_registry_again(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -52,6 +54,10 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a learner's file says of it, and its weights."""
     try:
         held = torch.load(file, weights_only=True, map_location="cpu")
+        return json.loads(held["about"]), held["weights"]
     except FileNotFoundError:
         raise KshotError(f"there is no learner at {file}. `kshot run RECIPE` makes one.") from None
-    return json.loads(held["about"]), held["weights"]
+    except (EOFError, OSError, RuntimeError, UnpicklingError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch makes of a file that was cut off
+            raise
+        raise KshotError(f"{file} is damaged or no learner. `kshot run RECIPE` makes it again.") from error

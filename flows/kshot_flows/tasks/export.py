@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict
 from typing import Any
@@ -33,6 +34,8 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
+    for unfinished in folder.parent.glob(f".{folder.name}-*"):  # of an export that was killed: this key's lock is ours
+        shutil.rmtree(unfinished)
     test = known = score.data.classes(splits.test)
     if recipe.training.refit and (base := heads.base(recipe, score.data)):
         known = base if heads.cross_validated(recipe) else ClassImages.joined([base, test])
