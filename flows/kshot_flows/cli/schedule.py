@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kshot_flows.cli.run import Changes, Recipe
+from kshot_flows.cli.run import Changes, Recipe, prepare_prefect
 
 schedules = typer.Typer(rich_markup_mode="rich", help="List schedules; pause, resume and remove them.")
 
@@ -49,6 +49,7 @@ def schedule(
     It takes the place of an earlier schedule of the recipe; slots that were missed give one run. A run on unchanged
     data and recipe uses everything again and takes seconds. For several machines, see docs/schedules.md.
     """
+    prepare_prefect()
     from kshot_flows.run import scheduler
 
     scheduler.serve(recipe, changes or [], cron=cron, every=every, timezone=timezone, notify=notify)

@@ -7,6 +7,7 @@ python -m kshot_flows.run.child PARENT server
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -59,6 +60,7 @@ def _run(flow_run: UUID) -> None:
     from kshot_flows.pipeline import pipeline
     from kshot_runtime.errors import KshotError
 
+    logging.raiseExceptions = False  # or it prints what it could not send to a server that is away
     with get_client(sync_client=True) as client:
         found = client.read_flow_run(flow_run)
     try:

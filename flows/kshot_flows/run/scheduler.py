@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from threading import Event
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -61,14 +62,15 @@ def serve(
     schedule, name, server = schedules.when(cron, every, timezone), recipes.load(recipe, changes).name, Server()
     if notify is not None:
         watching.check_address(notify)
-    serving = _Serving(server, name)
-    with _ended_by_signals():
+    with _signals() as told_to_end:
+        serving = _Serving(server, name, told_to_end)
         try:
             server.ensure()
             serving.begin({"recipe": recipe, "changes": list(changes)}, schedule, notify)
             serving.go_on()
-        except _Ended:
-            pass
+        except BaseException:  # a library may have made another error of `_Ended`
+            if not told_to_end.is_set():
+                raise
         finally:
             serving.stop()
             server.close()
@@ -80,20 +82,21 @@ class _Ended(BaseException):
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Raise `_Ended`, once, when SIGINT or SIGTERM comes; in the background of a script SIGINT would be ignored."""
-    signals = [signal.SIGINT, signal.SIGTERM]
+def _signals() -> Iterator[Event]:
+    """Set the event and raise `_Ended`, once, at SIGINT or SIGTERM; a script's background would ignore SIGINT."""
+    told_to_end, signals = Event(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         signals.append(signal.SIGHUP)
 
     def end(*_: object) -> None:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
+        told_to_end.set()
         raise _Ended
 
     before = {number: signal.signal(number, end) for number in signals}
     try:
-        yield
+        yield told_to_end
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -110,8 +113,8 @@ class _Running(NamedTuple):
 class _Serving:
     """A schedule that this process serves."""
 
-    def __init__(self, server: Server, name: str) -> None:
-        self.server, self.name = server, name
+    def __init__(self, server: Server, name: str, told_to_end: Event) -> None:
+        self.server, self.name, self._told_to_end = server, name, told_to_end
         self.token = f"{project.user()}, process {os.getpid()} ({uuid4().hex[:6]})"  # names us in the deployment
         self._deployment: UUID | None = None
         self._running: _Running | None = None
@@ -142,7 +145,7 @@ class _Serving:
             )
             if missed:
                 client.create_flow_run_from_deployment(self._deployment)
-                _say(f"{missed} runs were missed, or did not come to an end. One run makes up for all of them.")
+                _say(f"Runs that were missed, or did not come to an end: {missed}. One run makes up for all of them.")
 
     def _take_turn(self, client: SyncPrefectClient, before: DeploymentResponse | None) -> None:
         """Be the only process of the project that serves the recipe: an earlier one sees that it is replaced."""
@@ -174,12 +177,12 @@ class _Serving:
         return missed
 
     def go_on(self) -> None:
-        """Start what is due, until the schedule is removed or replaced."""
-        away = False
-        while True:
+        """Start what is due, until a signal comes, or the schedule is removed or replaced."""
+        away, at_once = False, {PREFECT_CLIENT_MAX_RETRIES: 0}
+        while not self._told_to_end.is_set():
             try:
-                with self.server.client() as client:
-                    while found := self._ours(client):
+                with temporary_settings(at_once), self.server.client() as client:
+                    while not self._told_to_end.is_set() and (found := self._ours(client)):
                         self._look(client, found)
                         if away:
                             _say("Prefect's server answers again.")
@@ -192,7 +195,7 @@ class _Serving:
                 away = True
                 if not self.server.configured:
                     self.server.ensure()
-                time.sleep(1)
+                self._told_to_end.wait(1)
 
     def _ours(self, client: SyncPrefectClient) -> DeploymentResponse | None:
         """Our deployment; None once it was removed or replaced."""
@@ -234,7 +237,9 @@ class _Serving:
         environment = {
             **get_current_settings().to_environment_variables(exclude_unset=True),
             "PREFECT_API_URL": self.server.url,
+            "PREFECT_CLIENT_MAX_RETRIES": "5",  # a minute for its server to come back
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the tasks speak for themselves
+            "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         }
         process = child.start("run", str(run.id), environment=environment)
         self._running = _Running(run.id, process, time.monotonic())
@@ -259,12 +264,10 @@ class _Serving:
 
     def _wait(self) -> None:
         """Until it is time to look again; the end of a run is seen at once."""
-        seconds = PREFECT_RUNNER_POLL_FREQUENCY.value()
-        if self._running is None:
-            time.sleep(seconds)
-        else:
-            with suppress(subprocess.TimeoutExpired):
-                self._running.process.wait(seconds)
+        deadline = time.monotonic() + PREFECT_RUNNER_POLL_FREQUENCY.value()
+        while time.monotonic() < deadline and (self._running is None or self._running.process.poll() is None):
+            if self._told_to_end.wait(0.2):
+                return
 
     def stop(self) -> None:
         """End the run that goes on, and leave nothing scheduled."""

@@ -20,6 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_API_PORT, PREFECT_UI_URL, temporary_settings
 
 from kshot_flows import project
+from kshot_flows.console import progress
 from kshot_flows.run import child, embedded
 from kshot_runtime.errors import KshotError
 
@@ -104,6 +105,7 @@ class Server:
     def _start(self) -> None:
         port = _free_port(self._recorded().get("port", 0), PREFECT_SERVER_API_PORT.value(), 0)
         self.url = f"http://127.0.0.1:{port}/api"
+        progress.say(f"Starting Prefect's server, with its pages at http://127.0.0.1:{port}")
         self._record.write_text(json.dumps({"url": self.url, "port": port}))
         pages = {}
         if not os.access(prefect.__module_path__ / "server", os.W_OK):  # where it would copy its pages to
