@@ -28,6 +28,7 @@ _ORDER = (
     "algorithms",
     "plugin",
     "schedule",
+    "schedules",
     "models",
     "promote",
     "rollback",
