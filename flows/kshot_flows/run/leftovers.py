@@ -18,6 +18,7 @@ from kshot_flows import project, registry
 from kshot_flows.data import versioning
 from kshot_flows.store import embeddings, results
 from kshot_flows.tracking import runs, stores
+from kshot_runtime.errors import KshotError
 
 _IDLE = 3600.0  # seconds after which what another process may be writing counts as left behind
 _HISTORY = ("prefect.db", "prefect.db-wal", "prefect.db-shm")
@@ -117,4 +118,6 @@ def _free(lock: Path) -> bool:
 
 
 def _call(command: list[str]) -> None:
-    subprocess.run(command, cwd=project.home(), check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=project.home(), capture_output=True, text=True)
+    if done.returncode:
+        raise KshotError(f"{' '.join(command[2:4])}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
