@@ -120,4 +120,6 @@ def _free(lock: Path) -> bool:
 def _call(command: list[str]) -> None:
     done = subprocess.run(command, cwd=project.home(), capture_output=True, text=True)
     if done.returncode:
-        raise KshotError(f"{' '.join(command[2:4])}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
+        raise KshotError(
+            f"{' '.join(command[2:4])}: {(done.stderr.strip() or done.stdout.strip() or 'failed').splitlines()[-1]}"
+        )
