@@ -1,8 +1,4 @@
-"""A process that ends with the one that started it: a flow run, or Prefect's server.
-
-python -m kshot_flows.run.child PARENT run FLOW_RUN
-python -m kshot_flows.run.child PARENT server
-"""
+"""A process that ends with the one that started it: a flow run, or Prefect's server."""
 
 from __future__ import annotations
 
@@ -14,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 from uuid import UUID
 
+_MODULE = "kshot_flows.cli.child"  # calls `main`
+
 
 def start(*what: str, environment: Mapping[str, str], output: IO[Any] | None = None) -> subprocess.Popen[bytes]:
-    """Start this module. In a session of its own, so that Ctrl-C reaches it through us, in order."""
+    """Start `server`, or `run` with the id of a flow run, in a session of its own: Ctrl-C reaches it through us."""
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, str(os.getpid()), *what],
+        [sys.executable, "-m", _MODULE, str(os.getpid()), *what],
         env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         start_new_session=True,
     )  # fmt: skip
@@ -52,17 +50,24 @@ def _tie_to(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _run(flow_run: UUID) -> None:
+def main(sentence: Callable[[BaseException], str]) -> None:
+    """What is started; `sentence` says what an error of the run means."""
+    _tie_to(int(sys.argv[1]))
+    _run(UUID(sys.argv[3]), sentence) if sys.argv[2] == "run" else _serve()
+
+
+def _run(flow_run: UUID, sentence: Callable[[BaseException], str]) -> None:
     from prefect import get_client
     from prefect.exceptions import Abort, TerminationSignal
     from prefect.flow_engine import run_flow
 
     from kshot_flows.pipeline import pipeline
-    from kshot_runtime.errors import KshotError
 
     logging.raiseExceptions = False  # or it prints what it could not send to a server that is away
     with get_client(sync_client=True) as client:
         found = client.read_flow_run(flow_run)
+    asked: dict[str, Any] = {"changes": None, **found.parameters}
+    sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # what messages say to run again
     try:
         run_flow(pipeline, flow_run=found)
     except Abort:  # it was cancelled
@@ -70,7 +75,7 @@ def _run(flow_run: UUID) -> None:
     except TerminationSignal:
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:  # its traceback is on the run's page
-        sys.exit(str(error) if isinstance(error, KshotError) else f"{type(error).__name__}: {error}")
+        sys.exit(sentence(error))
 
 
 def _serve() -> None:
@@ -78,8 +83,3 @@ def _serve() -> None:
 
     sys.argv = ["prefect", "server", "start"]
     app()
-
-
-if __name__ == "__main__":
-    _tie_to(int(sys.argv[1]))
-    _run(UUID(sys.argv[3])) if sys.argv[2] == "run" else _serve()
