@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kshot_flows.console.tables import console, table
+from kshot_flows.console.tables import NARROW, console, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -170,7 +170,12 @@ def _print_json(value: Any) -> None:
 
 
 def _titled(title: str, *columns: str, show_header: bool = True) -> Table:
-    return table(*columns, title=title, title_justify="left", title_style="bold", show_header=show_header)
+    made = table(
+        *columns, title=title, title_justify="left", title_style="bold", show_header=show_header, padding=NARROW
+    )
+    for column in made.columns:  # in 80 columns there is room for these in one line, and for the reason beside them
+        column.no_wrap = column.header in ("stage", "accuracy", "from", "to")
+    return made
 
 
 def _moves(title: str, entries: Sequence[Audit]) -> Table:
