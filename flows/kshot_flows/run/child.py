@@ -64,11 +64,11 @@ def _run(flow_run: UUID, sentence: Callable[[BaseException], str]) -> None:
     from kshot_flows.pipeline import pipeline
 
     logging.raiseExceptions = False  # or it prints what it could not send to a server that is away
-    with get_client(sync_client=True) as client:
-        found = client.read_flow_run(flow_run)
-    asked: dict[str, Any] = {"changes": None, **found.parameters}
-    sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # what messages say to run again
     try:
+        with get_client(sync_client=True) as client:
+            found = client.read_flow_run(flow_run)
+        asked: dict[str, Any] = {"changes": None, **found.parameters}
+        sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # what messages say to run again
         run_flow(pipeline, flow_run=found)
     except Abort:  # it was cancelled
         pass
