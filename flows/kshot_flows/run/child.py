@@ -64,11 +64,12 @@ def _run(flow_run: UUID, sentence: Callable[[BaseException], str]) -> None:
     from kshot_flows.pipeline import pipeline
 
     logging.raiseExceptions = False  # or it prints what it could not send to a server that is away
+    sys.argv = ["kshot", "schedules"]  # what messages say to look at
     try:
         with get_client(sync_client=True) as client:
             found = client.read_flow_run(flow_run)
         asked: dict[str, Any] = {"changes": None, **found.parameters}
-        sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # what messages say to run again
+        sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # and to run again
         run_flow(pipeline, flow_run=found)
     except Abort:  # it was cancelled
         pass
