@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import httpx
@@ -39,6 +39,7 @@ from kshot_flows.console.tables import console
 from kshot_flows.pipeline import pipeline
 from kshot_flows.run import child, schedules, watching
 from kshot_flows.run.server import Server
+from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 _RUN_SECONDS = 8  # that a run has to end itself before it is killed: all is over in 15 s
@@ -189,9 +190,9 @@ class _Serving:
                         away = False
                         self._wait()
                     return
-            except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: Prefect's word for "Failed to reach API"
+            except httpx.HTTPError as error:
                 if not away:
-                    _say(f"Prefect's server at {self.server.url} does not answer ({type(error).__name__}).")
+                    _say(f"Prefect's server at {self.server.url} does not answer: {escape(stores.reason(error))}.")
                 away = True
                 if not self.server.configured:
                     self.server.ensure()
@@ -214,7 +215,8 @@ class _Serving:
     def _look(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
         """See how the run goes that goes on, drop slots that were missed, and start what is due."""
         if self._running is not None:
-            if client.read_flow_run(self._running.id).state_type is StateType.CANCELLING:
+            state = _state(client, self._running.id)
+            if state is None or state.is_cancelling():
                 child.end(self._running.process, _RUN_SECONDS)
                 _set(client, self._running.id, Cancelled(message="Cancelled on its page."))
             if self._running.process.poll() is not None:
@@ -250,8 +252,10 @@ class _Serving:
 
     def _finish(self, client: SyncPrefectClient, run: _Running) -> None:
         """Say how a run ended, and mark it crashed if it could not do that itself."""
-        state, code = client.read_flow_run(run.id).state, run.process.returncode
-        if state is None or not state.is_final():
+        state, code = _state(client, run.id), run.process.returncode
+        if state is None:
+            state = Cancelled(message="It was deleted on its page.")
+        elif not state.is_final():
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             state = Crashed(message=f"Its process ended {how}.")
             _set(client, run.id, state)
@@ -273,8 +277,8 @@ class _Serving:
         """End the run that goes on, and leave nothing scheduled."""
         if self._running is not None:
             child.end(self._running.process, _RUN_SECONDS)
-        quick, away = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), (httpx.HTTPError, RuntimeError)
-        with quick, suppress(*away), self.server.client() as client:
+        quick = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+        with quick, suppress(httpx.HTTPError, ObjectNotFound), self.server.client() as client:
             if self._running is not None:
                 self._finish(client, self._running)
             if self._deployment is not None:
@@ -283,8 +287,17 @@ class _Serving:
         self._turn.release()
 
 
-def _set(client: SyncPrefectClient, run: UUID, state: State[None]) -> None:
-    client.set_flow_run_state(run, state, force=True)
+def _state(client: SyncPrefectClient, run: UUID) -> State[Any] | None:
+    """The state of a run; None if someone deleted it."""
+    try:
+        return client.read_flow_run(run).state
+    except ObjectNotFound:
+        return None
+
+
+def _set(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
+    with suppress(ObjectNotFound):
+        client.set_flow_run_state(run, state, force=True)
 
 
 def _say(line: str) -> None:
