@@ -125,7 +125,7 @@ class Recipe(_Settings):
     learner: LearnerSettings
     training: Training = Training()
     evaluation: EvaluationSettings = EvaluationSettings()
-    gate: dict[str, Any] = Field({}, description="what a version must hold to be promoted; kshot_flows.registry.gate checks it")
+    gate: dict[str, Any] = Field({}, description="what a version must hold to be promoted")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
