@@ -19,10 +19,8 @@ from kshot_flows.tasks.promote import promote
 from kshot_flows.tasks.register import register
 from kshot_flows.tasks.train import meta_train
 
-RecipeName = Annotated[str, Field(min_length=1, description="A TOML file, or the name of a recipe that comes along.")]
-Change = Annotated[
-    str, Field(pattern=r"^\s*[\w-]+(\.[\w-]+)*\s*=.*\S", description="One value to change, such as training.lr=0.01.")
-]
+Recipe = Annotated[str, Field(min_length=1)]
+Change = Annotated[str, Field(pattern=r"^\s*[\w-]+(\.[\w-]+)*\s*=.*\S")]  # Prefect's page refuses what does not match
 
 
 def _name() -> str:
@@ -30,10 +28,12 @@ def _name() -> str:
 
 
 @flow(name="kshot", flow_run_name=_name, persist_result=False)
-def pipeline(recipe: RecipeName, changes: list[Change] | None = None) -> Promotion | State[Promotion]:
-    """From a recipe (a path or a name), with changes such as `training.lr=0.01`, to a version and its stage.
+def pipeline(recipe: Recipe, changes: list[Change] | None = None) -> Promotion | State[Promotion]:
+    """From a recipe to a version and its stage; Blocked where the gate keeps the version out of production.
 
-    Where the gate keeps a version out of production, Prefect's page and notifications show the run as Blocked.
+    Args:
+        recipe: A TOML file, or the name of a recipe that comes along.
+        changes: Single values to change, such as training.lr=0.01.
     """
     experiment = recipes.load(recipe, changes or [])
     data = version_data(experiment)
