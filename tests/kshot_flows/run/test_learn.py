@@ -76,7 +76,7 @@ def test_each_photo_is_embedded_once_also_for_a_later_run_with_another_head(home
     start.run(learn.RECIPE, [*learn.changes(photos, ["whitened"], None, False), *SMALL])
     assert sum(embedded) == compared
     reused = {step.step for step in start.run(learn.RECIPE, settings) if step.reused}
-    assert reused >= {"data", "meta_train", "evaluate", "export"}
+    assert reused >= {"version_data", "meta_train", "evaluate", "export"}
 
 
 @pytest.mark.timeout(900)
