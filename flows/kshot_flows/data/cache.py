@@ -136,6 +136,11 @@ class Cache:
             )
         return str(self._repo.config["remote"][name]["url"])
 
+    def reached(self) -> bool:
+        """Whether there is anything where the remote is; an error if it cannot be used."""
+        with self._using() as there:
+            return bool(there.fs.exists(there.path))
+
     @contextmanager
     def _using(self, name: str | None = None) -> Iterator[Any]:
         """A remote; what goes wrong with it is an error that names it."""

@@ -232,6 +232,12 @@ def pull(root: Path, *names: str) -> list[str]:
     return wrong
 
 
+def remote(root: Path) -> tuple[str, bool]:
+    """Where the DVC remote is, and whether anything is there; an error if there is none, or it cannot be used."""
+    with _dvc(root) as cache:
+        return cache.url(), cache.reached()
+
+
 def state_of(root: Path, names: Iterable[str] = (), read: bool = True) -> dict[str, State]:
     """Some data sets, or all that are here or that data.dvc names, and how the two agree.
 

@@ -135,6 +135,21 @@ def _data() -> _Found:
         yield verdict, f"{name} is {state}", "" if sound else todo[state]
 
 
+def _remote() -> _Found:
+    from kshot_flows.data import versioning
+
+    root = versioning.data_root()
+    if not versioning.versioned(root):
+        return
+    try:
+        url, there = versioning.remote(root)
+    except KshotError as error:
+        none = "no DVC remote is configured" in str(error)
+        yield "warning" if none else "wrong", str(error), ""
+    else:
+        yield ("ok", f"{url} answers", "") if there else ("warning", f"{url} holds nothing yet", "kshot data push")
+
+
 def _leftovers() -> _Found:
     from kshot_flows.run import leftovers
 
@@ -145,5 +160,5 @@ def _leftovers() -> _Found:
 
 _CHECKS: dict[str, Callable[[], _Found]] = {
     "libraries": _libraries, "devices": _devices, "disk": _disk, "MLflow": _mlflow, "registry": _registry,
-    "Prefect": _prefect, "data": _data, "leftovers": _leftovers,
+    "Prefect": _prefect, "data": _data, "remote": _remote, "leftovers": _leftovers,
 }  # fmt: skip
