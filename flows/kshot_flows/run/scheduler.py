@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -43,6 +43,7 @@ from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 _RUN_SECONDS = 8  # that a run has to end itself before it is killed: all is over in 15 s
+_CLOCK_SECONDS = 60  # that the clock may go back without our counting the slots anew
 _REPLACED_SECONDS = 60  # that an earlier schedule of the recipe has to end itself
 
 
@@ -120,6 +121,7 @@ class _Serving:
         self._deployment: UUID | None = None
         self._running: _Running | None = None
         self._missed = 0
+        self._clock = _clock()
         self._turn = FileLock(project.home() / ".kshot" / "locks" / f"schedule-{name}.lock", thread_local=False)
 
     def begin(self, parameters: dict[str, object], schedule: Schedule, notify: str | None) -> None:
@@ -184,6 +186,7 @@ class _Serving:
             try:
                 with temporary_settings(at_once), self.server.client() as client:
                     while not self._told_to_end.is_set() and (found := self._ours(client)):
+                        self._follow_the_clock(client, found)
                         self._look(client, found)
                         if away:
                             _say("Prefect's server answers again.")
@@ -211,6 +214,21 @@ class _Serving:
             _say(f"The schedule of {self.name} was replaced by {found.version}.")
         self._deployment = None
         return None
+
+    def _follow_the_clock(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
+        """After the clock went back: else Prefect would wait, with the slots that it has, until it is there again."""
+        if self._running is not None:
+            return
+        before, self._clock = self._clock, _clock()
+        if (back := before - self._clock) < _CLOCK_SECONDS:
+            return
+        _say(f"{self._now()} The clock went back by {timedelta(seconds=round(back))}. Slots count from what it shows.")
+        if not deployment.paused:
+            client.pause_deployment(deployment.id)  # removes the runs to come
+            client.resume_deployment(deployment.id)
+        self.server.close()  # its own tasks wait for times of the earlier clock
+        if not self.server.configured:
+            self.server.ensure()
 
     def _look(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
         """See how the run goes that goes on, drop slots that were missed, and start what is due."""
@@ -285,6 +303,11 @@ class _Serving:
                 client.pause_deployment(self._deployment)
                 client.update_deployment(self._deployment, DeploymentUpdate(version=schedules.STOPPED))
         self._turn.release()
+
+
+def _clock() -> float:
+    """How far the clock is from one that never goes back."""
+    return time.time() - time.monotonic()
 
 
 def _state(client: SyncPrefectClient, run: UUID) -> State[Any] | None:

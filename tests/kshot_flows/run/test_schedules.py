@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from urllib.request import Request, urlopen
+from uuid import UUID
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ from typer.testing import CliRunner
 from kshot.importing import finish, import_dataset
 from kshot_flows import recipes, registry
 from kshot_flows.cli.main import app
-from kshot_flows.run import schedules, watching
+from kshot_flows.run import scheduler, schedules, watching
 from kshot_flows.run.server import Server
 from kshot_runtime.errors import KshotError
 
@@ -343,6 +344,26 @@ def test_killed_in_training_and_started_with_other_settings_only_these_run_and_a
         schedule.process.send_signal(signal.SIGTERM)
         assert schedule.process.wait(15) == 0
         assert "Stopped: nothing is scheduled any more." in schedule.log.read_text()
+
+
+def test_after_the_clock_went_back_the_runs_to_come_are_counted_anew(home: Path, server: Server) -> None:
+    serving = scheduler._Serving(server, "tiny", Event())
+    serving.begin({"recipe": "tiny.toml", "changes": []}, schedules.when(None, "1h", "UTC"), None)
+
+    def to_come() -> set[UUID]:
+        return {run.id for run in runs(server, "tiny") if run.state_name == "Scheduled"}
+
+    with server.client() as client:
+        before = soon(to_come, 60)
+        deployment = client.read_deployment_by_name("kshot/tiny")
+        serving._follow_the_clock(client, deployment)
+        assert before <= to_come()
+        serving._clock += 3600  # as if it had been an hour later
+        serving._follow_the_clock(client, deployment)
+        assert not before & to_come()
+        assert soon(to_come, 60)
+    serving.stop()
+    schedules.remove("tiny")
 
 
 def test_what_a_killed_process_has_started_ends_with_it(tmp_path: Path) -> None:
