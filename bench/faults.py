@@ -1,11 +1,14 @@
 """Faults in the middle of `kshot run`, each at each step: what is said, and whether the next run is right.
 
-    python bench/faults.py                          # every fault at every step, about an hour
-    python bench/faults.py full prefect-killed@export
+    python bench/faults.py                          # every fault at every step, an hour or two
+    python bench/faults.py full prefect-killed@export torn@schedule
 
 A cell is right if the run ends by itself with one sentence (or is killed), and the same command then ends with status
 0, with the learner and the ONNX files of a run without faults to the byte, one version, in production, audit, stage and
-alias in agreement, and no MLflow run RUNNING. `full` mounts a tmpfs, so it needs root; `clock` needs faketime.
+alias in agreement, and no MLflow run RUNNING. `torn` kills the run and cuts the newest file in half that the step goes
+on from. At `schedule` the fault comes in a run of `kshot schedule --every 5s` and is taken away once that run has ended
+(or a minute later); then a run of the same schedule has to complete, and SIGTERM has to end it with status 0.
+`full` mounts a tmpfs, so it needs root; `clock` needs Linux and a C compiler.
 Results go to bench/results/faults.md.
 """
 
@@ -27,15 +30,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 STEPS = ("meta_train", "evaluate", "export", "register", "promote")
 FAULTS = (
     "killed", "terminated", "full", "mlflow-killed", "mlflow-hung", "prefect-killed", "prefect-hung", "moved", "twice",
-    "clock",
+    "clock", "torn",
 )  # fmt: skip
+SCHEDULED = ("full", "torn", "damaged", "mlflow-killed", "clock", "moved")  # faults that are tried under a schedule
 MARKS = {"meta_train": "step 200/400"}  # the line of output at which the fault comes; else the step's name
+TORN = {"meta_train": "last.pt", "evaluate": "learner.pt", "export": "scores*.npz", "register": "bundle-*/*.onnx",
+        "promote": "*.evidence.json", "schedule": "last.pt"}  # fmt: skip
 RECIPE = """
 name = "tiny"
 dataset = { name = "patterns" }
@@ -68,11 +75,34 @@ print("STATE " + json.dumps({
 }))
 """
 
+CLOCK = """
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int result = syscall(SYS_clock_gettime, clock, now);
+    if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec -= 86400;
+    return result;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    now->tv_sec = exact.tv_sec, now->tv_usec = exact.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *now) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    return now ? *now = exact.tv_sec : exact.tv_sec;
+}
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = f"{', '.join(FAULTS)}; at one step of {', '.join(STEPS)}, or at each"
-    parser.add_argument("faults", nargs="*", default=FAULTS, metavar="FAULT[@STEP]", help=about)
+    about = f"{', '.join(FAULTS)}; at one step of {', '.join(STEPS)}, schedule, or at each"
+    parser.add_argument("faults", nargs="*", default=(*FAULTS, "damaged"), metavar="FAULT[@STEP]", help=about)
     asked = [each.partition("@") for each in parser.parse_args().faults]
     with tempfile.TemporaryDirectory(prefix="kshot-faults-") as place:
         first = project(Path(place) / "sound")
@@ -80,8 +110,9 @@ def main() -> None:
         sound = bits(first)
         rows = []
         for fault, _, only in asked:
-            for step in [only] if only else STEPS:
-                row = cell(Path(place), fault, step, sound)
+            steps = (STEPS if fault in FAULTS else ()) + (("schedule",) if fault in SCHEDULED else ())
+            for step in [only] if only else steps:
+                row = (scheduled if step == "schedule" else cell)(Path(place), fault, step, sound)
                 rows.append(row)
                 print(" | ".join(row), flush=True)
     out = Path(__file__).parent / "results" / "faults.md"
@@ -111,16 +142,16 @@ def project(home: Path) -> Path:
     return home
 
 
-def kshot(home: Path, *arguments: str, before: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
+def kshot(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "KSHOT_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
-    command = [*before, sys.executable, "-c", "from kshot_flows.cli.main import main; main()", *arguments]
+    command = [sys.executable, "-c", "from kshot_flows.cli.main import main; main()", *arguments]
     return subprocess.Popen(
         command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
 
 
-def run(home: Path, before: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
-    process = kshot(home, "run", "tiny.toml", before=before, **more)
+def run(home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    process = kshot(home, "run", "tiny.toml", **more)
     shown, _ = process.communicate(timeout=900)
     return subprocess.CompletedProcess([], process.returncode, shown)
 
@@ -131,10 +162,11 @@ def bits(home: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]:
-    home, undo = place / f"{fault}-{step}", list[Callable[[], object]]()
-    more: dict[str, str] = {}
-    server = None
+def prepare(
+    place: Path, fault: str, step: str
+) -> tuple[Path, dict[str, str], Server | None, list[Callable[[], object]]]:
+    """A project for a fault, its environment and server, and what is to be undone in the end."""
+    home, undo, more, server = place / f"{fault}-{step}", list[Callable[[], object]](), dict[str, str](), None
     if fault == "full":
         home.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", home], check=True)
@@ -146,16 +178,20 @@ def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]
         server = Server(place / f"{fault}-{step}-server", fault.partition("-")[0])
         more = server.settings
         undo.append(server.kill)
-    before = ("faketime", "-f", "+0d") if fault == "clock" else ()
+    return home, more, server, undo
+
+
+def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]:
+    home, more, server, undo = prepare(place, fault, step)
     began = time.monotonic()
-    process = kshot(home, "run", "tiny.toml", before=before, **more)
+    process = kshot(home, "run", "tiny.toml", **more)
     others, shown, done = list[subprocess.Popen[str]](), list[str](), False
     assert process.stdout is not None
     for line in process.stdout:
         shown.append(line.strip())
         if not done and (line.strip().startswith(MARKS.get(step, step)) if step in MARKS else line.strip() == step):
             done = True
-            if fault in ("killed", "terminated", "moved", "clock"):
+            if fault in ("killed", "terminated", "moved", "clock", "torn"):
                 process.send_signal(signal.SIGTERM if fault == "terminated" else signal.SIGKILL)
             elif fault == "full":
                 fill(home / "filler")
@@ -168,16 +204,16 @@ def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]
     assert done, "\n".join(shown)
     if fault == "full":
         (home / "filler").unlink()
+    if fault == "torn":
+        tear(home, step)
     if fault == "moved":
         home = home.rename(home.with_name(f"{home.name} elsewhere"))
     if server is not None:
         server.signal(signal.SIGCONT) if fault.endswith("hung") else server.start()
-    again = run(home, ("faketime", "-f", "-1d") if fault == "clock" else (), **more)
-    state = subprocess.run(
-        [sys.executable, "-c", STATE], cwd=home, env={**os.environ, **more, "KSHOT_HOME": str(home)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    wrong = judge(again, state, bits(home) == sound)
+    if fault == "clock":
+        more |= a_day_ago(place)
+    again = run(home, **more)
+    wrong = judge(home, again, more, bits(home) == sound)
     if any("Traceback" in text for text in ("\n".join(shown), again.stdout, *others_end)):
         wrong.append("a traceback was shown")
     if any(other.returncode for other in others):
@@ -188,8 +224,87 @@ def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]
     return [fault, step, str(status), f"{seconds:.0f}", last.replace("|", "/"), "; ".join(wrong) or "right"]
 
 
-def judge(again: subprocess.CompletedProcess[str], state: subprocess.CompletedProcess[str], same: bool) -> list[str]:
+def scheduled(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]:
+    """A fault in a run of `kshot schedule`, at `step 200/400`; it is taken away, and a later run has to be right."""
+    home, more, server, undo = prepare(place, fault, step)
+    more |= {"PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    images = home / "data" / "patterns" / "images.npy"
+    if fault == "damaged":
+        images.write_bytes(images.read_bytes()[:-1] + bytes([images.read_bytes()[-1] ^ 1]))
+
+    def serve() -> tuple[subprocess.Popen[str], list[str]]:
+        lines = list[str]()
+        process = kshot(home, "schedule", "tiny.toml", "--every", "5s", **more)
+        assert process.stdout is not None
+        Thread(target=lambda: lines.extend(line.strip() for line in process.stdout or ()), daemon=True).start()
+        undo.append(process.kill)
+        return process, lines
+
+    def heard(lines: list[str], *texts: str, seconds: float = 120) -> bool:
+        deadline = time.monotonic() + seconds
+        while not any(text in line for text in texts for line in lines):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    began = time.monotonic()
+    process, shown = serve()
+    lines = shown
+    ended = ("Failed after", "Crashed after")
+    assert heard(shown, *(ended if fault == "damaged" else ["step 200/400"])), "\n".join(shown)
+    if fault == "full":
+        fill(home / "filler")
+        heard(shown, *ended, seconds=60)
+        (home / "filler").unlink()
+    elif fault == "torn":
+        subprocess.run(
+            ["pkill", "-KILL", "-P", str(process.pid), "-f", r"kshot_flows.cli.child [0-9]+ run"], check=True
+        )
+        tear(home, step)
+    elif fault == "damaged":
+        pulled = kshot(home, "data", "pull", "patterns")
+        assert pulled.wait() == 0, pulled.stdout
+    elif server is not None:
+        server.signal(signal.SIGKILL)
+        heard(shown, *ended)
+        server.start()
+    elif fault == "clock":
+        process.kill()
+        process.wait()
+        time.sleep(3)  # what it has started ends with it
+        more |= a_day_ago(place)
+        process, lines = serve()
+    elif fault == "moved":
+        process.terminate()
+        process.wait()
+        home = home.rename(home.with_name(f"{home.name} elsewhere"))
+        process, lines = serve()
+    right = heard(lines, "Completed after", seconds=180)
+    process.terminate()
+    status, seconds = process.wait(60), time.monotonic() - began
+    last = next((line for line in lines if any(text in line for text in ended)), "")
+    again = subprocess.CompletedProcess([], status, "\n".join(lines))
+    wrong = [] if right else [f"no run completed: {' / '.join(lines[-5:])}"]
+    wrong += judge(home, again, more, bits(home) == sound)
+    wrong += ["a traceback was shown"] if "Traceback" in again.stdout else []
+    for each in reversed(undo):
+        each()
+    return [fault, step, str(status), f"{seconds:.0f}", last.replace("|", "/"), "; ".join(wrong) or "right"]
+
+
+def tear(home: Path, step: str) -> None:
+    """Cut the newest file in half that a step goes on from."""
+    torn = max(home.glob(f"runs/tiny/*/{TORN[step]}"), key=lambda file: file.stat().st_mtime)
+    os.truncate(torn, torn.stat().st_size // 2)
+
+
+def judge(home: Path, again: subprocess.CompletedProcess[str], more: dict[str, str], same: bool) -> list[str]:
     """What is wrong after the next run."""
+    state = subprocess.run(
+        [sys.executable, "-c", STATE], cwd=home, env={**os.environ, **more, "KSHOT_HOME": str(home)},
+        capture_output=True, text=True,
+    )  # fmt: skip
     wrong = [] if again.returncode == 0 else [f"status {again.returncode}: {again.stdout.strip().splitlines()[-1]}"]
     found = json.loads(state.stdout.partition("STATE ")[2] or "{}")
     if not found:
@@ -198,8 +313,17 @@ def judge(again: subprocess.CompletedProcess[str], state: subprocess.CompletedPr
         wrong.append(f"versions {found['versions']}")
     wrong += found["disagreements"]
     wrong += [f"{found['running']} runs RUNNING"] if found["running"] else []
-    wrong += [f"left: {', '.join(found['left'])}"] if found["left"] else []
+    left = [kind for kind in found["left"] if kind != "damaged checkpoint"]  # is kept to be looked at
+    wrong += [f"left: {', '.join(left)}"] if left else []
     return wrong if same else [*wrong, "other bits"]
+
+
+def a_day_ago(place: Path) -> dict[str, str]:
+    """The environment in which the clock of a command is a day back; `time.monotonic` is not (faketime moves both)."""
+    library = place / "clock.so"
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(compiler, input=CLOCK, text=True, check=True)
+    return {"LD_PRELOAD": str(library)}
 
 
 def fill(file: Path) -> None:
