@@ -38,7 +38,8 @@ Part = tuple[bytes, bytes]  # of a file: its kind and what is in it
 
 RULE = ImageRule(size=28, channels=3)
 SLOW_S, GREW_MB = 1.0, 20.0
-LEAKS = re.compile(rb"0x[0-9a-f]{4}|Traceback|/usr/|/home/|site-packages|PIL|libpng|libjpeg", re.IGNORECASE)
+# As whole words: the ids in answers are random letters and digits.
+LEAKS = re.compile(rb"\b0x[0-9a-f]{4}|Traceback|/usr/|/home/|site-packages|\bPIL\b|libpng|libjpeg", re.IGNORECASE)
 CLIENTS = 4
 
 
