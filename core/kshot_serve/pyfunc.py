@@ -26,7 +26,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Fe
 
 
 class FewShotModel:
-    """Adapts to the labelled photos of a table and classifies the others, in every call anew."""
+    """Adapts to the labelled photos of a table and classifies the others; no state is kept between calls."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle

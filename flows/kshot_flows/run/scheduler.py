@@ -42,7 +42,7 @@ from kshot_flows.run.server import Server
 from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
-_RUN_SECONDS = 8  # that a run has to end itself before it is killed: all is over in 15 s
+_RUN_SECONDS = 6  # for a run to end by itself before it is killed: the schedule ends within 15 s
 _CLOCK_SECONDS = 60  # that the clock may go back without our counting the slots anew
 _REPLACED_SECONDS = 60  # that an earlier schedule of the recipe has to end itself
 

@@ -25,7 +25,7 @@ from kshot_flows.run import child, embedded
 from kshot_runtime.errors import KshotError
 
 _START_SECONDS = 120
-_END_SECONDS = 4
+_END_SECONDS = 3
 
 
 class Server:
