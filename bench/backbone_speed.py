@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from kshot import memory, plugins
+from kshot import malloc, plugins
 
 RESULTS = Path(__file__).parent / "results" / "backbone_speed.json"
 IMAGE = (3, 224, 224)
@@ -44,7 +44,7 @@ def main() -> None:
     subjects = [
         subject(name, settings, features, images) for name, settings in BACKBONES for features in ("last", "stages")
     ]
-    with memory.kept():
+    with malloc.kept():
         for _ in range(options.rounds):
             for one in subjects:
                 for engine in ("torch", "onnxruntime"):

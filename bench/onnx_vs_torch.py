@@ -21,9 +21,9 @@ import numpy as np
 import onnxruntime
 import torch
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import Facts, export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.export import Facts, export
 from kshot.recipe import PluginSettings, Recipe
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule

@@ -31,18 +31,18 @@ from backbone_speed import machine
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kshot import memory
+from kshot import malloc
 from kshot.backbones import Backbone
-from kshot.calibration import Calibration, Trial, calibrate
-from kshot.datasets import ClassImages, ImageSet
-from kshot.embeddings import ClassFeatures
-from kshot.episodes import Shape
-from kshot.evaluation import evaluate
-from kshot.importing import finish, import_dataset
+from kshot.data.datasets import ClassImages, ImageSet
+from kshot.data.embeddings import ClassFeatures
+from kshot.data.episodes import Shape
+from kshot.data.importing import finish, import_dataset
+from kshot.evaluation.calibration import Calibration, Trial, calibrate
+from kshot.evaluation.scores import evaluate
+from kshot.evaluation.statistics import auroc, calibration_error, interval
 from kshot.learner import FeatureLearner
 from kshot.recipe import LearnerSettings, PluginSettings, Recipe
 from kshot.selection import Tried, choose, folds_of, select, trials
-from kshot.statistics import auroc, calibration_error, interval
 from kshot_plugins.whitening import WhitenedSpace
 from kshot_runtime.bundle import evidence
 
@@ -720,7 +720,7 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     for name in options.sets:
         classes, started = Classes(name, options.data, options.cache), time.perf_counter()
-        with memory.kept():
+        with malloc.kept():
             _ = classes.features
         print(f"{name}: {len(classes.base)} base and {len(classes.test)} test classes, "
               f"{int(classes.base.counts.sum())} and {int(classes.test.counts.sum())} photos, "

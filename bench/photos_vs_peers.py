@@ -149,7 +149,7 @@ def compared(name: str, data: Path, cache: Path, part: str, episodes: int) -> li
     """A data set: the peers on the episodes of each size, or the fine-tuned backbone on those of one size."""
     from photo_heads import PROTOCOLS, SHOWN, Classes, built, percent, percents, play
 
-    from kshot.statistics import auroc
+    from kshot.evaluation.statistics import auroc
     from kshot_runtime.bundle import evidence
 
     protocol, classes, rows = SHOWN[name], Classes(name, data, cache), list[dict[str, Any]]()
@@ -224,7 +224,7 @@ def turns(
 
 def told(pairs: Sequence[tuple[np.ndarray, Any]]) -> float:
     """AUROC of known against unknown queries by the largest probability."""
-    from kshot.statistics import auroc
+    from kshot.evaluation.statistics import auroc
 
     known = np.concatenate([p[: len(d.truth)].max(1) for p, d in pairs])
     unknown = np.concatenate([p[len(d.truth) :].max(1) for p, d in pairs])
@@ -237,8 +237,8 @@ def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarra
     from photo_heads import recipe
     from torch.nn import functional as F
 
-    from kshot import memory
-    from kshot.episodes import as_floats
+    from kshot import malloc
+    from kshot.data.episodes import as_floats
 
     images = [classes.test.gather(np.full(count, i), np.arange(count)) for i, count in enumerate(classes.test.counts)]
     pixels, probabilities, taken = np.concatenate(images), [], []
@@ -251,7 +251,7 @@ def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarra
         model = torch.nn.Sequential(body, torch.nn.Linear(body.features, shape.ways))
         optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         x, y = as_floats(pixels[draw.support]), torch.from_numpy(draw.labels)
-        with memory.kept():
+        with malloc.kept():
             for _ in range(20):
                 for part in torch.randperm(len(x)).split(16):
                     flipped = torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, x[part].flip(3), x[part])

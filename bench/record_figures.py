@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kshot.datasets import splits_of
+from kshot.data.datasets import splits_of
 from kshot.recipe import LearnerSettings, Recipe
 from kshot.training import Training
 from kshot_flows import recipes

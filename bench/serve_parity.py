@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from serving_load import RESULTS, add, arguments, bar, serving, write
 
-from kshot.datasets import ClassImages, ImageSet
-from kshot.episodes import Shape, draw_indices
-from kshot.evaluation import answers
-from kshot.exporting import Facts, export
+from kshot.data.datasets import ClassImages, ImageSet
+from kshot.data.episodes import Shape, draw_indices
+from kshot.evaluation.scores import answers
+from kshot.export import Facts, export
 from kshot.learner import Learner
 from kshot.recipe import PluginSettings, Recipe
 from kshot_flows.store import learners

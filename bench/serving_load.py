@@ -28,9 +28,9 @@ import torch
 from onnx_vs_torch import machine
 from PIL import Image
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import Facts, export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.export import Facts, export
 from kshot.recipe import PluginSettings, Recipe
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin

@@ -1,4 +1,4 @@
-"""Meta-training with memory that is kept between steps (`kshot.memory`) beside meta-training without.
+"""Meta-training with memory that is kept between steps (`kshot.malloc`) beside meta-training without.
 
     python bench/training_memory.py [--rounds 5] [--steps 4]
 
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from serving_load import arguments, write
 
-from kshot import memory
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape, sample_episodes
+from kshot import malloc
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape, sample_episodes
 from kshot.recipe import PluginSettings, Recipe
 
 CASES = {
@@ -70,7 +70,7 @@ def turn(case: str, how: str, steps: int) -> dict[str, float]:
     backbone, learner = PluginSettings(name="conv4", width=64), PluginSettings(name="protonet")
     model = Recipe(name="bench", dataset={"name": "noise"}, backbone=backbone, learner=learner).build(noise.shape)
     optimiser = torch.optim.Adam(model.parameters())
-    with memory.kept() if how == "kept" else nullcontext():
+    with malloc.kept() if how == "kept" else nullcontext():
         for step in range(steps + 2):
             if step == 2:
                 began = time.perf_counter()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from kshot import hookspecs, testing
-from kshot.datasets import ClassImages
+from kshot.data.datasets import ClassImages
 from kshot_flows.plugins import project as plugin_project
 from kshot_runtime.bundle import Bundle
 

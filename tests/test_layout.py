@@ -32,6 +32,6 @@ def test_importing_kshot_sends_nothing_home(tmp_path):
 
 
 def test_torchvision_imports_beside_a_cpu_build_of_torch():
-    code = "from kshot.vision import torchvision; print(torchvision().models.resnet18().fc.in_features)"
+    code = "from kshot.torchvision_import import torchvision; print(torchvision().models.resnet18().fc.in_features)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "512"

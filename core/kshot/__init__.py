@@ -5,8 +5,9 @@ from kshot import FeatureLearner, LearnerConfig, State, class_means, hookimpl
 
 import kshot_runtime  # noqa: F401  (first: it switches onnxruntime's telemetry off)
 from kshot.backbones import Backbone, BackboneConfig, PretrainedBackbone, Resize, pool, spread
-from kshot.datasets import Skipped
-from kshot.episodes import Episode, Episodes, Shape
+from kshot.data.datasets import Skipped
+from kshot.data.episodes import Episode, Episodes, Shape
+from kshot.data.sources import Importer, Listing, Picture, Request, Split, list_images, random_split
 from kshot.gradients import gradient, value_and_gradient
 from kshot.hookspecs import hookimpl
 from kshot.learner import (
@@ -21,8 +22,7 @@ from kshot.learner import (
 from kshot.norms import Norm, SupportNorm, make_norm
 from kshot.ops import class_means, cross_entropy, one_hot, solve, squared_distances, unit
 from kshot.recurrence import bidirectional_lstm
-from kshot.sources import Importer, Listing, Picture, Request, Split, list_images, random_split
-from kshot.vision import torchvision
+from kshot.torchvision_import import torchvision
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 

@@ -9,8 +9,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from kshot.backbones import Backbone
+    from kshot.data.sources import Importer
     from kshot.learner import Learner
-    from kshot.sources import Importer
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -35,4 +35,4 @@ def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-bod
 
 @hookspec
 def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]  # likewise
-    """Data sources by name: `kshot.sources.Importer`, which say what pictures there are and how to pack them."""
+    """Data sources by name: `kshot.data.sources.Importer`, which say what pictures there are and how to pack them."""

@@ -22,7 +22,7 @@ from kshot.ops import cross_entropy, one_hot
 
 if TYPE_CHECKING:
     from kshot.backbones import Backbone
-    from kshot.episodes import Episode, Episodes
+    from kshot.data.episodes import Episode, Episodes
 
 State = dict[str, Tensor]
 """The result of adapting: named float32 tensors. Prototypes for a metric learner, fast weights for MAML."""

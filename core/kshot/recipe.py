@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kshot import plugins
 from kshot.backbones import Backbone, load_start
-from kshot.datasets import Protocol, splits_of
-from kshot.episodes import Shape
+from kshot.data.datasets import Protocol, splits_of
+from kshot.data.episodes import Shape
 from kshot.learner import Learner
 from kshot.training import Training
 from kshot_runtime.errors import KshotError

@@ -1,7 +1,7 @@
 """A recurrence over as many items as there are: torch's LSTM, and in a graph the ONNX operator that does the same.
 
 A Python loop over a free number of items cannot be traced. This is one operation to the tracer, and
-`kshot.decompositions` says how ONNX spells it.
+`kshot.export.ops` says how ONNX spells it.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kshot.calibration import Trial
-from kshot.datasets import ClassImages
-from kshot.embeddings import ClassFeatures
-from kshot.episodes import Shape, Stream
-from kshot.evaluation import Score, evaluate
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import ClassFeatures
+from kshot.data.episodes import Shape, Stream
+from kshot.evaluation.calibration import Trial
+from kshot.evaluation.scores import Score, evaluate
+from kshot.evaluation.statistics import interval
 from kshot.learner import FeatureLearner, Learner
 from kshot.recipe import Recipe
-from kshot.statistics import interval
 from kshot_runtime.errors import KshotError
 
 

@@ -27,15 +27,15 @@ from torch import Tensor
 
 from kshot import plugins
 from kshot.backbones import Backbone, BackboneConfig
-from kshot.datasets import ClassImages
-from kshot.embeddings import ClassFeatures
-from kshot.episodes import Episode, Shape, sample_episodes, sample_images
-from kshot.evaluation import Score, evaluate
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import ClassFeatures
+from kshot.data.episodes import Episode, Shape, sample_episodes, sample_images
+from kshot.evaluation.scores import Score, evaluate
+from kshot.evaluation.statistics import interval
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State
 from kshot.norms import Norm
 from kshot.ops import one_hot
 from kshot.recipe import Recipe
-from kshot.statistics import interval
 from kshot.training import Training, meta_train
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
@@ -468,7 +468,7 @@ def _learns_statistics(learner: FeatureLearner) -> None:
 @_check
 def onnx_agrees_with_torch(subject: Subject) -> None:
     """It exports to ONNX, inner loops included, and the bundle answers like torch at any size."""
-    from kshot.exporting import Facts, export  # onnx takes a second to import
+    from kshot.export import Facts, export  # onnx takes a second to import
 
     learner = subject.build()
     rule = ImageRule(size=SIDE, channels=1)

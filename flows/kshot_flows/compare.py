@@ -17,8 +17,8 @@ import numpy as np
 from prefect import flow
 from rich.markup import escape
 
-from kshot.datasets import splits_of
-from kshot.episodes import Shape, draw_indices
+from kshot.data.datasets import splits_of
+from kshot.data.episodes import Shape, draw_indices
 from kshot.recipe import Recipe
 from kshot_flows import project, recipes
 from kshot_flows.console import progress

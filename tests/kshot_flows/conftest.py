@@ -180,7 +180,7 @@ def draw() -> Callable[[Path, int], Path]:
 @pytest.fixture(scope="session")
 def patterns(tmp_path_factory: pytest.TempPathFactory, draw: Callable[[Path, int], Path]) -> Path:
     """A data folder with one small data set."""
-    from kshot.importing import finish, import_dataset
+    from kshot.data.importing import finish, import_dataset
 
     pictures, root = draw(tmp_path_factory.mktemp("pictures"), 0), tmp_path_factory.mktemp("patterns") / "data"
     finish(import_dataset(str(pictures), "patterns", root, rule={"size": 16, "channels": 1}))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from kshot.calibration import OpenSet
-from kshot.episodes import Shape
+from kshot.data.episodes import Shape
+from kshot.evaluation.open_set import OpenSet
 from kshot_flows import recipes
 from kshot_flows.compare import entrants, shared_shapes
 from kshot_flows.report import standings_view, summary

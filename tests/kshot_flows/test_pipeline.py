@@ -20,8 +20,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from typer.testing import CliRunner
 
-from kshot.datasets import file_sha256
-from kshot.episodes import Shape
+from kshot.data.datasets import file_sha256
+from kshot.data.episodes import Shape
 from kshot_flows import pipeline, recipes, registry
 from kshot_flows.cli.main import app
 from kshot_flows.report import experiment, summary

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kshot import plugins
-from kshot.importing import finish, import_dataset
+from kshot.data.importing import finish, import_dataset
 from kshot_flows import project, recipes, registry
 from kshot_flows.registry.gate import GateReport
 from kshot_flows.store import keys, learners

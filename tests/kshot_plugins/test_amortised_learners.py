@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kshot import KshotError, Learner
-from kshot.episodes import Shape, sample_episodes
+from kshot.data.episodes import Shape, sample_episodes
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.cnp import CNP
 from kshot_plugins.metanet import MetaNet

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kshot import plugins
-from kshot.episodes import Shape
-from kshot.evaluation import evaluate
+from kshot.data.episodes import Shape
+from kshot.evaluation.scores import evaluate
 from kshot.testing import CHECKS, SIDE, Subject, toy_images
 
 EVERY = [p.name for p in plugins.find().of("learners")]

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kshot.datasets import ImageSet
-from kshot.importing import finish, import_dataset
+from kshot.data.datasets import ImageSet
+from kshot.data.importing import finish, import_dataset
 from kshot_plugins import glyphs, omniglot
 from kshot_runtime.errors import KshotError
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kshot.episodes import Episodes, Shape, sample_episodes
+from kshot.data.episodes import Episodes, Shape, sample_episodes
 from kshot.gradients import value_and_gradient
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.anil import ANIL

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kshot.episodes import Shape, sample_episodes
-from kshot.evaluation import evaluate
+from kshot.data.episodes import Shape, sample_episodes
+from kshot.evaluation.scores import evaluate
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.maml import MAML

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kshot.episodes import Episode, Episodes, Shape, sample_episodes
-from kshot.exporting import Facts, export
+from kshot.data.episodes import Episode, Episodes, Shape, sample_episodes
+from kshot.export import Facts, export
 from kshot.learner import Learner
 from kshot.testing import CHECKS, SIDE, Pixels, Subject, toy_images
 from kshot.training import Training, meta_train

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kshot import KshotError
-from kshot.episodes import Shape, sample_episodes
-from kshot.exporting import Facts, export
+from kshot.data.episodes import Shape, sample_episodes
+from kshot.export import Facts, export
 from kshot.recurrence import bidirectional_lstm
 from kshot.testing import (
     SIDE,

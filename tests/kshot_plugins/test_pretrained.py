@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from kshot.backbones import pool, resize_matrix
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape, sample_episodes
-from kshot.exporting import Facts, export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape, sample_episodes
+from kshot.export import Facts, export
 from kshot.recipe import Recipe
 from kshot_plugins.efficientnet_lite import EfficientNetLite0
 from kshot_plugins.pretrained import Torchvision

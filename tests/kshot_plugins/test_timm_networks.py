@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import normalize
 
 from kshot import KshotError, plugins
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import Facts, export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.export import Facts, export
 from kshot.recipe import Recipe
 from kshot_plugins.timm_networks import Timm
 from kshot_runtime.images import ImageRule

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.export import export
 from kshot_plugins.conv4 import Conv4
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.protonet import ProtoNet

@@ -20,10 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kshot.calibration import calibrate, verification
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.exporting import export
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.evaluation.calibration import calibrate
+from kshot.evaluation.verification import verification
+from kshot.export import export
 from kshot.learner import Learner
 from kshot.training import Training, meta_train
 from kshot_plugins.conv4 import Conv4

@@ -14,7 +14,7 @@ from kshot_flows.console.tables import console, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kshot.importing import ImportReport, Progress
+    from kshot.data.importing import ImportReport, Progress
 
 # Heavy imports wait until a command needs them: `kshot --help` must be quick.
 
@@ -99,7 +99,7 @@ def import_(
     Files that cannot be used are listed with the reason. If anything fails, nothing is left behind. In a DVC
     repository the data set is recorded in data.dvc as well, as by [cyan]kshot data commit[/cyan].
     """
-    from kshot.importing import import_dataset
+    from kshot.data.importing import import_dataset
     from kshot_flows.data import versioning
 
     fields = {"size": size, "channels": channels, "resize": resize, "fit": fit, "invert": invert}
@@ -133,7 +133,7 @@ def list_(
 ) -> None:
     """List the data sets of this project, and whether data.dvc names them as they are."""
 
-    from kshot.datasets import ImageSet
+    from kshot.data.datasets import ImageSet
     from kshot_flows.data import versioning
     from kshot_runtime.errors import KshotError
 
@@ -180,7 +180,7 @@ def list_(
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", show_default=False)]) -> None:
     """Show what is in a data set, and where its contact sheet lies."""
 
-    from kshot.datasets import SHEET, ImageSet
+    from kshot.data.datasets import SHEET, ImageSet
     from kshot_flows.data.versioning import data_root
 
     data_set = ImageSet.open(data_root() / name)
@@ -215,7 +215,7 @@ def verify(
 ) -> None:
     """Read every byte of the images again, and compare them with the index, and that with data.dvc."""
 
-    from kshot.datasets import ImageSet
+    from kshot.data.datasets import ImageSet
     from kshot_flows.data import versioning
     from kshot_runtime.errors import KshotError
 
@@ -319,7 +319,7 @@ def watch(events: Iterator[Progress | ImportReport], name: str) -> ImportReport:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    from kshot.importing import ImportReport
+    from kshot.data.importing import ImportReport
 
     columns = (TextColumn("importing {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True) as bars:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kshot import memory
-from kshot.importing import Progress as ImportProgress
+from kshot import malloc
+from kshot.data.importing import Progress as ImportProgress
 from kshot.training import Progress as Position
 from kshot_flows.console.tables import console
 
@@ -90,7 +90,7 @@ def stage(what: str) -> Iterator[None]:
     """Show long work, and give the memory that it frees back to the system: each stage would add to the last."""
     with busy(what):
         yield
-    memory.give_back()
+    malloc.give_back()
 
 
 def _bar(positions: Iterator[Position], out: Console) -> Iterator[Position]:

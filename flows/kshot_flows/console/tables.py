@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kshot.calibration import OpenSet
+    from kshot.evaluation.open_set import OpenSet
 
 TRUST = ("calibration\nerror", "known\nthat\npass", "unknown\nlet in", "AUROC")
 NARROW = (0, 1, 0, 0)  # padding, so that a table of many numbers fits 80 columns

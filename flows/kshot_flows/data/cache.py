@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kshot.datasets import INDEX, file_sha256
+from kshot.data.datasets import INDEX, file_sha256
 from kshot_flows.console import progress
 from kshot_flows.data import extras
 from kshot_flows.data.pointer import Entry

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 
-from kshot.datasets import IMAGES, INDEX, SHEET, ImageSet, data_sets
+from kshot.data.datasets import IMAGES, INDEX, SHEET, ImageSet, data_sets
 from kshot_flows import project
 from kshot_flows.data.pointer import Entry, Pointer
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
-    from kshot.importing import Progress
+    from kshot.data.importing import Progress
     from kshot_flows.data.cache import Cache
 
 State = Literal["recorded", "changed", "not recorded", "missing", "damaged"]
@@ -332,7 +332,7 @@ def _into_cache(name: str, root: Path, entry: Entry, cache: Cache) -> None:
 
 
 def _build(source: str, name: str, root: Path, watch: Callable[[Progress], None]) -> None:
-    from kshot.importing import ImportReport, import_dataset
+    from kshot.data.importing import ImportReport, import_dataset
 
     for event in import_dataset(source, name, root):
         if not isinstance(event, ImportReport):

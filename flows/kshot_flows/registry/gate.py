@@ -239,7 +239,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, flo
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """As kshot.evaluation.interval, whose module brings torch; infinite for a single value."""
+    """As kshot.evaluation.scores.interval, whose module brings torch; infinite for a single value."""
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(half)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from kshot.datasets import SHEET
+from kshot.data.datasets import SHEET
 from kshot_flows import registry
 from kshot_flows.console import progress
 from kshot_flows.console.tables import TRUST, trust

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kshot.statistics import interval
+from kshot.evaluation.statistics import interval
 from kshot_flows.console.tables import trust
 from kshot_flows.store.products import Exported, Promotion, Scores, relative
 from kshot_flows.tracking import runs

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kshot.evaluation import answers
-from kshot.evaluation import drawn as draw
+from kshot.evaluation.scores import answers
+from kshot.evaluation.scores import drawn as draw
 from kshot_flows import registry
 from kshot_flows.registry import CLAIM
 from kshot_flows.report import card

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
-    from kshot.calibration import Calibration, OpenSet
+    from kshot.evaluation.calibration import Calibration
+    from kshot.evaluation.open_set import OpenSet
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2f6fad", "#d9822b", "#3a923a", "#c23b3b", "#8a8a8a"  # told apart in grey too
 _LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.85}

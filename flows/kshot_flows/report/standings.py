@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kshot.calibration import OpenSet
-from kshot.episodes import Shape
-from kshot.statistics import interval
+from kshot.data.episodes import Shape
+from kshot.evaluation.open_set import OpenSet
+from kshot.evaluation.statistics import interval
 
 Verdict = Literal["better", "worse", "no difference"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
-from kshot.statistics import interval
+from kshot.evaluation.statistics import interval
 from kshot_flows.console.tables import NARROW, TRUST, console, numbers, table, trust
 from kshot_flows.report import card
 from kshot_flows.store.products import (  # fmt: skip
@@ -26,7 +26,7 @@ from kshot_flows.store.results import Done
 from kshot_flows.tracking import stores
 
 if TYPE_CHECKING:
-    from kshot.episodes import Shape
+    from kshot.data.episodes import Shape
     from kshot_flows.report.standings import Comparison
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from kshot import memory
-from kshot.datasets import INDEX, ImageSet
-from kshot.importing import ImportReport, Progress, import_dataset
+from kshot import malloc
+from kshot.data.datasets import INDEX, ImageSet
+from kshot.data.importing import ImportReport, Progress, import_dataset
+from kshot.data.sources import list_images
 from kshot.recipe import Recipe
-from kshot.sources import list_images
 from kshot_flows import project, recipes
 from kshot_flows.console import progress
 from kshot_flows.data import versioning
@@ -160,7 +160,7 @@ def announce(photos: Photos, settings: Sequence[str]) -> None:
 def _seconds_an_image(recipe: Recipe, images: ImageSet) -> float:
     backbone = recipe.build_backbone(images.rule.shape).eval().to(embeddings.device())
     few = torch.from_numpy(np.array(images.images[:8])).to(embeddings.device()) / 255
-    with torch.no_grad(), memory.kept():
+    with torch.no_grad(), malloc.kept():
         backbone(few[:1])
         began = time.perf_counter()
         backbone(few)

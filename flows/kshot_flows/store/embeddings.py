@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from kshot.datasets import ClassImages
-from kshot.embeddings import ClassFeatures, embedded
-from kshot.importing import Progress
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import ClassFeatures, embedded
+from kshot.data.importing import Progress
 from kshot.learner import Learner
 from kshot_flows import project
 from kshot_flows.console import progress

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kshot import plugins
-from kshot.datasets import file_sha256
+from kshot.data.datasets import file_sha256
 
 if TYPE_CHECKING:
     from kshot.plugins import Provided
@@ -30,19 +30,11 @@ TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two
 CALIBRATION_EPISODES = 200
 VERIFICATION_PAIRS = 1000
 
-_LEARNING = (
-    "kshot.backbones", "kshot.datasets", "kshot.episodes", "kshot.gradients", "kshot.learner", "kshot.norms",
-    "kshot.ops",
-)  # fmt: skip
-_EVALUATING = (
-    "kshot.calibration", "kshot.embeddings", "kshot.evaluation", "kshot.selection", "kshot.statistics",
-)  # fmt: skip
-_EXPORTING = (
-    "kshot.exporting", "kshot.graphs", "kshot.parity", "kshot.served", "kshot.tracing", "kshot.decompositions",
-    "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest",
-)  # fmt: skip
+_LEARNING = "kshot.backbones", "kshot.data", "kshot.gradients", "kshot.learner", "kshot.norms", "kshot.ops"
+_EVALUATING = "kshot.evaluation", "kshot.selection"
+_EXPORTING = "kshot.export", "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest"
 # In every key that has plugins, or, as how they are found and what is re-exported, deciding no number.
-_KNOWN = {*_LEARNING, *_EVALUATING, "kshot", "kshot.hookspecs"}
+_KNOWN = {*_LEARNING, *_EVALUATING, "kshot.hookspecs"}
 
 
 def version_data(recipe: Recipe) -> str:
@@ -53,7 +45,7 @@ def version_data(recipe: Recipe) -> str:
 def meta_train(recipe: Recipe, data: DataVersion) -> str:
     return _key(
         "train", data.identity_of(*_learned_from(recipe)), training_part(recipe),
-        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.augmentation", "kshot.training"),
+        _plugins(recipe), code(*_LEARNING, *_EVALUATING, "kshot.training"),
     )  # fmt: skip
 
 
@@ -106,13 +98,16 @@ def _learned_from(recipe: Recipe) -> tuple[str | None, ...]:
 
 @cache
 def code(*modules: str) -> str:
-    """sha256 over the source of some modules."""
+    """sha256 over the source of some modules and packages."""
     digest = hashlib.sha256(importlib.metadata.version("kshot").encode())
     for name in modules:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
             raise ModuleNotFoundError(name)
-        digest.update(name.encode() + Path(found.origin).read_bytes())
+        folders = found.submodule_search_locations
+        files = sorted(Path(folders[0]).glob("*.py")) if folders else [Path(found.origin)]
+        for file in files:
+            digest.update(f"{name} {file.name}".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -141,7 +136,8 @@ def _own_modules(module: ModuleType) -> list[ModuleType]:
     packages, found, left = (module.__name__.partition(".")[0], "kshot"), {}, [module]
     while left:
         one = left.pop()
-        if one.__name__ in found or one.__name__ in _KNOWN or one.__name__.partition(".")[0] not in packages:
+        known = ".".join(one.__name__.split(".")[:2]) in {*_KNOWN, "kshot"}
+        if one.__name__ in found or known or one.__name__.partition(".")[0] not in packages:
             continue
         found[one.__name__] = one
         names = (

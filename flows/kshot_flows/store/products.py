@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kshot.calibration import Calibration, OpenSet, Verification
-from kshot.datasets import ClassImages, ImageSet, Protocol, file_sha256, splits_of
-from kshot.episodes import Shape
+from kshot.data.datasets import ClassImages, ImageSet, Protocol, file_sha256, splits_of
+from kshot.data.episodes import Shape
+from kshot.evaluation.calibration import Calibration
+from kshot.evaluation.open_set import OpenSet
+from kshot.evaluation.verification import Verification
 from kshot_flows import project
 from kshot_flows.data import versioning
 from kshot_flows.tracking import runs

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.markup import escape
 
-from kshot.datasets import ClassImages, ImageSet
-from kshot.episodes import Shape, check_shape
+from kshot.data.datasets import ClassImages, ImageSet
+from kshot.data.episodes import Shape, check_shape
 from kshot.recipe import Recipe
 from kshot_flows.console import progress
 from kshot_flows.data import versioning

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from kshot.calibration import Calibration, Verification, calibrate, open_set, verification
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape, protocols
-from kshot.evaluation import Score
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape, protocols
+from kshot.evaluation.calibration import Calibration, calibrate
+from kshot.evaluation.open_set import open_set
+from kshot.evaluation.scores import Score
+from kshot.evaluation.verification import Verification, verification
 from kshot.recipe import Recipe
 from kshot.selection import evaluate_folds, fitting
 from kshot_flows.console import progress

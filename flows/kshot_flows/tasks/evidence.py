@@ -10,11 +10,11 @@ from typing import cast
 
 import numpy as np
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
-from kshot.evaluation import evaluate
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
+from kshot.evaluation.scores import evaluate
+from kshot.export.served import Served
 from kshot.norms import Norm
-from kshot.served import Served
 from kshot_flows import registry
 from kshot_flows.console import progress
 from kshot_flows.registry.gate import EpisodeSet, Evidence

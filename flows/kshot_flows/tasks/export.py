@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kshot import plugins
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape
 from kshot.plugins import Provided
 from kshot.recipe import Recipe
 from kshot_flows import project
@@ -29,7 +29,7 @@ from kshot_runtime.manifest import MANIFEST
 @task(keys.export, shows=artifacts.publish, tags={"compute"})
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     """Write the learner as ONNX with all that serving needs to know, checked against torch."""
-    from kshot import exporting  # brings the exporter's libraries, which take a second
+    from kshot import export as exporting  # brings the exporter's libraries, which take a second
 
     model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from kshot import plugins, selection
 from kshot.backbones import Backbone, PretrainedBackbone
-from kshot.calibration import Trial
-from kshot.datasets import ClassImages, splits_of
-from kshot.embeddings import ClassFeatures
-from kshot.episodes import Shape
-from kshot.evaluation import Score
-from kshot.importing import Progress
+from kshot.data.datasets import ClassImages, splits_of
+from kshot.data.embeddings import ClassFeatures
+from kshot.data.episodes import Shape
+from kshot.data.importing import Progress
+from kshot.evaluation.calibration import Trial
+from kshot.evaluation.scores import Score
 from kshot.learner import FeatureLearner, Learner
 from kshot.norms import BY_ITSELF
 from kshot.recipe import LearnerSettings, Recipe

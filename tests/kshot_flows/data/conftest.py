@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kshot.importing import finish, import_dataset
+from kshot.data.importing import finish, import_dataset
 
 PROJECT = Path(__file__).parents[3]
 
@@ -93,7 +93,7 @@ def former() -> Callable[..., None]:
     def former(root: Path) -> None:
         from dvc.repo import Repo
 
-        from kshot.datasets import INDEX, data_sets, file_sha256
+        from kshot.data.datasets import INDEX, data_sets, file_sha256
 
         repo = Repo(str(root.parent))
         repo.scm_context.quiet = True

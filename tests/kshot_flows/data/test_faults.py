@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kshot.datasets import ImageSet
+from kshot.data.datasets import ImageSet
 from kshot_flows import recipes
 from kshot_flows.data import versioning
 from kshot_flows.data.pointer import Pointer
@@ -109,7 +109,7 @@ def test_an_import_that_is_ended_leaves_the_former_set_and_the_next_clears_up(pr
     ended = f"""
         import os, signal
         from pathlib import Path
-        import kshot.importing as importing
+        import kshot.data.importing as importing
         importing.contact_sheet = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
         photos, root = {str(root.parent.parent / "photos1")!r}, Path({str(root)!r})
         importing.finish(importing.import_dataset(photos, "zoo", root, replace=True))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kshot.datasets import ImageSet
+from kshot.data.datasets import ImageSet
 from kshot_flows.data import extras, versioning
 from kshot_flows.data.versioning import Recorded
 from kshot_runtime.errors import KshotError

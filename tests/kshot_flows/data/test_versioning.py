@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kshot.datasets import ImageSet, data_sets
+from kshot.data.datasets import ImageSet, data_sets
 from kshot_flows.data import versioning
 from kshot_flows.data.pointer import Pointer
 from kshot_flows.data.versioning import Recorded

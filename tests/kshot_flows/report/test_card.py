@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kshot.calibration import Calibration, OpenSet, OperatingPoint
-from kshot.episodes import Shape
+from kshot.data.episodes import Shape
+from kshot.evaluation.calibration import Calibration, OperatingPoint
+from kshot.evaluation.open_set import OpenSet
 from kshot.recipe import Recipe
 from kshot_flows.registry.gate import Check, GateReport
 from kshot_flows.report import card

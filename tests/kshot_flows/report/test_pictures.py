@@ -7,8 +7,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from kshot.calibration import Calibration, OpenSet, OperatingPoint
-from kshot.episodes import Shape
+from kshot.data.episodes import Shape
+from kshot.evaluation.calibration import Calibration, OperatingPoint
+from kshot.evaluation.open_set import OpenSet
 from kshot_flows.report import pictures
 
 RNG = np.random.default_rng(0)

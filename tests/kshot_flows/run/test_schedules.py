@@ -29,7 +29,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Running, State
 from typer.testing import CliRunner
 
-from kshot.importing import finish, import_dataset
+from kshot.data.importing import finish, import_dataset
 from kshot_flows import recipes, registry
 from kshot_flows.cli.main import app
 from kshot_flows.run import scheduler, schedules, watching

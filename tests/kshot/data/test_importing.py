@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kshot.datasets import INDEX, ImageSet
-from kshot.importing import ImportReport, Progress, finish, import_dataset
-from kshot.sources import random_split
+from kshot.data.datasets import INDEX, ImageSet
+from kshot.data.importing import ImportReport, Progress, finish, import_dataset
+from kshot.data.sources import random_split
 from kshot_runtime.errors import KshotError
 
 SMALL = {"size": 12}
@@ -429,7 +429,7 @@ def test_an_import_that_is_given_up_leaves_nothing_behind(tmp_path, data):
 SLOW_IMPORT = """
 import sys, time
 from pathlib import Path
-from kshot.importing import ImportReport, import_dataset
+from kshot.data.importing import ImportReport, import_dataset
 for event in import_dataset(sys.argv[1], "mine", Path(sys.argv[2]), rule={"size": 12}, replace=True):
     if not isinstance(event, ImportReport):
         print(event.what, flush=True)

@@ -15,14 +15,15 @@ import onnx
 import torch
 from torch import Tensor
 
-from kshot import folders, parity
-from kshot.datasets import ClassImages
-from kshot.embeddings import backbone_key, embedded
-from kshot.episodes import Shape
-from kshot.graphs import adapt_model, classify_model, embed_model, views_model
+from kshot import atomic
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import backbone_key, embedded
+from kshot.data.episodes import Shape
+from kshot.export import parity
+from kshot.export.graphs import adapt_model, classify_model, embed_model, views_model
+from kshot.export.trace import ExportError, Piece, Spec, trace
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State
 from kshot.norms import BY_ITSELF
-from kshot.tracing import ExportError, Piece, Spec, trace
 from kshot_runtime.bundle import Bundle, Graphs
 from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, VIEWS, Facts, FileFacts, Manifest, TensorSpec
 
@@ -240,4 +241,4 @@ def _appearing(folder: Path) -> Iterator[Path]:
         staging = Path(scratch) / "new"
         staging.mkdir()
         yield staging
-        folders.replace(folder, staging)  # the old one goes with the scratch folder
+        atomic.replace(folder, staging)  # the old one goes with the scratch folder

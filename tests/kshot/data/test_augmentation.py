@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from kshot.augmentation import Augmentation, augment
-from kshot.episodes import Episodes, Shape, sample_episodes
+from kshot.data.augmentation import Augmentation, augment
+from kshot.data.episodes import Episodes, Shape, sample_episodes
 from kshot.testing import toy_images
 
 EVERYTHING = Augmentation(shift=0.1, rotate=10, scale=0.1, flip=True, light=0.2)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from kshot.datasets import ImageSet
+    from kshot.data.datasets import ImageSet
 
 _ROWS, _COLUMNS, _SIDE, _LABEL, _GAP = 8, 10, 64, 220, 4
 

@@ -5,7 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from kshot.datasets import IMAGES, INDEX, ClassEntry, ClassImages, FileEntry, ImageSet, Index, file_sha256, splits_of
+from kshot.data.datasets import (
+    IMAGES,
+    INDEX,
+    ClassEntry,
+    ClassImages,
+    FileEntry,
+    ImageSet,
+    Index,
+    file_sha256,
+    splits_of,
+)
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kshot.episodes import Episodes
+from kshot.data.episodes import Episodes
 
 _STREAM = 100  # of random numbers: apart from every stream that draws episodes
 

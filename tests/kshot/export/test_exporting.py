@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kshot import Backbone, InnerLoop, Learner, LearnerConfig, Shape, State, cross_entropy, gradient, one_hot
 from kshot.backbones import BackboneConfig
-from kshot.datasets import ClassImages
-from kshot.exporting import ExportError, Facts, Report, export
+from kshot.data.datasets import ClassImages
+from kshot.export import ExportError, Facts, Report, export
+from kshot.export.trace import Spec, trace
 from kshot.ops import class_means, squared_distances
-from kshot.tracing import Spec, trace
 from kshot_plugins.conv4 import Conv4
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.maml import MAML
@@ -398,7 +398,7 @@ def test_the_gradient_of_common_layers_exports(layers: str) -> None:
     """Backward passes beyond Conv4's: the traced gradient, run by onnxruntime, is autograd's."""
     import onnxruntime
 
-    from kshot.graphs import adapt_model
+    from kshot.export.graphs import adapt_model
 
     torch.manual_seed(0)
     net = LAYERS[layers]()

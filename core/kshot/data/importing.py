@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import ValidationError
 
-from kshot import folders
-from kshot.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
-from kshot.sheets import contact_sheet
-from kshot.sources import Importer, Picture, Request, Split, grouped, list_images, random_split
+from kshot import atomic
+from kshot.data.contact_sheet import contact_sheet
+from kshot.data.datasets import IMAGES, INDEX, SHEET, ClassEntry, FileEntry, ImageSet, Index, Skipped, file_sha256
+from kshot.data.sources import Importer, Picture, Request, Split, grouped, list_images, random_split
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageError, ImageRule, decode, render
 
@@ -78,7 +78,8 @@ def import_dataset(
     `rule` changes single fields of the source's own ImageRule. `from_dir` is where a named source's archives lie; if
     it is not given, they are looked for in the folder `$KSHOT_MIRROR/<source>`. For a folder or a zip that is not
     split already, `split` is the share of its classes in train/val/test, such as `0.6/0.2/0.2`. `group_by` says which
-    pictures belong together (see `kshot.sources.grouped`). Equal files in two splits are refused unless `allow_leaks`.
+    pictures belong together (see `kshot.data.sources.grouped`). Equal files in two splits are refused unless
+    `allow_leaks`.
     """
     if not _NAME.fullmatch(name):
         raise KshotError(f"{name!r} cannot name a data set: take letters, digits, '-', '_' and '.', such as my-photos")
@@ -114,7 +115,7 @@ def import_dataset(
                 _refuse_leaks(index)
             (place / INDEX).write_bytes(index.to_bytes())
             contact_sheet(ImageSet.open(place)).save(place / SHEET)
-            folders.replace(root / name, place)
+            atomic.replace(root / name, place)
     yield _report(root / name, index)
 
 

@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kshot.decompositions import TRANSLATIONS, backward_ops
+from kshot.export.ops import TRANSLATIONS, backward_ops
 from kshot.learner import Learner, State
 from kshot_runtime.errors import KshotError
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from kshot.datasets import Skipped
+from kshot.data.datasets import Skipped
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import LIMITS, ImageError, ImageRule
 

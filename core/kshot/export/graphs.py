@@ -9,7 +9,7 @@ import onnx.parser
 import torch
 from onnxscript import ir
 
-from kshot.tracing import OPSET, Piece, Spec
+from kshot.export.trace import OPSET, Piece, Spec
 
 _TYPES = {
     torch.float32: ir.DataType.FLOAT,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kshot.datasets import ClassImages, Groups
+from kshot.data.datasets import ClassImages, Groups
 from kshot_runtime.errors import KshotError
 
 Stream = Literal["train", "val", "test", "calibration"]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kshot.calibration import _balanced, calibrate, evidence, open_set, scores_of, similarities, verification
-from kshot.episodes import Shape, sample_episodes
-from kshot.evaluation import Score, answers, evaluate
-from kshot.statistics import auroc, calibration_error, fit_temperature, interval, logistic
+from kshot.data.episodes import Shape, sample_episodes
+from kshot.evaluation.calibration import _balanced, calibrate, evidence, scores_of
+from kshot.evaluation.open_set import open_set
+from kshot.evaluation.scores import Score, answers, evaluate
+from kshot.evaluation.statistics import auroc, calibration_error, fit_temperature, interval, logistic
+from kshot.evaluation.verification import similarities, verification
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.protonet import ProtoNet
 

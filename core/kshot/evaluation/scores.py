@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from kshot.datasets import ClassImages
-from kshot.embeddings import embedded
-from kshot.episodes import Episode, Episodes, Shape, Stream, sample_episodes
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import embedded
+from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episodes
+from kshot.evaluation.statistics import calibration_error, interval
 from kshot.learner import FeatureLearner, Learner, State, without_statistics
-from kshot.statistics import calibration_error, interval
 
 AT_ONCE = 8  # episodes sampled together, and answered together where that goes
 
@@ -110,7 +110,7 @@ def answers(
 ) -> Iterator[tuple[Episode, Tensor]]:
     """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it.
 
-    Episodes hold features in the place of images where the learner takes them (see `kshot.embeddings`).
+    Episodes hold features in the place of images where the learner takes them (see `kshot.data.embeddings`).
     """
     images = embedded(learner, images, device=device)
     with evaluating(learner):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kshot.datasets import ClassImages
-from kshot.episodes import Shape, check_shape, draw_indices, protocols, sample_episodes, sample_images
+from kshot.data.datasets import ClassImages
+from kshot.data.episodes import Shape, check_shape, draw_indices, protocols, sample_episodes, sample_images
 from kshot_runtime.errors import KshotError
 
 

@@ -19,10 +19,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kshot import memory
+from kshot import malloc
 from kshot.backbones import Backbone, PretrainedBackbone
-from kshot.datasets import MIRRORED, ClassImages
-from kshot.episodes import as_floats
+from kshot.data.datasets import MIRRORED, ClassImages
+from kshot.data.episodes import as_floats
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
 
@@ -145,7 +145,7 @@ class ClassFeatures(ClassImages):
         at_once = _AT_ONCE if self._device != "cpu" else max(4, min(_AT_ONCE, _PIXELS // (height * width)))
         self.backbone.eval()
         try:
-            with memory.kept():
+            with malloc.kept():
                 for start in range(0, len(rows), at_once):
                     part = rows[start : start + at_once]
                     pixels = self.images.read(np.full(len(part), home), part, np.full(len(part), turn))

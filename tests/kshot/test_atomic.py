@@ -2,7 +2,7 @@
 
 import pytest
 
-from kshot import folders
+from kshot import atomic
 
 
 def made(folder, text):
@@ -12,8 +12,8 @@ def made(folder, text):
 
 
 def test_the_new_folder_takes_the_place_of_the_old_or_of_nothing(tmp_path):
-    folders.replace(tmp_path / "it", made(tmp_path / "a" / "new", "first"))
-    folders.replace(tmp_path / "it", made(tmp_path / "b" / "new", "second"))
+    atomic.replace(tmp_path / "it", made(tmp_path / "a" / "new", "first"))
+    atomic.replace(tmp_path / "it", made(tmp_path / "b" / "new", "second"))
     assert (tmp_path / "it" / "what").read_text() == "second"
 
 
@@ -21,5 +21,5 @@ def test_what_cannot_take_its_place_leaves_the_old_one_there(tmp_path):
     old = made(tmp_path / "it", "first")
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError):
-        folders.replace(old, tmp_path / "a" / "never made")
+        atomic.replace(old, tmp_path / "a" / "never made")
     assert (old / "what").read_text() == "first"

@@ -7,19 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from kshot.datasets import ClassImages
-from kshot.embeddings import embedded
-from kshot.episodes import Shape, Stream, sample_episodes
-from kshot.evaluation import AT_ONCE, answer, evaluating
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import embedded
+from kshot.data.episodes import Shape, Stream, sample_episodes
+from kshot.evaluation.scores import AT_ONCE, answer, evaluating
+from kshot.evaluation.statistics import auroc, calibration_error, fit_temperature
 from kshot.learner import Learner
-from kshot.norms import BY_ITSELF
-from kshot.statistics import auroc, calibration_error, fit_temperature, logistic
 from kshot_runtime.bundle import evidence
 from kshot_runtime.manifest import By
 
@@ -27,7 +24,6 @@ ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # s
 
 _ENOUGH = 8  # classes from which a temperature can be fitted to a learner whose statistics come from them
 
-Similarity = Literal["logit", "cosine", "distance"]
 Trial = tuple[Learner, ClassImages]
 """A learner, and classes that it was not trained on."""
 
@@ -57,29 +53,6 @@ class Calibration:
     points: tuple[OperatingPoint, ...] = ()  # other thresholds, from lenient to strict
 
 
-@dataclass(frozen=True)
-class OpenSet:
-    """What a threshold from validation classes does on test episodes that hold as many unknown classes as known."""
-
-    accepted: float  # share of known queries that pass
-    false_accepts: float  # share of unknown queries that pass
-    auroc: float  # of telling known from unknown classes, at any threshold
-    let_in: float  # share of unknown queries that pass where 95 % of the known do, the threshold set on these episodes
-    episodes: int
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How to tell from two images whether they show one class: sigmoid(slope * similarity + offset)."""
-
-    by: Similarity  # see `similarities`
-    slope: float
-    offset: float
-    auroc: float  # of telling same from different pairs
-    accuracy: float  # share of pairs on the right side of one half, as many same as different
-    pairs: int
-
-
 def calibrate(
     trials: Sequence[Trial],
     shape: Shape,
@@ -102,13 +75,13 @@ def calibrate(
     classes a temperature says too little: the learner's own scale then stays.
     """
     parts = [
-        _answers(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
+        known_and_unknown(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
         for learner, images in trials
     ]
-    known, unknown = _concatenated(part[0] for part in parts), _concatenated(part[1] for part in parts)
+    known, unknown = concatenated(part[0] for part in parts), concatenated(part[1] for part in parts)
     labels = np.concatenate([part[2] for part in parts])
     temperature = fit_temperature(known["logits"], labels)
-    within = _answers(*seen, shape, episodes, seed, "calibration", device) if seen else None
+    within = known_and_unknown(*seen, shape, episodes, seed, "calibration", device) if seen else None
     if within and seen:
         enough = len(seen[1]) >= _ENOUGH
         temperature = math.sqrt(temperature * fit_temperature(within[0]["logits"], within[2])) if enough else 1.0
@@ -121,10 +94,10 @@ def calibrate(
     areas = {name: auroc(*pair) if len(pair[1]) else math.nan for name, pair in scores.items()}
     best = max(areas, key=lambda name: -1 if math.isnan(areas[name]) else areas[name])
     inside, outside = scores[best]
-    points = [_balanced(inside, outside), *(_operating_point(share, inside, outside) for share in ACCEPTED[::-1])]
+    points = [_balanced(inside, outside), *(operating_point(share, inside, outside) for share in ACCEPTED[::-1])]
     if within:
         sides = [evidence(side, best, temperature) for side in within[:2]]
-        others = [_balanced(*sides), *(_operating_point(share, *sides) for share in ACCEPTED[::-1])]
+        others = [_balanced(*sides), *(operating_point(share, *sides) for share in ACCEPTED[::-1])]
         points = [replace(p, threshold=(p.threshold + q.threshold) / 2) for p, q in zip(points, others, strict=True)]
     usual, *chosen = points
     return Calibration(
@@ -133,63 +106,7 @@ def calibrate(
     )  # fmt: skip
 
 
-def open_set(
-    parts: Sequence[Trial], shape: Shape, fit: Calibration, episodes: int, *, seed: int, device: str = "cpu"
-) -> OpenSet | None:
-    """Hold the threshold of `fit` against test episodes of `shape`; None where there is no class to be unknown.
-
-    With several parts, say the folds of a cross-validation, each takes its share of the episodes.
-    """
-    parts = [(learner, images) for learner, images in parts if len(images) > shape.ways]
-    if not parts:
-        return None
-    answers = [
-        _answers(learner, images, shape, math.ceil(episodes / len(parts)), seed, "test", device)
-        for learner, images in parts
-    ]
-    inside, outside = _concatenated(answer[0] for answer in answers), _concatenated(answer[1] for answer in answers)
-    known, unknown = (evidence(side, fit.by, fit.temperature) for side in (inside, outside))
-    accepted, false_accepts = (float((values >= fit.threshold).mean()) for values in (known, unknown))
-    let_in = _operating_point(0.95, known, unknown).false_accepts
-    return OpenSet(accepted, false_accepts, auroc(known, unknown), let_in, episodes)
-
-
-def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str = "cpu") -> Verification:
-    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
-    parts: dict[Similarity, list[np.ndarray]] = {}
-    sampled = [(learner, embedded(learner, images, device=device)) for learner, images in trials]
-    for step in range(pairs // 2):
-        learner, images = sampled[step % len(sampled)]
-        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
-        for by, alike in similarities(learner, episode.support[:1], episode.query).items():
-            parts.setdefault(by, []).append(alike)
-    same = np.tile([True, False], pairs // 2)
-    values = {by: np.concatenate(part) for by, part in parts.items()}
-    areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
-    best = max(areas, key=lambda by: areas[by])
-    slope, offset = logistic(values[best], same)
-    right = (slope * values[best] + offset >= 0) == same
-    return Verification(best, slope, offset, areas[best], float(right.mean()), len(same))
-
-
-@torch.no_grad()
-def similarities(learner: Learner, image: torch.Tensor, others: torch.Tensor) -> dict[Similarity, np.ndarray]:
-    """How alike an image (1, C, H, W) and each of `others` (N, C, H, W) are, in up to three ways, (N,) each.
-
-    `logit`: the logit of each other image after adapting to the image as the only class; `cosine` and `distance` of the
-    features, where an image's are its own (distance is Euclidean, and negative). Features may come for images.
-    """
-    only = torch.zeros(1, dtype=torch.int64, device=image.device)
-    with evaluating(learner):
-        logits = learner.classify(learner.adapt(image, only, only), others)[:, 0]
-        found: dict[Similarity, torch.Tensor] = {"logit": logits}
-        if learner.backbone.norm in BY_ITSELF:
-            a, b = learner.embed(image), learner.embed(others)
-            found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
-    return {by: value.double().cpu().numpy() for by, value in found.items()}
-
-
-def _operating_point(accepted: float, known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
+def operating_point(accepted: float, known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
     threshold = float(np.quantile(known, 1 - accepted))
     return OperatingPoint(accepted, threshold, float((unknown >= threshold).mean()) if len(unknown) else math.nan)
 
@@ -197,7 +114,7 @@ def _operating_point(accepted: float, known: np.ndarray, unknown: np.ndarray) ->
 def _balanced(known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
     """The threshold at which the share of known queries refused is that of unknown ones let in, as near as there is."""
     if not len(unknown):
-        return _operating_point(0.95, known, unknown)
+        return operating_point(0.95, known, unknown)
     shares = np.linspace(0, 1, 1001)
     refused, let_in = np.quantile(known, shares), np.quantile(unknown, 1 - shares)
     share = int(np.argmin(np.abs(refused - let_in)))
@@ -212,7 +129,7 @@ def scores_of(answers: Mapping[str, np.ndarray]) -> list[By]:
 
 
 @torch.no_grad()
-def _answers(
+def known_and_unknown(
     learner: Learner, images: ClassImages, shape: Shape, episodes: int, seed: int, stream: Stream, device: str
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
     """What known queries (N, ways) and unknown ones (M, ways) get, and the labels of the known (N,).
@@ -233,7 +150,7 @@ def _answers(
                 first.classes[: shape.ways], evidence=True,
             )  # fmt: skip
             answers.append({name: value.cpu().numpy() for name, value in found.items()})
-    every, known = _concatenated(answers), shape.ways * shape.queries  # (episodes, queries, ...)
+    every, known = concatenated(answers), shape.ways * shape.queries  # (episodes, queries, ...)
     inside, outside = (
         {name: value[:, part].reshape(-1, *value.shape[2:]) for name, value in every.items()}
         for part in (slice(known), slice(known, None))
@@ -241,6 +158,6 @@ def _answers(
     return inside, outside, np.tile(np.arange(shape.ways).repeat(shape.queries), len(every["logits"]))
 
 
-def _concatenated(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def concatenated(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     first, *others = parts
     return {name: np.concatenate([value, *(part[name] for part in others)]) for name, value in first.items()}

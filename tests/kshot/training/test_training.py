@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kshot.episodes import sample_episodes
+from kshot.data.episodes import sample_episodes
 from kshot.testing import Pixels, Subject, toy_images
 from kshot.training import (
     CHECKPOINTS,
@@ -211,7 +211,7 @@ def test_outer_steps_take_several_shots_in_turns_and_the_first_validates(tmp_pat
         taken.append((step, shape.shots))
         return sample_episodes(images, shape, *rest, step=step, **more)
 
-    monkeypatch.setattr("kshot.training.sample_episodes", sample)
+    monkeypatch.setattr("kshot.training.loop.sample_episodes", sample)
     train(tmp_path, shots=(1, 3), steps=5, validate_every=5)
     assert taken == [(0, 1), (1, 3), (2, 1), (3, 3), (4, 1)]
     settings = Training(shots=(1, 3))

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kshot.datasets import ClassImages
-from kshot.embeddings import ClassFeatures
-from kshot.episodes import Episode, Shape, sample_episodes
-from kshot.evaluation import answers
+from kshot.data.datasets import ClassImages
+from kshot.data.embeddings import ClassFeatures
+from kshot.data.episodes import Episode, Shape, sample_episodes
+from kshot.evaluation.scores import answers
+from kshot.export.served import Served, to_bytes
+from kshot.export.trace import ExportError, tensors
 from kshot.learner import InnerLoop, Learner, State
-from kshot.served import Served, to_bytes
-from kshot.tracing import ExportError, tensors
 from kshot_runtime.bundle import Graphs
 from kshot_runtime.manifest import BundleError, Parity
 

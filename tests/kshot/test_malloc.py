@@ -10,7 +10,7 @@ import pytest
 TAKES = """
 import numpy as np
 from pathlib import Path
-from kshot import memory
+from kshot import malloc
 
 def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -19,7 +19,7 @@ def step() -> None:
     blocks = [np.ones(1_000_000) for _ in range(40)]  # 320 MB
 
 before = resident()
-with memory.kept():
+with malloc.kept():
     step()
     print(resident() - before)
     step()
@@ -41,6 +41,6 @@ def test_what_is_freed_is_kept_for_the_next_step_and_given_back_at_the_end() -> 
 
 
 def test_giving_back_nothing_is_fine() -> None:
-    from kshot import memory
+    from kshot import malloc
 
-    memory.give_back()
+    malloc.give_back()

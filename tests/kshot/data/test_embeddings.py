@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kshot.backbones import PretrainedBackbone
-from kshot.calibration import calibrate, open_set, verification
-from kshot.datasets import ClassImages, PackedImages
-from kshot.embeddings import ClassFeatures, backbone_key, embedded
-from kshot.episodes import Shape
-from kshot.evaluation import evaluate
+from kshot.data.datasets import ClassImages, PackedImages
+from kshot.data.embeddings import ClassFeatures, backbone_key, embedded
+from kshot.data.episodes import Shape
+from kshot.evaluation.calibration import calibrate
+from kshot.evaluation.open_set import open_set
+from kshot.evaluation.scores import evaluate
+from kshot.evaluation.verification import verification
 from kshot.training import Training, meta_train
 from kshot_plugins.maml import MAML
 from kshot_plugins.protonet import ProtoNet

@@ -1,0 +1,1 @@
+"""Images to episodes: data sets, importers, episodes, augmentation, and the embedding store."""

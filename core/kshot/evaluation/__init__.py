@@ -1,0 +1,1 @@
+"""Accuracy with intervals, calibration, open-set recognition and verification, on seeded episodes."""

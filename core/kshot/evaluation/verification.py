@@ -1,0 +1,68 @@
+"""Verification: whether two images show one class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from kshot.data.embeddings import embedded
+from kshot.data.episodes import Shape, sample_episodes
+from kshot.evaluation.calibration import Trial
+from kshot.evaluation.scores import evaluating
+from kshot.evaluation.statistics import auroc, logistic
+from kshot.learner import Learner
+from kshot.norms import BY_ITSELF
+
+Similarity = Literal["logit", "cosine", "distance"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How to tell from two images whether they show one class: sigmoid(slope * similarity + offset)."""
+
+    by: Similarity  # see `similarities`
+    slope: float
+    offset: float
+    auroc: float  # of telling same from different pairs
+    accuracy: float  # share of pairs on the right side of one half, as many same as different
+    pairs: int
+
+
+def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str = "cpu") -> Verification:
+    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
+    parts: dict[Similarity, list[np.ndarray]] = {}
+    sampled = [(learner, embedded(learner, images, device=device)) for learner, images in trials]
+    for step in range(pairs // 2):
+        learner, images = sampled[step % len(sampled)]
+        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
+        for by, alike in similarities(learner, episode.support[:1], episode.query).items():
+            parts.setdefault(by, []).append(alike)
+    same = np.tile([True, False], pairs // 2)
+    values = {by: np.concatenate(part) for by, part in parts.items()}
+    areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
+    best = max(areas, key=lambda by: areas[by])
+    slope, offset = logistic(values[best], same)
+    right = (slope * values[best] + offset >= 0) == same
+    return Verification(best, slope, offset, areas[best], float(right.mean()), len(same))
+
+
+@torch.no_grad()
+def similarities(learner: Learner, image: torch.Tensor, others: torch.Tensor) -> dict[Similarity, np.ndarray]:
+    """How alike an image (1, C, H, W) and each of `others` (N, C, H, W) are, in up to three ways, (N,) each.
+
+    `logit`: the logit of each other image after adapting to the image as the only class; `cosine` and `distance` of the
+    features, where an image's are its own (distance is Euclidean, and negative). Features may come for images.
+    """
+    only = torch.zeros(1, dtype=torch.int64, device=image.device)
+    with evaluating(learner):
+        logits = learner.classify(learner.adapt(image, only, only), others)[:, 0]
+        found: dict[Similarity, torch.Tensor] = {"logit": logits}
+        if learner.backbone.norm in BY_ITSELF:
+            a, b = learner.embed(image), learner.embed(others)
+            found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
+    return {by: value.double().cpu().numpy() for by, value in found.items()}

@@ -1,0 +1,18 @@
+"""The outer loop: meta-train a learner on episodes, select the model on validation episodes, resume after a crash."""
+
+from kshot.training.checkpoint import CHECKPOINTS, checkpoint, foreign, save_atomically, set_aside
+from kshot.training.loop import Progress, learner_step, learning_rate, meta_train
+from kshot.training.settings import Training
+
+__all__ = [
+    "CHECKPOINTS",
+    "Progress",
+    "Training",
+    "checkpoint",
+    "foreign",
+    "learner_step",
+    "learning_rate",
+    "meta_train",
+    "save_atomically",
+    "set_aside",
+]
