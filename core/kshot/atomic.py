@@ -1,4 +1,4 @@
-"""A new folder that takes an old one's place, so that there is always one of the two."""
+"""Replaces a folder by a new one, so that one of the two always exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plugin may provide: hooks that return values. docs/plugins.md shows each, and a test ties the two together."""
+"""The hooks of the plugin interface. docs/plugins.md documents each of them, which a test checks."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-bod
 
 @hookspec
 def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]  # likewise
-    """Data sources by name: `kshot.data.sources.Importer`, which say what pictures there are and how to pack them."""
+    """Data sources by name: `kshot.data.sources.Importer`, which list images and say how to pack them."""

@@ -1,4 +1,4 @@
-"""Finding plugins: every installed entry point of the group `kshot`, each by itself, so a broken one harms no other."""
+"""Plugin discovery: loads each installed entry point of the group `kshot`; a broken one affects no other."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Broken:
     distribution: str
     version: str
     reason: str
-    where: str = ""  # the line of its code, if it was one
+    where: str = ""  # the line of its code that failed, if known
 
 
 @dataclass
 class Found:
-    """All that the installed plugins provide. Names are looked up by `learner`, `backbone` and `dataset`."""
+    """Everything that the installed plugins provide; `learner`, `backbone` and `dataset` look up a name."""
 
     provided: list[Provided] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)

@@ -96,7 +96,7 @@ class LearnerSettings(PluginSettings):
     def one(self) -> str:
         """The learner's name, where it is one."""
         if len(self.names) > 1:
-            raise KshotError(f"one of {', '.join(self.names)} has to be chosen first")
+            raise KshotError(f"choose one of {', '.join(self.names)} first")
         return self.names[0]
 
 
@@ -125,7 +125,7 @@ class Recipe(_Settings):
     learner: LearnerSettings
     training: Training = Training()
     evaluation: EvaluationSettings = EvaluationSettings()
-    gate: dict[str, Any] = Field({}, description="what a version must hold to be promoted")
+    gate: dict[str, Any] = Field({}, description="what a version must reach to be promoted")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -147,7 +147,7 @@ class Recipe(_Settings):
         return recipe
 
     def check(self) -> None:
-        """Find the plugins and let them judge their settings, and hold what is tested against what is seen before."""
+        """Validate plugin settings, and check that test splits are disjoint from training and validation splits."""
         for variant in self.variants():
             variant._learner_config()
             variant._backbone_config()
@@ -272,7 +272,7 @@ def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
 
 
 def set_value(content: dict[str, Any], key: str, text: str) -> None:
-    """Set a dotted key to a TOML value; a text that is none is taken as a string."""
+    """Set a dotted key to a TOML value; a text that is not TOML is taken as a string."""
     *sections, last = key.split(".")
     place = content
     for section in sections:

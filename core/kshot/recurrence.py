@@ -1,4 +1,4 @@
-"""A recurrence over as many items as there are: torch's LSTM, and in a graph the ONNX operator that does the same.
+"""A bidirectional LSTM over any number of items: torch's in training, and the ONNX operator in exported graphs.
 
 A Python loop over a free number of items cannot be traced. This is one operation to the tracer, and
 `kshot.export.ops` says how ONNX spells it.

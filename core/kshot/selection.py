@@ -44,7 +44,7 @@ class Tried:
 def choose(tried: Sequence[Tried]) -> Tried:
     """The first of those that are not clearly worse than the best, by the paired difference over all episodes.
 
-    So the order of the candidates is one of preference, and chance among equals does not decide.
+    So candidates are listed in order of preference, and random differences between equals do not decide.
     """
 
     def accuracies(one: Tried) -> np.ndarray:
@@ -100,9 +100,9 @@ def select(
     seed: int,
     device: str = "cpu",
 ) -> Iterator[Tried]:
-    """Try each learner with each of its open settings on the same episodes; `choose` among them.
+    """Evaluate each learner with each of its open settings on the same episodes; `choose` selects one.
 
-    `embedded` gives the base classes as features of a learner's backbone. Each fold plays its share of the `episodes`.
+    `embedded` gives the base classes as features of a learner's backbone. Each fold takes its share of the `episodes`.
     """
     parts: dict[int, list[Fold]] = {}  # by backbone, which variants share
     for recipe, learner in variants:

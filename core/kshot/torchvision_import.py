@@ -1,4 +1,4 @@
-"""The one door to torchvision, which imports beside a CPU build of torch only if two operators are declared first."""
+"""Imports torchvision next to a CPU-only torch build, which works only if two operators are declared first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baseline++: fine-tuning by angle. All heads, of the base classes and of an episode, see directions only.
+"""Baseline++: fine-tuning by angle. The heads of base classes and of episodes use the directions of features only.
 
 Chen, Liu, Kira, Wang and Huang, 2019. https://arxiv.org/abs/1904.04232
 """
@@ -58,9 +58,9 @@ class BaselinePlusPlus(FeatureLoop):
         return self.config.steps
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """Rows of unit length for all base classes, all but alike: what features have in common then cancels at once.
+        """Nearly equal rows of unit length for all base classes: the common mean of the features then cancels.
 
-        Features that leave a ReLU lie in a narrow cone, out of which rows of random directions have to be led first.
+        Features after a ReLU lie in a narrow cone, and rows in random directions first have to be trained into it.
         """
         common = torch.ones(self.backbone.features) / self.backbone.features**0.5
         self.base = nn.Parameter(common + 0.001 * torch.randn(sum(classes), self.backbone.features))

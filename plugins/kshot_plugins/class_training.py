@@ -1,6 +1,6 @@
-"""Class training: telling all base classes apart, which transfer learners do where others play episodes.
+"""Class training: ordinary classification of all base classes, as transfer learners train instead of on episodes.
 
-No learner by itself, but what several of them share: the head that they train with, which no bundle holds.
+Not a learner: the head that several learners train with. It is not exported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conditional neural processes: a class is its mean code, and a learned decoder reads a query against all classes.
+"""Conditional neural processes: a class is its mean code, and a learned decoder compares a query with all classes.
 
 Garnelo et al., 2018. https://arxiv.org/abs/1807.01613
 """
@@ -18,13 +18,13 @@ from kshot import Backbone, FeatureLearner, Learner, LearnerConfig, State, class
 class CNP(FeatureLearner):
     """A class is the mean of its encoded support images, its slot; the decoder turns a query and all slots into logits.
 
-    The paper sets the slots side by side in a fixed order, which binds it to one number of ways and to an order that
-    must be shuffled away. Here one decoder serves every slot: it compares the query with that slot, and sees of the
+    The paper sets the slots side by side in a fixed order, which fixes the number of ways and needs shuffled
+    class orders in training. Here one decoder serves every slot: it compares the query with that slot, and sees of the
     other slots what no order changes, the mean of all their comparisons. So any ways fit, and permuting the classes
     permutes the logits exactly.
 
-    Good for classes that no fixed distance separates well: what counts as alike is learned, and still an answer takes
-    one pass. It trains fast; the decoder's work grows with queries times ways.
+    Good for classes that no fixed distance separates well: similarity is learned, and an answer still takes one
+    pass. It trains fast; the decoder's work grows with queries times ways.
     """
 
     name = "cnp"

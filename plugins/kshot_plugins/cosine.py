@@ -1,4 +1,4 @@
-"""Cosines to class means on frozen features: the baseline that every other head has to beat.
+"""Cosines to class means on frozen features: the baseline for all other heads.
 
 As in the evaluation of Chen, Liu, Xu, Darrell and Wang, 2021 ("Classifier-Baseline"). https://arxiv.org/abs/2003.04390
 """

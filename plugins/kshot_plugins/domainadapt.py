@@ -20,8 +20,8 @@ from kshot_plugins.cosine import Cosine
 class DomainAdapt(Cosine):
     """The base classes' loss, and a weight times the squared distance between the covariances of the two domains.
 
-    The target's classes stay unknown; a new class is then what its mean feature points to. Source and target pass the
-    backbone together, so that running statistics are those of both.
+    Classes of the target domain are not used; a new class is the direction of its mean feature. Source and target
+    share one backbone pass, so running statistics are of both.
 
     Good for new classes in pictures of another kind than the labelled ones, scans beside photos say, where many
     pictures of that kind are at hand without labels.
@@ -38,7 +38,7 @@ class DomainAdapt(Cosine):
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy over all base classes, of every image of the episodes; and how far the target is from them."""
+        """Cross-entropy over all base classes, of every image of the episodes, plus the weighted CORAL distance."""
         if episodes.unlabelled is None:
             raise KshotError(
                 "domainadapt aligns the features of unlabelled images of the target, and this recipe names none. "

@@ -1,4 +1,4 @@
-"""glyphs: letters of many alphabets, drawn in the fonts that ship with matplotlib. The data set that needs no download.
+"""glyphs: letters of many alphabets, drawn in the fonts that ship with matplotlib; needs no download.
 
 A class is a letter, its images are that letter in several faces, a little turned, moved and resized. Splits are by
 alphabet. The same letters give the same bytes wherever Pillow draws them alike.

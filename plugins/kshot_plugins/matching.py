@@ -33,10 +33,10 @@ class MatchingNet(FeatureLearner):
     e + 19 parts, an eighth. So they are scaled.
 
     With full context embeddings (`fce`) a bidirectional LSTM reads the support images one after the other, and each
-    is embedded anew in the light of the others; then a query reads all of them a few times. The paper leaves the order
-    of reading open. Here it is by the sum of an image's features, so the order in which images came means nothing.
+    is embedded again conditioned on the others; then a query attends to all of them a few times. The paper leaves the
+    order of reading open. Here it is by the sum of an image's features, so the order of the support set has no effect.
 
-    Good for several looks within one class: a query needs to be like one support image, not like their mean. The state
+    Good for classes with several modes: a query has to resemble one support image, not their mean. The state
     grows with the support set, and with full context embeddings adapting reads all of it in order.
     """
 
@@ -46,9 +46,7 @@ class MatchingNet(FeatureLearner):
         scale: float = Field(
             30.0, gt=0, le=40, description="sharpness of the attention: what cosines are multiplied by; 1 in the paper"
         )
-        fce: bool = Field(
-            False, description="full context embeddings: embed each image in the light of the support set"
-        )
+        fce: bool = Field(False, description="full context embeddings: embed each image conditioned on the support set")
         fce_steps: int = Field(5, ge=1, le=100, description="times that a query reads the support set, with fce")
 
     config: Config
@@ -71,7 +69,7 @@ class MatchingNet(FeatureLearner):
         return self.attend(features, state["context"], state["members"])
 
     def in_context(self, features: Tensor) -> Tensor:
-        """Support features (S, D), each in the light of all: the paper's g."""
+        """Support features (S, D), each conditioned on all: the paper's g."""
         if not self.config.fce:
             return features
         sums = features.sum(1)
@@ -81,7 +79,7 @@ class MatchingNet(FeatureLearner):
         return features + alike / alike.sum(1, keepdim=True) @ read  # a tie cannot tell which of the images came first
 
     def read(self, query: Tensor, support: Tensor) -> Tensor:
-        """Query features (Q, D) in the light of the support features (S, D): the paper's f."""
+        """Query features (Q, D) conditioned on the support features (S, D): the paper's f."""
         if not self.config.fce:
             return query
         hidden = cell = torch.zeros_like(query)

@@ -33,7 +33,7 @@ from kshot import (
 class MetaGAN(FeatureLearner):
     """Prototypical networks meta-trained in a game against a generator; what is served is the network alone.
 
-    The paper plays the game around relation networks and MAML; around prototypes it is the same, and trains faster.
+    The paper adds the game to relation networks and MAML; with prototypes it is the same game, and trains faster.
     The fake class wins where an image's squared distance to every prototype is beyond a learned threshold. Only the
     game knows of that class, so no query is ever taken for a fake. Of an episode, the generator sees the mean of the
     prototypes, and nothing of the queries.

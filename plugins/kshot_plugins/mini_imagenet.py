@@ -1,6 +1,6 @@
 """mini-ImageNet: 100 classes of photographs at 84 x 84, in the split of Ravi and Larochelle, 2017.
 
-The images are ImageNet's and may not be passed on, so everyone brings a copy: https://openreview.net/forum?id=rJY0-Kcll
+The images are ImageNet's and may not be redistributed, so users provide a copy: https://openreview.net/forum?id=rJY0-Kcll
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def kshot_datasets() -> dict[str, Importer]:
     return {
         "mini-imagenet": Importer(
             about="100 classes of photographs; --from a folder of class folders, or of train.zip, val.zip and test.zip",
-            licence="ImageNet's terms: research and education only, not to be passed on",
+            licence="ImageNet's terms: research and education only, no redistribution",
             provenance="ILSVRC 2012, the classes of Vinyals et al. 2016 as split by Ravi and Larochelle 2017",
             rule=ImageRule(size=84),
             open=_open,

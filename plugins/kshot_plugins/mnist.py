@@ -1,4 +1,4 @@
-"""MNIST: 70,000 handwritten digits, to try on them what was trained elsewhere.
+"""MNIST: 70,000 handwritten digits, for testing on another domain than that of training.
 
 LeCun, Cortes and Burges, 1998. Its own split is one of images, not of classes: the ten digits are classes of `test`, by
 the images of its test file, and again of `train`, by those of its training file. So `train` is no class-disjoint

@@ -18,7 +18,7 @@ from kshot_plugins.cosine import Cosine
 
 
 class MultiTask(Cosine):
-    """Every data set counts alike, however many of a batch's images it brings; a new class is where its mean points to.
+    """Every data set has the same weight, whatever its share of a batch; a class is the direction of its mean feature.
 
     Of a recipe with one data set, it is ordinary class training.
 

@@ -22,7 +22,7 @@ from PIL import Image
 from kshot import ImageRule, Importer, KshotError, Listing, Picture, Request, Split, hookimpl, list_images, random_split
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
-# The official archives by md5, and by their decoded pixels: a mirror may have compressed the PNG files again.
+# md5 of the official archives, and sha256 of their pixels, since a mirror may have recompressed the PNG files.
 ARCHIVES = {
     "images_background.zip": (
         "68d2efa1b9178cc56df9314c21c6e718",
@@ -102,7 +102,7 @@ def _archive(name: str, request: Request) -> Path:
         if hashlib.file_digest(file, "md5").hexdigest() == md5:
             return path
     if (found := pixel_checksum(path)) != pixels:
-        raise KshotError(f"{path} is not Omniglot's {name}: neither its md5 nor its pixels ({found[:12]}…) are. "
+        raise KshotError(f"{path} is not Omniglot's {name}: neither its md5 nor its pixels ({found[:12]}…) match. "
                          f"Delete it and fetch it again: {URL}{name}")  # fmt: skip
     return path
 

@@ -113,7 +113,7 @@ def _network(config: Torchvision.Config) -> nn.Module:
             return models.get_model(config.model, weights="DEFAULT")
         except OSError as error:
             raise KshotError(
-                f"the weights of {config.model} are neither cached nor to be had ({error}). "
+                f"the weights of {config.model} are not cached and could not be downloaded ({error}). "
                 f"Set weights to a file with its state dict."
             ) from None
     network = models.get_model(config.model)

@@ -15,8 +15,8 @@ from kshot import FeatureLearner, Learner, State, class_means, hookimpl, squared
 class ProtoNet(FeatureLearner):
     """Classes are their mean features; logits are negative squared Euclidean distances, as in the paper.
 
-    Good for a first try at anything: any ways and shots, classes that come and go, and adapting that takes one pass of
-    the backbone. Less so where the new classes are unlike the base classes, because no weight adapts to them.
+    A good first choice: any ways and shots, classes can be added and removed, and adapting takes one backbone pass.
+    Weaker where novel classes differ much from the base classes, because no weight adapts to them.
     """
 
     name = "protonet"

@@ -15,7 +15,7 @@ from kshot import Backbone, FeatureLearner, KshotError, Learner, LearnerConfig, 
 
 
 class Siamese(FeatureLearner):
-    """A pair's score is the log-odds that both images show one class; a class scores the mean over its images.
+    """A pair's score is the log-odds that both images show one class; a class's score is the mean over its images.
 
     Same and different pairs weigh the same in the loss, so a score tells how much likelier the pair is if the class is
     one: of classes with one image each, of which one is right, the softmax of the scores is the probability of each.
@@ -29,7 +29,7 @@ class Siamese(FeatureLearner):
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__(backbone, config)
         self.score = nn.Linear(backbone.features, 1)
-        # No pair scores above the bias, which two equal images get; a bias that starts at 0 takes very long to rise.
+        # The bias is the score of two equal images and the largest possible; starting at 0 it rises very slowly.
         nn.init.constant_(self.score.bias, 5.0)
         nn.init.constant_(self.score.weight, -8 / backbone.features)
 

@@ -31,11 +31,11 @@ from kshot_plugins.class_training import BaseHead
 class SimpleShot(FeatureLearner):
     """Logits are negative squared distances to the class means of transformed features.
 
-    What features are centred by is the base classes' mean, never an episode's. Features change while the backbone
-    learns, so the mean is one over the last batches of class training only, when they change no longer.
+    Features are centred by the mean of the base classes, never of an episode. Features change while the backbone
+    trains, so the mean is taken over the last batches of class training only.
 
-    Good for a first answer on any backbone: class training, a mean, a distance. What a cleverer learner gains should be
-    measured against it.
+    A simple baseline for any backbone: class training, a mean, a distance. Measure the gain of other learners against
+    it.
     """
 
     name = "simpleshot"

@@ -43,7 +43,7 @@ class Timm(PretrainedBackbone):
 
     @classmethod
     def named(cls, name: str) -> type[Self]:
-        """The backbone timm/`name`; a KshotError with the nearest names if timm has none such."""
+        """The backbone timm/`name`; a KshotError with the nearest names if timm has no such network."""
         names = {*_timm().list_models(), *_timm().list_pretrained()}
         if name not in names:
             close = difflib.get_close_matches(name, sorted(names), n=3)
@@ -149,7 +149,7 @@ def _reason(name: str, facts: Any, weights: str, what: str) -> str:
     if not facts.has_weights:
         return f"there are no weights for timm's {name!r}: set weights = 'none', or to a file of your own"
     return (
-        f"the weights of timm/{name} are not to be had: {what.partition('. ')[0].removesuffix('.')}. Fetch "
+        f"the weights of timm/{name} could not be loaded: {what.partition('. ')[0].removesuffix('.')}. Fetch "
         f"{facts.hf_hub_filename or 'model.safetensors'} of {facts.hf_hub_id or facts.url} where there is a network "
         f"(licence: {facts.license or 'not stated'}), and set [backbone] weights to the path of that file."
     )

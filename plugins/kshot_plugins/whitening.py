@@ -1,7 +1,7 @@
-"""The whitened space: features in which photos of one base class vary alike in all directions.
+"""Whitening: a feature space in which the variance within the base classes is the same in all directions.
 
 Photos of one user share nuisances (one camera, one shelf, one light), and the scatter within the base classes holds
-just these. No learner by itself, but what `whitened`, `plda` and `ridge` share.
+just these. Not a learner: the base of `whitened`, `plda` and `ridge`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WhitenedSpace(FeatureLearner):
     config: Config
     mean: Tensor  # (D,)
     vectors: Tensor  # (D, r)
-    damping: Tensor  # (r,) by how much less each of these directions counts: -1 for not at all, 0 for fully
+    damping: Tensor  # (r,) change of the weight of each of these directions: -1 removes it, 0 keeps it
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)

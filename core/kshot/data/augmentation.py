@@ -48,7 +48,7 @@ def augment(episodes: Episodes, settings: Augmentation, *, seed: int, step: int)
 
 
 def _change(images: Tensor, settings: Augmentation, random: np.random.Generator) -> Tensor:
-    """Images (N, C, H, W) in 0..1, each changed by what is drawn for it; the edge goes on outside the image."""
+    """Images (N, C, H, W) in 0..1, each with its own random transform; outside the image, edge pixels repeat."""
 
     def drawn(most: float) -> Tensor:
         return torch.from_numpy(random.uniform(-most, most, len(images))).to(images)  # (N,)

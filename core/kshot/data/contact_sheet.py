@@ -1,4 +1,4 @@
-"""Contact sheets: what a data set looks like after its import, on one picture."""
+"""Contact sheets: a picture of example images of a data set's classes."""
 
 from __future__ import annotations
 

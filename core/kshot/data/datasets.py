@@ -164,7 +164,7 @@ class ImageSet:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """The number of each image's group (N,), where the import was told of groups; one name, one number."""
+        """The number of each image's group (N,), if the import was given groups; equal names have equal numbers."""
         names = [f.group for f in self.index.files if f.group is not None]
         return np.unique(names, return_inverse=True)[1] if len(names) == len(self.index.files) else None
 
@@ -210,7 +210,7 @@ class ClassImages:
         counts: np.ndarray,  # (classes,) int64: images per class
         names: tuple[str, ...],
         turns: np.ndarray | None = None,  # (classes,) quarter turns, counter-clockwise
-        classes_per_data_set: tuple[int, ...] = (),  # how many each of the joined data sets brings, in order
+        classes_per_data_set: tuple[int, ...] = (),  # number of classes from each joined data set, in order
     ) -> None:
         self._packed = tuple(packed)
         self._starts = starts
@@ -290,7 +290,7 @@ class ClassImages:
         return some
 
     def _view(self) -> Self:
-        """A copy to be changed: it shares the images, and caches nothing."""
+        """A copy that shares the images but no cached properties."""
         view = copy.copy(self)
         for name in ("groups", "by_class"):  # cached properties, of subclasses too
             vars(view).pop(name, None)

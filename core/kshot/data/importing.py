@@ -1,6 +1,6 @@
-"""Import: pictures from a folder, a zip or a plugin's source become a packed data set, or nothing is left behind.
+"""Import: packs the images of a folder, a zip or a plugin's source as a data set, or leaves nothing behind.
 
-Every picture is decoded once, by `kshot_runtime.images`. What is not taken is listed with its reason.
+Every picture is decoded once, by `kshot_runtime.images`. Files that are not imported are listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kshot.data.sources import Importer, Picture, Request, Split, grouped, list_
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageError, ImageRule, decode, render
 
-FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test: the share of the classes of a source that is not split already
+FRACTIONS = (0.6, 0.2, 0.2)  # of the classes for train, val and test, if a source has no splits of its own
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -43,15 +43,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; `skipped` and `duplicates` are for a person to look at."""
+    """The result of an import; `skipped` and `duplicates` are worth a look by a person."""
 
     folder: Path
     version: str
     images: int
     splits: Mapping[str, int]  # classes in each
     skipped: Sequence[Skipped]
-    duplicates: Sequence[tuple[str, ...]]  # groups of files that are the same to the byte
-    leaks: Sequence[tuple[str, ...]]  # those of them that lie in more than one split
+    duplicates: Sequence[tuple[str, ...]]  # groups of identical files
+    leaks: Sequence[tuple[str, ...]]  # duplicates that are in more than one split
     groups: Mapping[str, int]  # how many groups each class has photos of, where groups are known
 
     @property
@@ -120,13 +120,13 @@ def import_dataset(
 
 
 def finish(events: Iterable[Progress | ImportReport]) -> ImportReport:
-    """Let an import run to its end without watching it."""
+    """Run an import to its end and return the report."""
     *_, report = events
     assert isinstance(report, ImportReport)
     return report
 
 
-# ---- where pictures come from
+# ---- sources
 
 
 def _importer(source: str) -> Importer:
@@ -285,7 +285,7 @@ def _duplicates(files: Iterable[FileEntry]) -> list[tuple[str, ...]]:
 
 
 def _leaks(index: Index) -> dict[tuple[str, ...], dict[Split, str]]:
-    """The files, equal to the byte, that lie in more than one split; for each of these splits one of the files."""
+    """Identical files that are in more than one split; for each of these splits one of the files."""
     split_of = {f.name: c.split for c in index.classes for f in index.files[c.start : c.start + c.count]}
     by_split = {names: {split_of[name]: name for name in reversed(names)} for names in index.duplicates}
     return {names: files for names, files in by_split.items() if len(files) > 1}
@@ -295,9 +295,9 @@ def _refuse_leaks(index: Index) -> None:
     if leaks := _leaks(index):
         pairs = [" = ".join(f"{file} ({split})" for split, file in sorted(files.items())) for files in leaks.values()]
         raise KshotError(
-            f"{len(leaks)} images are in more than one split, so that a test would see what was trained:"
+            f"{len(leaks)} images are in more than one split, so test images would be training images:"
             + "".join(f"\n  {pair}" for pair in pairs[:5])
-            + "\nKeep one file of each, or import them all the same: --allow-leaks"
+            + "\nKeep one file of each, or import them anyway: --allow-leaks"
         )
 
 
@@ -324,7 +324,7 @@ def _report(folder: Path, index: Index) -> ImportReport:
 
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[Iterator[Progress]]:
-    """One import of a name at a time; what is given out says that it waits, while it does."""
+    """Allow one import of a name at a time; the iterator given reports the wait for another one."""
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".locks" / name)
 
@@ -343,7 +343,7 @@ def _locked(root: Path, name: str) -> Iterator[Iterator[Progress]]:
 
 @contextmanager
 def _workplace(root: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside the data set, gone at the end whatever happens, and with it those of killed imports."""
+    """A hidden folder beside the data set, removed at the end, together with those of killed imports."""
     for stale in root.glob(f".importing-{name}~*"):
         shutil.rmtree(stale, ignore_errors=True)
     try:

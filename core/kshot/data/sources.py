@@ -1,6 +1,6 @@
-"""Where pictures come from: what a data source is, and the folders and zips that every source may read.
+"""Data sources: the interface of importers, and readers of folders and zips.
 
-A zip is never unpacked: its members are read one at a time, and one that was made to do harm is refused whole.
+A zip is never unpacked: its members are read one at a time, and a malicious archive is refused as a whole.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Split = Literal["train", "val", "test"]
 _SPLIT_FOLDERS: dict[str, Split] = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
-_MAX_RATIO = 200  # images hardly compress: a zip that grows this much is a bomb
+_MAX_RATIO = 200  # images hardly compress: a larger ratio is a zip bomb
 _MAX_MEMBERS = 5_000_000
 
 
 class Picture(NamedTuple):
-    """One image before its decoding."""
+    """An image that is not decoded yet."""
 
     name: str  # unique in the source
     label: str  # its class
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a source offers: its pictures, unread, and the files that are none."""
+    """The contents of a source: its images, not read yet, and the files that were skipped."""
 
     pictures: list[Picture]
     skipped: list[Skipped] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Request:
-    """What a source is asked for."""
+    """The options of an import that a source may need."""
 
-    folder: Path | None  # where its archives lie, if the user or the mirror has them
-    cache: Path  # where to keep what has to be downloaded
+    folder: Path | None  # of its archives, if the user or the mirror has them
+    cache: Path  # for downloads
     split: str | None  # one of the source's splits
     seed: int
 
@@ -72,7 +72,7 @@ class Importer:
 
 
 def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, Split]:
-    """Each name's split: shares of a seeded shuffle, at least one in each that is asked for."""
+    """Each name's split: shares of a seeded shuffle, at least one in each split with a share over 0."""
     order: tuple[Split, ...] = ("train", "val", "test")
     asked = sum(f > 0 for f in fractions)
     if len(names) < asked:
@@ -85,7 +85,7 @@ def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) ->
     counts = [max(int(share), 1) if share else 0 for share in exact]
     while sum(counts) > len(names):
         counts[int(np.argmax(counts))] -= 1
-    while sum(counts) < len(names):  # what rounding left goes where it is missed most
+    while sum(counts) < len(names):  # the remainder of rounding goes to the split that lost most
         counts[int(np.argmax(np.array(exact) - counts))] += 1
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     chosen = [split for split, count in zip(order, counts, strict=True) for _ in range(count)]
@@ -93,7 +93,7 @@ def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) ->
 
 
 def grouped(pictures: Sequence[Picture], group_by: str) -> list[Picture]:
-    """The pictures with their groups: the last folder, which is then no part of the class, or a part of the file name.
+    """The images with their groups, taken from the last folder (then not part of the class name) or the file name.
 
     `group_by` is `folder`, or a glob of file names with the group in braces: `{visit}_*`. Where it may end in several
     places, a group is as short as it can be.
@@ -166,12 +166,12 @@ def _folder_files(folder: Path, skipped: list[Skipped]) -> dict[str, Callable[[]
     for parent, folders, names in os.walk(folder, onerror=refuse):
         relative = Path(parent).relative_to(folder)
         for name in [*folders]:
-            if _is_litter(name) or Path(parent, name).is_symlink():
+            if _is_system_file(name) or Path(parent, name).is_symlink():
                 folders.remove(name)
-                skipped.append(Skipped(name=f"{(relative / name).as_posix()}/", why=_why_litter(name)))
+                skipped.append(Skipped(name=f"{(relative / name).as_posix()}/", why=_why_skipped(name)))
         for name in names:
-            if _is_litter(name):
-                skipped.append(Skipped(name=(relative / name).as_posix(), why=_why_litter(name)))
+            if _is_system_file(name):
+                skipped.append(Skipped(name=(relative / name).as_posix(), why=_why_skipped(name)))
             else:
                 files[(relative / name).as_posix()] = _limited_reader(Path(parent, name))
     return files
@@ -188,7 +188,7 @@ def _limited_reader(path: Path) -> Callable[[], bytes]:
 
 
 def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
-    """The files in a zip, read one at a time and never unpacked. A zip that was made to do harm is refused whole."""
+    """The files in a zip, read one at a time and never unpacked. A malicious archive is refused as a whole."""
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except (zipfile.BadZipFile, NotImplementedError):
@@ -212,8 +212,8 @@ def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str
             raise KshotError(f"{path} is encrypted. Unpack it, and import the folder.")
         if member.filename in files:
             raise KshotError(f"{path} holds {member.filename!r} twice. Refused.")
-        if litter := next(filter(_is_litter, parts), None):
-            skipped.append(Skipped(name=member.filename, why=_why_litter(litter)))
+        if system_file := next(filter(_is_system_file, parts), None):
+            skipped.append(Skipped(name=member.filename, why=_why_skipped(system_file)))
         else:
             files[str(PurePosixPath(*parts))] = _member_reader(archive, member)
     return files
@@ -230,13 +230,13 @@ def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callabl
     return read
 
 
-def _is_litter(name: str) -> bool:
+def _is_system_file(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _why_litter(name: str) -> str:
+def _why_skipped(name: str) -> str:
     return (
         "a file of the operating system, or hidden"
-        if _is_litter(name)
+        if _is_system_file(name)
         else "a link to a folder; links are not followed"
     )
