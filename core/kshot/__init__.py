@@ -19,7 +19,7 @@ from kshot.learner import (
     State,
     without_statistics,
 )
-from kshot.norms import Norm, SupportNorm, make_norm
+from kshot.norms import BY_ITSELF, Norm, SupportNorm, make_norm
 from kshot.ops import class_means, cross_entropy, one_hot, solve, squared_distances, unit
 from kshot.recurrence import bidirectional_lstm
 from kshot.torchvision_import import torchvision
@@ -27,6 +27,7 @@ from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
 
 __all__ = [
+    "BY_ITSELF",
     "Backbone",
     "BackboneConfig",
     "Episode",

@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from kshot.norms import BY_ITSELF, Norm, recorded
 from kshot.ops import cross_entropy, one_hot
+from kshot_runtime.manifest import nearest_shots
 
 if TYPE_CHECKING:
     from kshot.backbones import Backbone
@@ -241,6 +242,15 @@ class InnerLoop(Learner):
     def steps(self) -> int:
         """The default number of inner steps: while meta-training, and afterwards (`self.training`)."""
 
+    @property
+    def steps_by_shots(self) -> Mapping[int, int]:
+        """Inner steps for numbers of images of each class, where they were chosen; `steps` goes for all without any."""
+        return {}
+
+    def steps_for(self, shots: float) -> int:
+        """Inner steps for so many images of each class, on average."""
+        return nearest_shots(self.steps_by_shots, shots, self.steps)
+
     @abstractmethod
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         """The state before the first step."""
@@ -249,16 +259,26 @@ class InnerLoop(Learner):
     def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
         """The state after one more step, with the same names and shapes; `i` is the step's number, int64 ()."""
 
+    @property
+    def closed_form_start(self) -> bool:
+        """Whether `first` takes the first step with less work than `step`."""
+        return False
+
+    def first(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The state after the first step, the same that `step` gives with i = 0."""
+        return self.step(state, support, labels, classes, torch.zeros((), dtype=torch.int64, device=support.device))
+
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         """The state that `classify` takes; by default the last step's."""
         return state
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None) -> State:
-        """Learn from a support set in `steps` steps, by default `self.steps`."""
-        state = self.begin(support, labels, classes)
-        for i in range(self.steps if steps is None else steps):
-            state = self.step(state, support, labels, classes, torch.tensor(i))
-        return self.finish(state, support, labels, classes)
+        """Learn from a support set in `steps` steps, by default as many as `steps_for` says."""
+        state, given = self.begin(support, labels, classes), (support, labels, classes)
+        steps = self.steps_for(labels.shape[0] / classes.shape[0]) if steps is None else steps
+        for number, i in enumerate(torch.arange(steps, device=support.device)):
+            state = self.first(state, *given) if number == 0 else self.step(state, *given, i)
+        return self.finish(state, *given)
 
 
 class FeatureLoop(InnerLoop, FeatureLearner):
@@ -276,7 +296,7 @@ class FeatureLoop(InnerLoop, FeatureLearner):
 
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         state = self.start(features, labels, classes)
-        for _ in range(self.steps):
+        for _ in range(self.steps_for(labels.shape[0] / classes.shape[0])):
             state = self.update(state, features, labels, classes)
         return state
 

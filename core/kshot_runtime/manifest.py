@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -186,6 +186,7 @@ class Manifest(Facts):
     )
     features: int = Field(ge=1, description="width of the features")
     steps: int | None = Field(None, description="inner steps unless told; none for a learner that takes none")
+    steps_by_shots: dict[int, int] = Field({}, description="the same for numbers of images of each class")
     state: dict[str, TensorSpec]
     parity: Parity
     files: dict[str, FileFacts]
@@ -212,6 +213,10 @@ class Manifest(Facts):
         """A name for exactly these graphs, which a state carries to be told from other bundles' states."""
         return hashlib.sha256("".join(self.files[name].sha256 for name in sorted(self.files)).encode()).hexdigest()[:16]
 
+    def steps_for(self, shots: float) -> int | None:
+        """Inner steps for so many images of each class, on average."""
+        return None if self.steps is None else nearest_shots(self.steps_by_shots, shots, self.steps)
+
     def calibration_for(self, ways: int, shots: float) -> Calibration | None:
         """What holds for so many classes and images of each: of the nearest number of classes that was measured.
 
@@ -228,6 +233,12 @@ class Manifest(Facts):
             return few or many
         way = (1 / few.shots - 1 / shots) / (1 / few.shots - 1 / many.shots)
         return _between(few, many, way) or (few if way < 0.5 else many)
+
+
+def nearest_shots(steps: Mapping[int, int], shots: float, default: int) -> int:
+    """The steps for the nearest number of shots in a table, by ratio; the default where it is empty."""
+    nearest = min(steps, key=lambda known: (abs(math.log(known / max(1, shots))), known), default=None)
+    return default if nearest is None else steps[nearest]
 
 
 def _between(a: Calibration, b: Calibration, way: float) -> Calibration | None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, FeatureLoop, Learner, State, hookimpl, one_hot
+from kshot import Backbone, FeatureLoop, Learner, State, hookimpl
 from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 
@@ -39,12 +39,10 @@ class ANIL(FeatureLoop, GradientLearner):
         self.log_rate = nn.Parameter(rate) if config.learn_rate else nn.Buffer(rate)
 
     def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return self.new_head(features, classes)
+        return self.new_head(features, labels, classes)
 
     def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        # The cross-entropy's gradient written out, in ops that autograd follows to the features whatever needs them.
-        errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
-        gradients = dict(zip(HEAD, (errors.t() @ features, errors.sum(0)), strict=True))
+        gradients = self.head_gradient(state, features, labels, classes)
         # A row learns from its own class, a share 1/W of the mean loss: the rate makes up for that.
         rate = self.log_rate.exp() * classes.shape[0]
         return {name: state[name] - rate * gradients[name] for name in HEAD}

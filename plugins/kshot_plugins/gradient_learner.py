@@ -1,17 +1,24 @@
 """What learners by gradient share: a backbone and a linear head whose weights an inner loop moves.
 
-Every class starts from one shared head row, so any number of ways fits, and no label order can leak into the
+A head of zeros starts every class from one shared row, so any number of ways fits, and no label order can leak into the
 initialisation. What all rows share cancels in the softmax, at every step of gradient descent and in every derivative,
 so the shared row is zero. Two things follow: before the first step every class is equally likely, and the first step
 moves the head only.
+
+A head of prototypes starts as a prototypical network's classifier: Triantafillou et al., 2020, Meta-Dataset, section 3.
+https://arxiv.org/abs/1903.03096
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
 from pydantic import Field
 from torch import Tensor
 
-from kshot import InnerLoop, LearnerConfig, State, cross_entropy, one_hot
+from kshot import BY_ITSELF, InnerLoop, LearnerConfig, State, class_means, cross_entropy, gradient, one_hot
 
 HEAD = ("head.weight", "head.bias")
 
@@ -23,35 +30,119 @@ class GradientLearner(InnerLoop):
 
     class Config(LearnerConfig):
         steps: int = Field(1, ge=0, description="inner steps while meta-training")
-        eval_steps: int | None = Field(None, ge=0, description="inner steps afterwards; `steps` if unset")
+        eval_steps: Annotated[int, Field(ge=0)] | dict[int, int] | None = Field(
+            None, description="inner steps afterwards, or a table of them by shots; chosen on validation if unset"
+        )
+        head: Literal["zero", "prototypes"] = Field(
+            "zero", description="the head before the first step: zeros, or each class's mean support feature"
+        )
+        length: float | None = Field(
+            None, gt=0, description="length that features are scaled to before the head; unset, they stay as they are"
+        )
 
     config: Config
 
     @property
     def steps(self) -> int:
         afterwards = self.config.eval_steps
-        return self.config.steps if self.training or afterwards is None else afterwards
+        return self.config.steps if self.training or not isinstance(afterwards, int) else afterwards
+
+    @property
+    def steps_by_shots(self) -> Mapping[int, int]:
+        table = self.config.eval_steps
+        return table if isinstance(table, dict) and not self.training else {}
 
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        return {**self.weights(), **self.new_head(support, classes)}
+        prototypes = self.config.head == "prototypes"
+        features = self.measure(support)[0] if prototypes else support.new_empty(0, self.backbone.features)
+        weights = self.weights()
+        if self.training:  # views, since prototypes depend on the weights: `gradient` must not see through them
+            weights = {name: weight.view_as(weight) for name, weight in weights.items()}
+        return weights | self.new_head(features, labels, classes)
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        if self.backbone.norm in BY_ITSELF or (self.training and self.backbone.norm == "batch"):
+            return state  # queries need no statistics
         _, statistics = self.measure(support, state)  # of the adapted weights
         return {**state, **statistics}
 
     def classify(self, state: State, query: Tensor) -> Tensor:
         return self.logits(state, self.embed(query, state))
 
-    def new_head(self, like: Tensor, classes: Tensor) -> State:
-        """A head of zeros for so many classes: weight (W, D) and bias (W,)."""
+    def new_head(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The head before the first step, weight (W, D) and bias (W,), for support features (S, D) and their labels.
+
+        With prototypes m the logits are 2 m·x - |m|², the negative squared distance up to what classes share.
+        """
         ways = classes.shape[0]
-        weight, bias = like.new_zeros(ways, self.backbone.features), like.new_zeros(ways)
+        if self.config.head == "zero":
+            weight, bias = features.new_zeros(ways, features.shape[1]), features.new_zeros(ways)
+        else:
+            means = class_means(self.scaled(features), labels, classes)
+            weight, bias = 2 * means, -means.square().sum(1)
         return dict(zip(HEAD, (weight, bias), strict=True))
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Features (N, D) at the length that the head takes."""
+        if self.config.length is None:
+            return features
+        return features * (self.config.length * (features.square().sum(1, keepdim=True) + 1e-6).rsqrt())
 
     def logits(self, state: State, features: Tensor) -> Tensor:
         """What the state's head makes of features (N, D): (N, W)."""
-        return features @ state["head.weight"].t() + state["head.bias"]
+        return self.scaled(features) @ state["head.weight"].t() + state["head.bias"]
 
     def support_loss(self, fast: State, support: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
         """The mean cross-entropy of a support set with these weights: what inner steps descend."""
         return cross_entropy(self.classify(fast, support), one_hot(labels, classes))
+
+    def head_gradient(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        """The support loss's gradient with respect to the head, written out, for support features (S, D)."""
+        errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
+        return dict(zip(HEAD, (errors.t() @ self.scaled(features), errors.sum(0)), strict=True))
+
+
+class Descent(GradientLearner):
+    """Inner steps descend the support loss, each weight tensor at its rate."""
+
+    class Config(GradientLearner.Config):
+        first_order: bool = Field(False, description="ignore that the inner gradient depends on the initialisation")
+
+    config: Config
+
+    @abstractmethod
+    def rates_at(self, i: Tensor) -> Sequence[Tensor]:
+        """The rates of step i, in the order of the state's tensors."""
+
+    @property
+    def surrogate(self) -> bool:
+        return self.config.first_order
+
+    @property
+    def closed_form_start(self) -> bool:
+        return self.config.head == "zero"
+
+    def first(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+        if not self.closed_form_start:
+            return super().first(state, support, labels, classes)
+        gradients = self.head_gradient(state, self.embed(support, state), labels, classes)
+        if self.config.first_order:
+            gradients = {name: value.detach() for name, value in gradients.items()}
+        return self.descend(state, gradients, classes, labels.new_zeros(()))
+
+    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
+        def loss(fast: State) -> Tensor:
+            return self.support_loss(fast, support, labels, classes)
+
+        return self.descend(state, gradient(loss, state, first_order=self.config.first_order), classes, i)
+
+    def descend(self, state: State, gradients: Mapping[str, Tensor], classes: Tensor, i: Tensor) -> State:
+        """The state after step i down these gradients; a tensor without one stays."""
+        moved = dict(state)
+        for (name, value), rate in zip(state.items(), self.rates_at(i), strict=True):
+            if name in gradients:
+                # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.
+                moved[name] = value - rate * (classes.shape[0] if name in HEAD else 1) * gradients[name]
+            elif self.training:  # as in `begin`
+                moved[name] = value.view_as(value)
+        return moved

@@ -11,48 +11,40 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import Backbone, Learner, State, gradient, hookimpl
-from kshot_plugins.gradient_learner import HEAD, GradientLearner
+from kshot import Backbone, Learner, hookimpl
+from kshot_plugins.gradient_learner import HEAD, Descent
 
 
-class MAML(GradientLearner):
+class MAML(Descent):
     """All weights descend the support loss; the outer gradient goes through that descent, unless told `first_order`.
 
     Good for new classes that are unlike the base classes, because every weight adapts to them. It costs more than a
-    metric learner, in training and in adapting, and loses at other shots than those it was trained at.
+    metric learner, in training and in adapting. Train it at all the shots that it will meet.
     """
 
     name = "maml"
 
-    class Config(GradientLearner.Config):
-        steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
+    class Config(Descent.Config):
+        steps: int = Field(2, ge=0, description="inner steps while meta-training; a zero head's first moves it alone")
         rate: float = Field(0.04, gt=0, description="inner learning rate of the backbone, on the mean cross-entropy")
         head_rate: float = Field(0.4, gt=0, description="inner learning rate of the head, taken times the ways")
         learn_rate: bool = Field(False, description="meta-learn a rate for each weight tensor, starting at these")
-        first_order: bool = Field(False, description="ignore that the inner gradient depends on the initialisation")
+        per_step: bool = Field(False, description="rates of their own for each of `steps` steps, as in MAML++")
 
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
         rates = torch.tensor([config.rate] * len(self.weights()) + [config.head_rate] * len(HEAD)).log()
+        if config.per_step:
+            rates = rates.repeat(max(1, config.steps), 1)  # (steps, tensors)
         self.log_rates = nn.Parameter(rates) if config.learn_rate else nn.Buffer(rates)
 
-    @property
-    def surrogate(self) -> bool:
-        return self.config.first_order
-
-    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
-        def loss(fast: State) -> Tensor:
-            return self.support_loss(fast, support, labels, classes)
-
-        gradients = gradient(loss, state, first_order=self.config.first_order)
+    def rates_at(self, i: Tensor) -> Sequence[Tensor]:
         rates = self.log_rates.exp()
-        return {
-            # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.
-            name: value - rates[k] * (classes.shape[0] if name in HEAD else 1) * gradients[name]
-            for k, (name, value) in enumerate(state.items())
-        }
+        if self.config.per_step:  # later steps go at the last one's rates
+            rates = rates.index_select(0, i.clamp(max=rates.shape[0] - 1)[None])[0]
+        return rates.unbind()
 
 
 @hookimpl

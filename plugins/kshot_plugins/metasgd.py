@@ -12,11 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kshot import Backbone, Learner, State, gradient, hookimpl
-from kshot_plugins.gradient_learner import HEAD, GradientLearner
+from kshot import Backbone, Learner, hookimpl
+from kshot_plugins.gradient_learner import Descent
 
 
-class MetaSGD(GradientLearner):
+class MetaSGD(Descent):
     """Every scalar weight has a rate of its own, of either sign. The head's are one for each feature and one for the
     bias, shared by the classes, so that any ways fit.
 
@@ -28,7 +28,7 @@ class MetaSGD(GradientLearner):
 
     name = "metasgd"
 
-    class Config(GradientLearner.Config):
+    class Config(Descent.Config):
         steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
         lowest: float = Field(0.005, description="initial rates are drawn evenly between this")
         highest: float = Field(0.1, description="and this")
@@ -46,16 +46,8 @@ class MetaSGD(GradientLearner):
         shapes = [weight.shape for weight in self.weights().values()] + [(backbone.features,), ()]
         self.rates = nn.ParameterList(torch.empty(s).uniform_(config.lowest, config.highest) for s in shapes)
 
-    def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
-        def loss(fast: State) -> Tensor:
-            return self.support_loss(fast, support, labels, classes)
-
-        gradients = gradient(loss, state)
-        return {
-            # A head row learns from its own class, a share 1/W of the mean loss: its rates make up for that.
-            name: value - rate * (classes.shape[0] if name in HEAD else 1) * gradients[name]
-            for (name, value), rate in zip(state.items(), self.rates, strict=True)
-        }
+    def rates_at(self, i: Tensor) -> Sequence[Tensor]:
+        return list(self.rates)
 
 
 @hookimpl

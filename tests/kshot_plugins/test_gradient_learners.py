@@ -227,7 +227,7 @@ def test_the_metalstms_outer_gradient_is_a_plain_loops_whose_inner_gradients_are
     episode = batch(episodes=1)[0]
     given, parameters = (episode.support, episode.support_labels, episode.classes), list(learner.parameters())
     ours = torch.autograd.grad(learner.query_loss(episode), parameters)
-    fast = {**learner.weights(), **learner.new_head(*given[::2])}
+    fast = {**learner.weights(), **learner.new_head(learner.embed(given[0]), *given[1:])}
     gates = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in fast.items()}
     for _ in range(3):
         leaves = {name: w.detach().requires_grad_() for name, w in fast.items()}
