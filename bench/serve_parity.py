@@ -32,7 +32,7 @@ from kshot.data.episodes import Shape, draw_indices
 from kshot.evaluation.scores import answers
 from kshot.export import Facts, export
 from kshot.learner import Learner
-from kshot.recipe import PluginSettings, Recipe
+from kshot.recipe import LearnerSettings, PluginSettings, Recipe
 from kshot_flows.store import learners
 from kshot_flows.store.keys import TEST_SEED
 from kshot_runtime.images import decode
@@ -78,7 +78,7 @@ def untrained(data: ImageSet, folder: Path) -> tuple[Learner, Path]:
     torch.manual_seed(0)
     recipe = Recipe(
         name="parity", dataset={"name": data.name}, backbone=PluginSettings(name="conv4"),
-        learner=PluginSettings(name="protonet"),
+        learner=LearnerSettings(name="protonet"),
     )  # fmt: skip
     learner = recipe.build(data.rule.shape).eval()
     facts = Facts(learner=Plugin(name="protonet"), backbone=Plugin(name="conv4"), image=data.rule)

@@ -31,7 +31,7 @@ from PIL import Image
 from kshot.data.datasets import ClassImages
 from kshot.data.episodes import Shape
 from kshot.export import Facts, export
-from kshot.recipe import PluginSettings, Recipe
+from kshot.recipe import LearnerSettings, PluginSettings, Recipe
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
 from kshot_serve.client import Client
@@ -49,7 +49,7 @@ def build(name: str, folder: Path, *, size: int = 28, channels: int = 1, width: 
         name="bench",
         dataset={"name": "noise"},
         backbone=PluginSettings(name="conv4", width=width, **BACKBONES[name]),
-        learner=PluginSettings(name=name, **(LEARNERS[name] | settings)),
+        learner=LearnerSettings(name=name, **(LEARNERS[name] | settings)),
     )
     random = np.random.default_rng(0)
     noise = ClassImages.from_arrays([random.integers(0, 256, (4, *image), np.uint8) for _ in range(6)])

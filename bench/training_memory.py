@@ -25,7 +25,7 @@ from serving_load import arguments, write
 from kshot import malloc
 from kshot.data.datasets import ClassImages
 from kshot.data.episodes import Shape, sample_episodes
-from kshot.recipe import PluginSettings, Recipe
+from kshot.recipe import LearnerSettings, PluginSettings, Recipe
 
 CASES = {
     "84x84x3, 10-way 5-shot, 3 queries": (84, 3, Shape(10, 5, 3)),
@@ -67,7 +67,7 @@ def turn(case: str, how: str, steps: int) -> dict[str, float]:
     size, channels, shape = CASES[case]
     random = np.random.default_rng(0)
     noise = ClassImages.from_arrays([random.integers(0, 256, (10, channels, size, size), np.uint8) for _ in range(64)])
-    backbone, learner = PluginSettings(name="conv4", width=64), PluginSettings(name="protonet")
+    backbone, learner = PluginSettings(name="conv4", width=64), LearnerSettings(name="protonet")
     model = Recipe(name="bench", dataset={"name": "noise"}, backbone=backbone, learner=learner).build(noise.shape)
     optimiser = torch.optim.Adam(model.parameters())
     with malloc.kept() if how == "kept" else nullcontext():

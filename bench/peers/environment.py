@@ -58,7 +58,9 @@ def import_peers() -> tuple[types.ModuleType, ...]:
     for name in ("learn2learn.gym", "learn2learn.text"):  # need a gym and a tokenizer, which nothing here uses
         sys.modules[name] = types.ModuleType(name)
     torch.utils.data.Sampler.__init__ = lambda self, data_source=None: None  # easyfsl passes what torch took until 2.2
-    import easyfsl
+    import easyfsl.methods
+    import easyfsl.samplers
+    import easyfsl.utils
     import higher
     import learn2learn
     import torchopt

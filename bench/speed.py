@@ -1,0 +1,271 @@
+"""kshot beside easyfsl, learn2learn, higher and torchopt, and its bundles beside torch: one run, one thread.
+
+    python bench/speed.py [--data data/omniglot] [--learn2learn SOURCE] [--quick] [--only WORDS]
+
+Sets up the peers in an environment of their own the first time (bench/peers/environment.py; without a network, give a
+copy of learn2learn's git repository). All contenders have the same network, weights and images; their losses are
+compared before anything is timed. They take turns within each round, in CPU time; a ratio is of one round, of which the
+median counts, and `low` and `high` bound the middle half. "As they come" gives each contender a process of its own,
+in which the peers' malloc is as Python leaves it.
+
+Writes bench/results/speed.json, docs/performance.md and docs/performance.png; with --quick or --only it only prints.
+Without Omniglot, the glyphs that kshot draws take its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import performance_page
+from onnx_vs_torch import machine
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from environment import FOLDER, LEARN2LEARN, prepare
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "speed.json"
+EQUAL = 1e-4  # relative, of losses in float32
+
+
+class Bench(NamedTuple):
+    """How this run measures."""
+
+    python: Path
+    data: str
+    quick: bool
+
+    def turn(self, measure: str, **asked: Any) -> dict[str, Any]:
+        """What one process of the peers' environment measures."""
+        command = [self.python, HERE / "peers" / "contenders.py", json.dumps({"measure": measure, **asked})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def rounds(self, wanted: int) -> int:
+        return 2 if self.quick else wanted
+
+
+Found = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """A line of the record: the ratio of `against` to kshot, or kshot to it where less is better."""
+
+    what: str
+    against: str
+    bar: float
+    measure: Callable[[Bench], Found]
+    better: str = "higher"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/omniglot"), help="a packed data set of 28 x 28 x 1")
+    parser.add_argument("--peers", type=Path, default=FOLDER, help="where their environment is, or will be")
+    parser.add_argument("--learn2learn", default=LEARN2LEARN, metavar="SOURCE", help="a git repository with its source")
+    parser.add_argument("--quick", action="store_true", help="two rounds of everything")
+    parser.add_argument("--only", metavar="WORDS", default="", help="rows whose names contain this")
+    options = parser.parse_args()
+    bench = Bench(prepare(options.peers, options.learn2learn), images(options.data, options.peers), options.quick)
+    rows = []
+    for row in ROWS:
+        if options.only.lower() in row.what.lower():
+            found = {"what": row.what, "against": row.against, "bar": row.bar, "better": row.better}
+            rows.append(found | row.measure(bench))
+            print(performance_page.sentence(rows[-1]), flush=True)
+    if options.quick or options.only:
+        return
+    write(rows, bench)
+    performance_page.main()
+
+
+def write(rows: Sequence[Found], bench: Bench) -> None:
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    found = {
+        "what": f"one thread, CPU time, conv4-64; 28 x 28 images: {Path(bench.data).name}",
+        "machine": f"{machine()}, {os.cpu_count()} threads",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "versions": json.loads(subprocess.run([bench.python, "-c", VERSIONS], capture_output=True, check=True).stdout),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+
+
+VERSIONS = (
+    "import importlib.metadata as m, json; "
+    "print(json.dumps({n: m.version(n) for n in ('torch', 'onnxruntime-gpu', 'easyfsl', 'higher', 'torchopt')}))"
+)
+
+
+def images(data: Path, folder: Path) -> str:
+    """The packed data set to measure on: this one, or glyphs, drawn once."""
+    if data.exists():
+        return str(data.resolve())
+    drawn = folder / "data" / "glyphs"
+    if not drawn.exists():
+        command = [sys.executable, "-m", "kshot_flows.cli.main", "data", "import", "glyphs", "glyphs"]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return str(drawn)
+
+
+# --- what is measured
+
+
+def protonet(bench: Bench, shape: tuple[int, int, int], *, apart: bool, noise: bool = False) -> Found:
+    """A step, with everybody's malloc tuned, or each contender as it comes."""
+    case = {"method": "protonet", "data": "noise" if noise else bench.data, "shape": shape}
+    one_pass = bench.turn("steps", **case, rounds=0)["losses"]
+    two_passes = bench.turn("steps", **case, rounds=0, norm="batch")["losses"]
+    equal({name: one_pass[name] for name in ("kshot", "learn2learn")})
+    equal({"kshot": two_passes["kshot"], "easyfsl": one_pass["easyfsl"]})  # support and query by themselves
+    if not apart:
+        return ratios(bench.turn("steps", **case, rounds=bench.rounds(3 if noise else 9))["times"])
+    times: dict[str, list[float]] = {name: [] for name in one_pass}
+    for _ in range(bench.rounds(5)):
+        for name in times:
+            times[name].append(median(bench.turn("steps", **case, rounds=3, only=name)["times"][name]))
+    return ratios(times)
+
+
+def maml(bench: Bench, *, first_order: bool) -> Found:
+    """A step of 4 episodes, 5-way 1-shot with 15 queries, 5 inner steps."""
+    case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 4, "inner": 5}
+    found = bench.turn("steps", **case, first_order=first_order, rounds=bench.rounds(7))
+    equal(found["losses"])
+    return ratios(found["times"])
+
+
+def maml_memory(bench: Bench) -> Found:
+    """Of 16 episodes, second order; each contender in a process of its own."""
+    case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 16, "inner": 5, "first_order": False}
+    peaks: dict[str, list[float]] = {name: [] for name in ("kshot", "learn2learn", "higher", "torchopt")}
+    losses = {}
+    for _ in range(bench.rounds(3)):
+        for name in peaks:
+            found = bench.turn("memory", **case, only=name)
+            peaks[name].append(found["mb"])
+            losses |= found["losses"]
+    equal(losses)
+    return ratios(peaks, unit="MB", inverse=True)
+
+
+def maml_evaluation(bench: Bench) -> Found:
+    episodes = 8 if bench.quick else 24
+    found = bench.turn(
+        "evaluation", method="maml", data=bench.data, rounds=bench.rounds(5), episodes=episodes, peer_episodes=episodes,
+        inner=10,
+    )  # fmt: skip
+    accuracies = found["accuracies"]
+    if abs(accuracies["kshot"] - accuracies["learn2learn"]) > 0.5:  # rounding moves a query now and then
+        raise SystemExit(f"the same episodes, and other accuracies: {accuracies}")
+    return ratios(found["times"], unit="s") | {"accuracies": accuracies, "episodes": episodes}
+
+
+def protonet_evaluation(bench: Bench) -> Found:
+    """easyfsl's time for 10,000 is that of 300 times 33.3: it embeds each episode's images anew."""
+    episodes, some = 10_000, 60 if bench.quick else 300
+    found = bench.turn(
+        "evaluation", method="protonet", data=bench.data, rounds=bench.rounds(3), episodes=episodes, peer_episodes=some
+    )
+    found["times"]["easyfsl"] = [episodes / some * took for took in found["times"]["easyfsl"]]
+    note = f"easyfsl: {some} episodes, times {episodes / some:.1f}"
+    return ratios(found["times"], unit="s") | {"accuracies": found["accuracies"], "note": note}
+
+
+class Bundles:
+    """What bench/onnx_vs_torch.py finds, run once."""
+
+    @cached_property
+    def rows(self) -> list[Found]:
+        subprocess.run([sys.executable, HERE / "onnx_vs_torch.py"], check=True, stdout=subprocess.DEVNULL)
+        rows: list[Found] = json.loads((HERE / "results" / "onnx_vs_torch.json").read_text())["rows"]
+        return rows
+
+    def maml(self, bench: Bench, what: str) -> Found:
+        row = next(row for row in self.rows if (row["learner"], row["what"]) == ("maml", what))
+        low, high = row["ratio_middle_half"]
+        return {
+            "ratio": row["ratio"], "low": low, "high": high, "unit": "ms", "ours": row["onnxruntime_ms"],
+            "theirs": {"torch": row["torch_ms"]}, "note": "`python bench/onnx_vs_torch.py`",
+        }  # fmt: skip
+
+
+def second_run(bench: Bench) -> Found:
+    """Seconds of CPU that `make run` takes when nothing has changed."""
+    command = [sys.executable, "-m", "kshot_flows.cli.main", "run", "glyphs-protonet"]
+    command += ["training.steps=20", "training.validate_every=20"] if bench.quick else []
+    took = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(1 + bench.rounds(5)):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return spread(took[1:]) | {"unit": "s", "ours": round(median(took[1:]), 2), "theirs": {}}
+
+
+def equal(losses: Mapping[str, float]) -> None:
+    """Refuse to time what does not compute the same."""
+    values = list(losses.values())
+    if max(values) - min(values) > EQUAL * max(values):
+        raise SystemExit(f"the first losses differ, so that these steps are not the same: {losses}")
+
+
+def ratios(taken: Mapping[str, Sequence[float]], *, unit: str = "ms", inverse: bool = False) -> Found:
+    """kshot beside the best of the others, round by round."""
+    peers = {name: round(median(values), 2) for name, values in taken.items() if name != "kshot"}
+    best = min(peers, key=lambda name: peers[name])
+    pairs = list(zip(taken[best], taken["kshot"], strict=True))
+    found = spread([ours / theirs if inverse else theirs / ours for theirs, ours in pairs])
+    return found | {"unit": unit, "ours": round(median(taken["kshot"]), 2), "theirs": peers}
+
+
+def spread(values: Sequence[float]) -> Found:
+    """The median, and the middle half."""
+    ordered = sorted(values)
+    quarter = (len(ordered) - 1) / 4
+    low, high = ordered[int(quarter)], ordered[-1 - int(quarter)]
+    return {"ratio": round(median(ordered), 3), "low": round(low, 3), "high": round(high, 3), "rounds": len(ordered)}
+
+
+BUNDLES = Bundles()
+METRIC, GRADIENT = "best of easyfsl, learn2learn", "best of learn2learn, higher, torchopt"
+TORCH = "torch, the same block"
+ROWS = (
+    Row("ProtoNet step, 60-way 1-shot", METRIC, 1.35, partial(protonet, shape=(60, 1, 5), apart=False)),
+    Row("ProtoNet step, 5-way 5-shot", METRIC, 1.35, partial(protonet, shape=(5, 5, 15), apart=False)),
+    Row("ProtoNet step, 84x84x3, 10-way 5-shot", METRIC, 1.4,
+        partial(protonet, shape=(10, 5, 5), apart=False, noise=True)),
+    Row("ProtoNet step, 60-way 1-shot, as they come", METRIC, 2.4, partial(protonet, shape=(60, 1, 5), apart=True)),
+    Row("ProtoNet step, 5-way 5-shot, as they come", METRIC, 1.8, partial(protonet, shape=(5, 5, 15), apart=True)),
+    Row("ProtoNet step, 84x84x3, 10-way 5-shot, as they come", METRIC, 2.6,
+        partial(protonet, shape=(10, 5, 5), apart=True, noise=True)),
+    Row("MAML step, second order", GRADIENT, 1.25, partial(maml, first_order=False)),
+    Row("MAML step, first order", "best of learn2learn, higher", 1.25, partial(maml, first_order=True)),
+    Row("MAML peak memory, 16 episodes", GRADIENT, 1.2, maml_memory, better="lower"),
+    Row("MAML evaluation, 10 steps", "learn2learn, first order", 1.3, maml_evaluation),
+    Row("10,000 ProtoNet test episodes", "easyfsl", 35, protonet_evaluation),
+    Row("Bundle: MAML adapts to 25 photos, 5 steps", TORCH, 1.0, partial(BUNDLES.maml, what="adapt to 25")),
+    Row("Bundle: MAML classifies 75 photos", TORCH, 1.5, partial(BUNDLES.maml, what="classify 75")),
+    Row("Bundle: MAML classifies 1 photo", TORCH, 2, partial(BUNDLES.maml, what="classify 1")),
+    Row("`make run`, the second time", "", 2.5, second_run, better="lower"),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
