@@ -283,7 +283,7 @@ def plain_maml(inner: int, ways: int, first_order: bool = False) -> dict[str, An
 
     kshot takes the head's rate times the ways.
     """
-    return {"steps": inner, "rate": RATE, "head_rate": RATE / ways, "first_order": first_order}
+    return {"head": "zero", "steps": inner, "rate": RATE, "head_rate": RATE / ways, "first_order": first_order}
 
 
 def plain(learner: Learner, ways: int | None = None) -> nn.Sequential:
