@@ -268,7 +268,7 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
 
 def champion(name: str) -> int | None:
     """The version in production; None where there is none, or no such model yet."""
-    door = stores.client()
+    door = mlflow_api.reader()
     version = moves.read_log(door, name).holder(Stage.PRODUCTION)
     there = version is not None and any(int(known.version) == version for known in mlflow_api.versions(door, name))
     return version if there else None
@@ -276,12 +276,12 @@ def champion(name: str) -> int | None:
 
 def models() -> list[str]:
     """The names of all models, without the logs."""
-    return mlflow_api.models(stores.client())
+    return mlflow_api.models(mlflow_api.reader())
 
 
 def versions(name: str) -> list[Version]:
     """All versions of a model, the newest first."""
-    door = stores.client()
+    door = mlflow_api.reader()
     aliases, log = mlflow_api.aliases(door, name), moves.read_log(door, name)
     found = [
         Version(
@@ -301,19 +301,21 @@ def versions(name: str) -> list[Version]:
 
 def history(name: str, *, refused: bool = False) -> list[Audit]:
     """All moves of a model's versions, the oldest first; with `refused`, the attempts that came too late as well."""
-    door = stores.client()
+    door = mlflow_api.reader()
     mlflow_api.model(door, name)
     return [entry for entry in moves.read_log(door, name).entries if refused or not entry.refused]
 
 
 def disagreements(name: str) -> list[str]:
     """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
-    log, shown = moves.look(stores.client(), name)
+    log, shown = moves.look(mlflow_api.reader(), name)
     return moves.differences(log, shown) if shown.ours else []
 
 
 def settle(name: str) -> list[str]:
     """Finish moves that were interrupted, and record those that were made in MLflow: a sentence for each."""
+    if moves.in_order(*moves.look(mlflow_api.reader(), name)):
+        return []
     return moves.settle(stores.client(), name)[1]
 
 
@@ -342,7 +344,7 @@ def gate_report(name: str, version: int) -> GateReport | None:
 
 def trace(name: str, version: int) -> Trace:
     """From a version back to its data, code, recipe and runs, and forward through its stages."""
-    door = stores.client()
+    door = mlflow_api.reader()
     mlflow_api.existing(door, name, version)
     known = next(one for one in versions(name) if one.version == version)
     entries = moves.read_log(door, name).entries

@@ -7,14 +7,20 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kshot_flows.registry import tables
 from kshot_flows.registry.log import SINGLE, Stage
+from kshot_flows.registry.tables import Tables
+from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+Reader: TypeAlias = "MlflowClient | Tables"
+"""What the registry is read through: MLflow's client, or the tables of a store where these are known."""
 
 MARKED = "kshot.marks"  # the tag of models whose moves leave marks (kshot_flows.registry.moves)
 
@@ -58,29 +64,41 @@ def create_model(door: MlflowClient, name: str, description: str, log: bool = Fa
             door.update_registered_model(name, description)
 
 
-def models(door: MlflowClient) -> list[str]:
+def reader() -> Reader:
+    """What to read the registry through."""
+    return Tables.of(stores.database_of(stores.uri())) or stores.client()
+
+
+def models(door: Reader) -> list[str]:
     """The names of all models, without the logs of their moves."""
-    found = _every(lambda token: door.search_registered_models(page_token=token))
+    if isinstance(door, Tables):
+        found: list[Any] = door.models()
+    else:
+        found = _every(lambda token: door.search_registered_models(page_token=token))
     return sorted(model.name for model in found if not _is_log(model.tags))
 
 
-def model(door: MlflowClient, name: str) -> Any:
+def model(door: Reader, name: str) -> Any:
     """The model of this name, or an error that says which there are."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = door.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        found = None
+    found = door.model(name) if isinstance(door, Tables) else _model(door, name)
     if found is None or _is_log(found.tags):
         known = ", ".join(models(door)) or "none yet: `kshot run` makes the first"
         raise KshotError(f"no model {name!r} in the registry; there are: {known}")
     return found
 
 
-def existing(door: MlflowClient, name: str, version: int) -> ModelVersion:
+def _model(door: MlflowClient, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return door.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def existing(door: Reader, name: str, version: int) -> ModelVersion | tables.ModelVersion:
     """A version of a model, or an error that says which there are."""
     model(door, name)
     known = {int(one.version): one for one in versions(door, name)}
@@ -90,13 +108,15 @@ def existing(door: MlflowClient, name: str, version: int) -> ModelVersion:
     return known[version]
 
 
-def aliases(door: MlflowClient, name: str) -> dict[str, int]:
+def aliases(door: Reader, name: str) -> dict[str, int]:
     """Which version each alias of a model stands for."""
     return {alias: int(version) for alias, version in model(door, name).aliases.items()}
 
 
-def versions(door: MlflowClient, name: str) -> list[ModelVersion]:
+def versions(door: Reader, name: str) -> list[ModelVersion] | list[tables.ModelVersion]:
     """All versions of a model, in no order; none if there is no such model."""
+    if isinstance(door, Tables):
+        return door.versions(name)
     if "'" in name:
         return []
     found = _every(lambda token: door.search_model_versions(f"name='{name}'", page_token=token))

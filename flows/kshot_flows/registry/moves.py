@@ -48,6 +48,8 @@ from kshot_runtime.errors import KshotError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from kshot_flows.registry.mlflow_api import Reader
+
 SUFFIX = ".moves"  # NAME.moves is the log of NAME
 _ENTRY = "kshot.move"  # the tag of a log entry that holds it
 _MARK = "kshot.moving."  # how a mark's tag begins; its value is the number of an entry and the time in seconds
@@ -67,7 +69,7 @@ class Shown:
     ours: bool  # not a model that another program keeps in the same registry
 
 
-def read_log(door: MlflowClient, name: str) -> Log:
+def read_log(door: Reader, name: str) -> Log:
     """A model's log, with all that follows from it; empty if nothing was ever moved."""
     log = Log(name)
     for version in sorted(mlflow_api.versions(door, name + SUFFIX), key=lambda version: int(version.version)):
@@ -75,7 +77,7 @@ def read_log(door: MlflowClient, name: str) -> Log:
     return log
 
 
-def look(door: MlflowClient, name: str) -> tuple[Log, Shown]:
+def look(door: Reader, name: str) -> tuple[Log, Shown]:
     """A model's log and what MLflow shows, of one moment: while both were read, no entry was added."""
     log = read_log(door, name)
     while True:
@@ -141,9 +143,9 @@ def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
     Returns the log, with which MLflow now agrees, and a sentence for each thing that was put right.
     """
     log, shown = look(door, name)
-    wrong = differences(log, shown)
-    if not shown.ours or (not wrong and not shown.old_marks and shown.marked):
+    if in_order(log, shown):
         return log, []
+    wrong = differences(log, shown)
     foreign = log.foreign(shown.stages, shown.aliases, shown.settled)
     with _marked(door, name, shown.settled):
         for version, stage, how in foreign:
@@ -156,6 +158,11 @@ def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
         door.delete_registered_model_tag(name, mark)
     found = [f"version {version} of {name} {stage.said} now: {how}; it was recorded" for version, stage, how in foreign]
     return log, found or [f"{name}: {sentence}; it was put right" for sentence in wrong]
+
+
+def in_order(log: Log, shown: Shown) -> bool:
+    """Whether there is nothing to settle: MLflow agrees with the log and no mark is left, or the model is not ours."""
+    return not shown.ours or (shown.marked and not shown.old_marks and not differences(log, shown))
 
 
 def differences(log: Log, shown: Shown) -> list[str]:

@@ -13,7 +13,6 @@ import numpy as np
 from kshot.data.datasets import ClassImages
 from kshot.data.episodes import Shape
 from kshot.evaluation.scores import evaluate
-from kshot.export.served import Served
 from kshot.norms import Norm
 from kshot_flows import registry
 from kshot_flows.console import progress
@@ -101,6 +100,8 @@ def _play(
     bundle: Bundle, version: int, images: ClassImages, episodes: EpisodeSet, shape: Shape, count: int
 ) -> Evidence:
     """Let a bundle answer `count` evaluation episodes: the very ones that torch was scored on."""
+    from kshot.export.served import Served  # brings the exporter's libraries, which take a second
+
     wanted = bundle.manifest.image.shape
     if images.shape != tuple(wanted):
         raise KshotError(
