@@ -283,7 +283,7 @@ class Bundle:
         ):
             if came > most:
                 raise BundleError(f"{came} {name} came; this bundle adapts to at most {most}")
-        return self.graphs.adapt(support, labels, classes, self._steps(steps))
+        return self.graphs.adapt(support, labels, classes, self._steps(steps, len(labels) / len(classes)))
 
     def logits(self, tensors: Mapping[str, np.ndarray], query: np.ndarray) -> np.ndarray:
         """Logits (Q, W) of query (Q, C, H, W) uint8. No query's depend on its companions, so many go in parts."""
@@ -306,12 +306,13 @@ class Bundle:
                 return int(tensors[name].shape[spec.shape.index("W")])
         return 0
 
-    def _steps(self, steps: int | None) -> int | None:
-        if self.manifest.steps is None:
+    def _steps(self, steps: int | None, shots: float) -> int | None:
+        usual = self.manifest.steps_for(shots)
+        if usual is None:
             if steps is not None:
                 raise BundleError(f"{self.manifest.learner.name} does not adapt in steps: leave steps={steps} out")
             return None
-        steps = self.manifest.steps if steps is None else steps
+        steps = usual if steps is None else steps
         if not 0 <= steps <= self.manifest.limits.steps:
             raise BundleError(f"{steps} inner steps asked for; this bundle takes 0 to {self.manifest.limits.steps}")
         return steps

@@ -222,7 +222,8 @@ class Engine:
         """The state after adapting to a support set, images or features as the bundle takes; one at a time."""
         bundle = champion.bundle
         with self._inside(), self._metrics.stage("adapt"):
-            run = partial(bundle.graphs.adapt, support, labels, classes, bundle.manifest.steps)
+            steps = bundle.manifest.steps_for(len(labels) / len(classes))
+            run = partial(bundle.graphs.adapt, support, labels, classes, steps)
             return await self._loop.run_in_executor(self._adapters, run)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -505,7 +506,7 @@ def warm(bundle: Bundle, buckets: Sequence[int]) -> None:
             _same(graphs.embed(noise[:size]), query[:size])
     ways = min(2, manifest.limits.ways, manifest.limits.support)
     graphs.views(noise[:ways])
-    state = graphs.adapt(query[:ways], np.arange(ways), np.arange(ways), manifest.steps)
+    state = graphs.adapt(query[:ways], np.arange(ways), np.arange(ways), manifest.steps_for(1))
     outputs = graphs.classify(state, query)
     for size in buckets:
         part = graphs.classify(state, query[:size])

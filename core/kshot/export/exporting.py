@@ -95,6 +95,7 @@ def export(
             **dict(facts),
             norm=learner.backbone.norm,
             steps=learner.steps if isinstance(learner, InnerLoop) else None,
+            steps_by_shots=dict(learner.steps_by_shots) if isinstance(learner, InnerLoop) else {},
             takes="features" if learner.takes_features else "images",
             features=learner.backbone.features,
             state={name: TensorSpec(shape=spec.shape, dtype=_TYPES[spec.dtype]) for name, spec in state.items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ class Problem:
             to_bytes(episode.support), episode.support_labels.numpy(), episode.classes.numpy(), to_bytes(episode.query)
         )
 
+    @property
+    def shots(self) -> float:
+        """Images of a class, on average."""
+        return len(self.labels) / len(self.classes)
+
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         support, query = (
             torch.from_numpy(given).to(dtype) / (255 if given.dtype == np.uint8 else 1)
@@ -101,7 +107,7 @@ def compare(
     """Run both on the same episodes; the figures, or an ExportError that says which check failed."""
     _check_weights(learner)
     precise, backbone = deepcopy(learner).double(), learner.backbone
-    served = Served(graphs, backbone.image, backbone.features, backbone.norm, _steps(learner, None))
+    served = Served(graphs, backbone.image, backbone.features, backbone.norm, partial(_steps, learner))
     theirs = images
     if isinstance(images, ClassFeatures):
         _check_embed(learner, precise, graphs, images.images)
@@ -179,7 +185,7 @@ def _check_sizes(learner: Learner, precise: Learner, graphs: Graphs, images: Cla
             problem = _draw(images, counts, queries, np.random.default_rng([seed, attempt, len(counts)]))
             exact, single = _torch(precise, problem, steps), _torch(learner, problem, steps)
             try:
-                found = _graphs(graphs, problem, _steps(learner, steps))
+                found = _graphs(graphs, problem, steps)
             except BundleError as failure:
                 raise ExportError(
                     f"the graphs of {learner.name!r} do not run for {what}: the code holds for some sizes only. "
@@ -216,7 +222,8 @@ def _precision(
     ours, torchs = [], []
     for problem in problems:
         exact = _torch(precise, problem, steps)
-        ours.append(difference(_graphs(graphs, problem, _steps(learner, steps)), exact))
+        taken = _steps(learner, problem.shots) if steps is None else steps
+        ours.append(difference(_graphs(graphs, problem, taken), exact))
         torchs.append(difference(_torch(learner, problem, steps), exact))
     distance, rounding = float(np.median(ours)), float(np.median(torchs))
     if not distance <= max(PRECISE, SLACK * rounding):
@@ -252,10 +259,8 @@ def _graphs(graphs: Graphs, problem: Problem, steps: int | None) -> Answer:
     return {name: torch.from_numpy(value) for name, value in state.items()}, torch.from_numpy(logits)
 
 
-def _steps(learner: Learner, steps: int | None) -> int | None:
-    if not isinstance(learner, InnerLoop):
-        return None
-    return learner.steps if steps is None else steps
+def _steps(learner: Learner, shots: float) -> int | None:
+    return learner.steps_for(shots) if isinstance(learner, InnerLoop) else None
 
 
 def _draw(images: ClassImages, counts: tuple[int, ...], queries: int, random: np.random.Generator) -> Problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from kshot.learner import Learner, LearnerConfig, State
 from kshot.norms import Norm
 from kshot_runtime.bundle import Graphs
 
+StepsFor = Callable[[float], int | None]
+"""Inner steps for so many images of each class; none for a learner that takes none."""
+
 
 class Served(Learner):
     """Adapts and classifies by ONNX graphs, which take the bytes that images were made of."""
@@ -18,17 +23,18 @@ class Served(Learner):
     name = "served"
 
     def __init__(
-        self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm, steps: int | None
+        self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm, steps_for: StepsFor
     ) -> None:
         super().__init__(_Embedding(graphs, image, features, norm), LearnerConfig())
-        self.graphs, self.steps = graphs, steps
+        self.graphs, self.steps_for = graphs, steps_for
 
     @property
     def takes_features(self) -> bool:
         return self.graphs.takes_features
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        state = self.graphs.adapt(to_bytes(support), labels.numpy(), classes.numpy(), self.steps)
+        steps = self.steps_for(len(labels) / len(classes))
+        state = self.graphs.adapt(to_bytes(support), labels.numpy(), classes.numpy(), steps)
         return {name: torch.from_numpy(value) for name, value in state.items()}
 
     def classify(self, state: State, query: Tensor) -> Tensor:

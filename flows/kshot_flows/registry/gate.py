@@ -24,6 +24,7 @@ class GateSettings(BaseModel):
     min_episodes: int = Field(30, ge=2, description="fewer give no interval worth the name")
     min_accuracy: float | None = Field(None, ge=0, le=1, description="mean accuracy below which nothing passes")
     min_agreement: float = Field(0.999, ge=0, le=1, description="share of queries that ONNX and torch answer alike")
+    shots_margin: float = Field(0.0, ge=0, le=1, description="accuracy that more photos of a class may clearly cost")
     latency_ms: float | None = Field(None, gt=0, description="time that one classification may take")
     max_unknown_let_in: float = Field(0.5, ge=0, le=1, description="share of unknown photos; more is warned of")
     max_ece: float = Field(0.1, ge=0, le=1, description="calibration error; more is warned of")
@@ -53,6 +54,21 @@ class EpisodeSet:
     protocol: str = ""  # how they were drawn; empty in evidence from before there were several ways
 
 
+@dataclass(frozen=True)
+class MoreShots:
+    """What more images of each class change in accuracy, on episodes of the same classes."""
+
+    ways: int
+    fewer: int
+    more: int
+    difference: tuple[float, float, float]  # more - fewer: lower end, mean, upper end
+
+    @classmethod
+    def between(cls, ways: int, fewer: int, more: int, accuracies: tuple[np.ndarray, np.ndarray]) -> MoreShots:
+        """From the accuracies of every episode with fewer and with more images."""
+        return cls(ways, fewer, more, _difference(accuracies[1], accuracies[0]))
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What was measured of one version; None where it was not."""
@@ -67,6 +83,7 @@ class Evidence:
     cosine: np.ndarray | None = None  # (episodes,) accuracies of cosine to class means on the same backbone
     accepted: float | None = None  # share of known test queries that pass the default threshold
     false_accepts: float | None = None  # share of unknown ones that do
+    shots: tuple[MoreShots, ...] = ()  # from each number of shots to the next that was tested
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "accuracies", _accuracies(self.accuracies))
@@ -78,11 +95,15 @@ class Evidence:
 
     def to_dict(self) -> dict[str, Any]:
         rows = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return {**vars(self), "episodes": asdict(self.episodes), **rows}
+        shots = [asdict(gain) for gain in self.shots]
+        return {**vars(self), "episodes": asdict(self.episodes), "shots": shots, **rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evidence:
-        return cls(**{**values, "episodes": EpisodeSet(**values["episodes"])})
+        shots = tuple(
+            MoreShots(**{**gain, "difference": tuple(gain["difference"])}) for gain in values.get("shots", ())
+        )
+        return cls(**{**values, "episodes": EpisodeSet(**values["episodes"]), "shots": shots})
 
 
 @dataclass(frozen=True)
@@ -165,6 +186,13 @@ def judge(
         checks.append(_at_least("accuracy", accuracy, settings.min_accuracy, "of the queries were right"))
     if settings.latency_ms is not None:
         checks.append(_in_time(challenger.latency_ms, settings.latency_ms))
+    for step in challenger.shots:
+        check = _not_worse(
+            "at fewer shots", f"from {step.fewer} to {step.more} shots, {step.ways}-way",
+            step.difference, settings.shots_margin, clearly=True,
+        )  # fmt: skip
+        mend = "" if check.passed else f": train at both, with training.shots = [{step.fewer}, {step.more}]"
+        checks.append(replace(check, sentence=check.sentence + mend))
     difference = None
     if champion is None and challenger.cosine is not None:
         gain = _difference(challenger.accuracies, challenger.cosine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from kshot.evaluation.scores import evaluate
 from kshot.norms import Norm
 from kshot_flows import registry
 from kshot_flows.console import progress
-from kshot_flows.registry.gate import EpisodeSet, Evidence
+from kshot_flows.registry.gate import EpisodeSet, Evidence, MoreShots
 from kshot_flows.store import learners
 from kshot_flows.store.products import DataVersion, Exported, Scores
 from kshot_flows.tracking import stores
@@ -30,9 +31,10 @@ _CROSS_VALIDATED = "cross-validated"  # in the name of a protocol
 def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
     """What was measured of a new version, on the first shape of its recipe."""
     first = scores.lines[0]
+    like_first = [line for line in scores.lines if (line.protocol, line.transductive) == (first.protocol, False)]
     fit = scores.calibration_for(first.shape)
     with np.load(scores.arrays.file) as arrays:
-        accuracies = arrays[f"{first.key}.accuracies"]
+        accuracies = {line: arrays[f"{line.key}.accuracies"] for line in scores.lines}
     split, rotations = data.split_of(scores.split)
     return Evidence(
         episodes=EpisodeSet(
@@ -45,7 +47,7 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
             rotations,
             _protocol(first.protocol, scores),
         ),
-        accuracies=accuracies,
+        accuracies=accuracies[first],
         ece=first.ece,
         agreement=bundle.agreement,
         auroc=None if fit is None or math.isnan(fit.auroc) else fit.auroc,
@@ -53,6 +55,11 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
         cosine=scores.cosine(),
         accepted=first.open_set.accepted if first.open_set else None,
         false_accepts=first.open_set.false_accepts if first.open_set else None,
+        shots=tuple(
+            MoreShots.between(a.shape.ways, a.shape.shots, b.shape.shots, (accuracies[a], accuracies[b]))
+            for a, b in pairwise(sorted(like_first, key=lambda line: (line.shape.ways, line.shape.shots)))
+            if a.shape.ways == b.shape.ways
+        ),
     )
 
 
@@ -111,7 +118,7 @@ def _play(
     fit = bundle.manifest.calibration_for(shape.ways, shape.shots)
     temperature = fit.temperature if fit else 1.0
     manifest = bundle.manifest
-    served = Served(bundle.graphs, images.shape, manifest.features, cast(Norm, manifest.norm), manifest.steps)
+    served = Served(bundle.graphs, images.shape, manifest.features, cast(Norm, manifest.norm), manifest.steps_for)
     played = evaluate(served, images, shape, count, seed=episodes.seed, temperature=temperature)
     return Evidence(
         episodes=episodes,

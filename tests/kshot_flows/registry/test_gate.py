@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kshot_flows.registry.gate import EpisodeSet, Evidence, GateReport, GateSettings, judge
+from kshot_flows.registry.gate import EpisodeSet, Evidence, GateReport, GateSettings, MoreShots, judge
 from kshot_runtime.errors import KshotError
 
 EPISODES = EpisodeSet(data="d41d", split="test", ways=5, shots=1, queries=15, seed=7, protocol="random photos")
@@ -46,6 +46,21 @@ def test_a_first_version_may_not_be_worse_than_cosine_on_the_same_backbone_and_e
     ]
     assert judge(worse, None, GateSettings(margin=0.011)).passed
     assert judge(worse, evidence(cosine - 0.02), STRICT).passed  # there is a champion, who was measured with it
+
+
+def test_a_version_that_more_photos_make_clearly_worse_does_not_pass() -> None:
+    """Losses of 0.02 and 0.04 in turn are 3 points on average, with a deviation of 0.01 * sqrt(100 / 99)."""
+    one, five = alternating(0.8, 0.0), alternating(0.77, 0.01)
+    worse, gain = MoreShots.between(20, 1, 5, (one, five)), MoreShots.between(5, 1, 5, (five, one))
+    report = judge(evidence(one, shots=(gain, worse)), None, STRICT)
+    assert failed(report) == ["not worse than at fewer shots"]
+    assert report.failures == [
+        "-3.00 points from 1 to 5 shots, 20-way, between -3.20 and -2.80 with 95 % confidence; "
+        "at most 0 points may be lost: train at both, with training.shots = [1, 5]"
+    ]
+    assert judge(evidence(one, shots=(gain, worse)), None, GateSettings(shots_margin=0.029)).passed
+    unclear = MoreShots.between(5, 1, 5, (alternating(0.8, 0.0), alternating(0.79, 0.1)))
+    assert judge(evidence(one, shots=(gain, unclear)), None, STRICT).passed
 
 
 def test_a_version_that_lets_in_many_unknown_photos_passes_with_a_warning_in_words() -> None:
@@ -172,7 +187,8 @@ def test_what_cannot_be_accuracies_is_refused(accuracies: Any) -> None:
 
 def test_evidence_and_report_come_back_from_json_as_they_were() -> None:
     champion = evidence(alternating(0.7, 0.2), version=1)
-    challenger = evidence(alternating(0.72, 0.2), version=2, ece=np.float32(0.04), cosine=[0.5] * 100)
+    gain = MoreShots.between(5, 1, 5, (np.array([0.5, 0.6]), np.array([0.7, 0.7])))
+    challenger = evidence(alternating(0.72, 0.2), version=2, ece=np.float32(0.04), cosine=[0.5] * 100, shots=(gain,))
     again = Evidence.from_dict(json.loads(json.dumps(challenger.to_dict())))
     assert again.to_dict() == challenger.to_dict()
     report = judge(again, champion, GateSettings(latency_ms=1))
