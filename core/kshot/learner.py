@@ -247,6 +247,14 @@ class InnerLoop(Learner):
         """Inner steps for numbers of images of each class, where they were chosen; `steps` goes for all without any."""
         return {}
 
+    @property
+    def most_steps(self) -> int:
+        """Up to how many inner steps to try on validation episodes, to choose them by shots; 0 if settings fix them.
+
+        The choice becomes the setting `eval_steps`.
+        """
+        return 0
+
     def steps_for(self, shots: float) -> int:
         """Inner steps for so many images of each class, on average."""
         return nearest_shots(self.steps_by_shots, shots, self.steps)

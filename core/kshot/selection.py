@@ -1,4 +1,4 @@
-"""Choosing a head: learners, their open settings and kinds of features, compared by k folds over classes."""
+"""Choosing a head by k folds over classes, and the number of inner steps for each number of shots."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from kshot.data.datasets import ClassImages
-from kshot.data.embeddings import ClassFeatures
-from kshot.data.episodes import Shape, Stream
+from kshot.data.embeddings import ClassFeatures, embedded
+from kshot.data.episodes import Episode, Shape, Stream
 from kshot.evaluation.calibration import Trial
-from kshot.evaluation.scores import Score, evaluate
+from kshot.evaluation.scores import Score, drawn, evaluate, evaluating
 from kshot.evaluation.statistics import interval
-from kshot.learner import FeatureLearner, Learner
+from kshot.learner import FeatureLearner, InnerLoop, Learner
 from kshot.recipe import Recipe
 from kshot_runtime.errors import KshotError
 
@@ -53,6 +54,40 @@ def choose(tried: Sequence[Tried]) -> Tried:
     best = max(tried, key=lambda one: one.accuracy)
     gaps = (interval(accuracies(best) - accuracies(one)) for one in tried)
     return next(one for one, (mean, margin) in zip(tried, gaps, strict=True) if one is best or mean <= margin)
+
+
+@torch.no_grad()
+def choose_steps(
+    learner: InnerLoop, classes: ClassImages, shapes: Sequence[Shape], episodes: int, *, seed: int, device: str = "cpu"
+) -> dict[int, int]:
+    """For each number of shots the fewest inner steps that are not clearly worse than the best, on validation episodes.
+
+    Each episode is answered after every step up to `learner.most_steps`; a number of shots is judged over all `shapes`
+    that have it.
+    """
+    images, found = embedded(learner, classes, device=device), dict[int, list[np.ndarray]]()
+    with evaluating(learner):
+        for shape in dict.fromkeys(fitting(shape, images) for shape in shapes):
+            played = drawn(images, shape, episodes, seed=seed, stream="val", device=device)
+            found.setdefault(shape.shots, []).extend(_accuracies_by_step(learner, episode) for episode in played)
+    chosen = {}
+    for shots, rows in sorted(found.items()):
+        accuracies = np.stack(rows)  # (episodes, steps)
+        best = accuracies[:, [accuracies.mean(0).argmax()]]
+        gaps = [interval(gap) for gap in (best - accuracies).T]
+        chosen[shots] = 1 + next(i for i, (mean, margin) in enumerate(gaps) if mean <= margin)
+    return chosen
+
+
+def _accuracies_by_step(learner: InnerLoop, episode: Episode) -> np.ndarray:
+    """The share of queries that are right after 1, 2, ... `most_steps` inner steps."""
+    given = episode.support, episode.support_labels, episode.classes
+    state, right = learner.begin(*given), []
+    for number, i in enumerate(torch.arange(learner.most_steps, device=episode.support.device)):
+        state = learner.first(state, *given) if number == 0 else learner.step(state, *given, i)
+        logits = learner.classify(learner.finish(state, *given), episode.query)
+        right.append((logits.argmax(1) == episode.query_labels).double().mean())
+    return torch.stack(right).cpu().numpy()
 
 
 def held_out(classes: int, folds: int, seed: int) -> list[np.ndarray]:

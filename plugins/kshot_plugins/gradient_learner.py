@@ -52,6 +52,10 @@ class GradientLearner(InnerLoop):
         table = self.config.eval_steps
         return table if isinstance(table, dict) and not self.training else {}
 
+    @property
+    def most_steps(self) -> int:
+        return 2 * self.config.steps + 1 if self.config.eval_steps is None else 0
+
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         prototypes = self.config.head == "prototypes"
         features = self.measure(support)[0] if prototypes else support.new_empty(0, self.backbone.features)

@@ -202,6 +202,22 @@ def test_steps_are_the_learner_s_own_unless_asked_for(finetune: Path, protonet: 
         Bundle.open(protonet).adapt_arrays(support, ids, ids, 1)
 
 
+def test_inner_steps_are_those_of_the_nearest_number_of_shots(finetune: Path) -> None:
+    """Of 1 and 3, 2 photos of each class are nearer to 3, by ratio. A manifest from before the table has one number."""
+    plain, random = Bundle.open(finetune), np.random.default_rng(3)
+    bundle = Bundle(plain.manifest.model_copy(update={"steps_by_shots": {1: 0, 3: 2}}), plain.graphs)
+    for shots, steps in ((1, 0), (2, 2), (3, 2)):
+        support = random.integers(0, 256, (2 * shots, 3, SIDE, SIDE), np.uint8)
+        given = support, np.arange(2).repeat(shots), np.arange(2)
+        unasked, asked = (
+            each["head.weight"] for each in (bundle.adapt_arrays(*given), plain.adapt_arrays(*given, steps))
+        )
+        np.testing.assert_array_equal(unasked, asked)
+    before = json.loads(plain.manifest.to_bytes())
+    assert before.pop("steps_by_shots") == {}
+    assert [Manifest.model_validate(before).steps_for(shots) for shots in (1, 5)] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("photos", "labels", "reason"),
     [

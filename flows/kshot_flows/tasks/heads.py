@@ -1,4 +1,4 @@
-"""Heads on features: choosing among learners by cross-validation over classes, and the classes to test them on."""
+"""What is chosen on validation episodes: heads on features by cross-validation over classes, and inner steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from kshot.data.episodes import Shape
 from kshot.data.importing import Progress
 from kshot.evaluation.calibration import Trial
 from kshot.evaluation.scores import Score
-from kshot.learner import FeatureLearner, Learner
+from kshot.learner import FeatureLearner, InnerLoop, Learner
 from kshot.norms import BY_ITSELF
 from kshot.recipe import LearnerSettings, Recipe
 from kshot.selection import Tried, select
 from kshot_flows.console import progress
 from kshot_flows.store import embeddings, keys
 from kshot_flows.store.products import Attempt, DataVersion
+
+_EPISODES = 100  # of a shape, that inner steps are chosen on
 
 
 def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
@@ -91,6 +93,25 @@ def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[At
     chosen = LearnerSettings(name=name, **{**best.recipe.learner.options, **best.settings})
     attempts = tuple(_attempt(one, chosen=one is best) for one in tried)
     return best.recipe.model_copy(update={"learner": chosen}), learner, attempts
+
+
+def choose_steps(recipe: Recipe, learner: Learner, data: DataVersion) -> Recipe:
+    """The recipe with the numbers of inner steps that answer validation episodes best, if it leaves them open."""
+    if not (isinstance(learner, InnerLoop) and learner.most_steps):
+        return recipe
+    settings = recipe.training
+    classes = data.classes(recipe.dataset.validation).with_protocol(
+        "random photos"
+    )  # of which more shapes can be drawn
+    shots = {1, 5, *(shape.shots for shape in settings.shapes)}
+    shapes = [Shape(ways, each, 5) for each in sorted(shots) for ways in (5, 20)]
+    with progress.stage("inner steps for each number of shots"):
+        chosen = selection.choose_steps(
+            learner, embeddings.features(learner, classes, data.name), shapes,
+            min(settings.validation_episodes, _EPISODES), seed=recipe.seed, device=embeddings.device(),
+        )  # fmt: skip
+    options = LearnerSettings(name=recipe.learner.one, **{**recipe.learner.options, "eval_steps": chosen})
+    return recipe.model_copy(update={"learner": options})
 
 
 def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> tuple[list[Trial], Trial | None]:

@@ -53,7 +53,8 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
             send(curve.add(step))
     heads.learn_statistics(learner, data.classes(splits.train), data.name)
     reached = _checkpoint(recipe, folder)
-    learners.save(folder / "learner.pt", learner, recipe, data, reached["history"])
+    chosen = heads.choose_steps(recipe, learner, data)
+    learners.save(folder / "learner.pt", learner, chosen, data, reached["history"])
     (folder / training.CHECKPOINTS[1]).unlink(missing_ok=True)
     best: dict[str, float] = next(point for point in reached["history"] if point["step"] == reached["best_step"])
     return Trained(

@@ -84,8 +84,8 @@ CASES: dict[str, tuple[type[Learner], dict[str, object]]] = {
     "finetune": (FineTune, {"norm": "support", "steps": 5}),
     "finetune, each image by itself": (FineTune, {"norm": "group", "steps": 5}),
     "maml": (MAML, {"norm": "support", "eval_steps": 3}),
-    "maml, each image by itself": (MAML, {"norm": "group", "eval_steps": 2}),
-    "maml, learned rates": (MAML, {"backbone": "flat", "norm": "running", "learn_rate": True, "eval_steps": 2}),
+    "maml, prototypes": (MAML, {"norm": "group", "head": "prototypes", "length": 3.0, "eval_steps": {1: 2, 5: 3}}),
+    "maml, rates by step": (MAML, {"backbone": "flat", "norm": "running", "per_step": True, "eval_steps": 3}),
 }
 
 
@@ -110,7 +110,9 @@ def test_a_bundle_answers_as_torch_does(case: str, bundle_of: Callable[[str], tu
     assert parity.accuracy == pytest.approx(parity.torch_accuracy, abs=0.005)
     assert parity.step_difference < 1e-5
     assert report.manifest.norm == learner.backbone.norm
-    assert report.manifest.steps == (learner.steps if isinstance(learner, InnerLoop) else None)
+    for shots in (1, 2, 3, 9):
+        steps = learner.steps_for(shots) if isinstance(learner, InnerLoop) else None
+        assert report.manifest.steps_for(shots) == steps
     assert "100.00 %" in str(report)
     for name in report.manifest.files:
         model = onnx.load(report.folder / name)
