@@ -1,11 +1,14 @@
 """Every learner that is installed keeps every promise of the contract; discovery finds them, no list."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from kshot import plugins
 from kshot.data.episodes import Shape
 from kshot.evaluation.scores import evaluate
+from kshot.ops import one_hot
 from kshot.testing import CHECKS, SIDE, Subject, toy_images
 
 EVERY = [p.name for p in plugins.find().of("learners")]
@@ -47,10 +50,16 @@ IN_VARIANTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """A folder for each learner, so that checks of its trained self share one training."""
+    return cache(tmp_path_factory.mktemp)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", EVERY)
-def test_the_learner_keeps_the_contract(check, name, tmp_path):
-    check(Subject(name, tmp_path))
+def test_the_learner_keeps_the_contract(check, name, folder_of):
+    check(Subject(name, folder_of(name)))
 
 
 @pytest.mark.parametrize(("check", "name", "options", "norm"), IN_VARIANTS)
@@ -70,3 +79,15 @@ def test_without_training_no_learner_passes_for_one_that_learns(tmp_path):
         patch.setattr("kshot.testing.meta_train", lambda *_, **__: iter(()))
         with pytest.raises(AssertionError, match=r"lift accuracy from .* by 0\.0 ± 0\.0 points"):
             learns(Subject("protonet", tmp_path))
+
+
+def test_a_learner_that_forgets_to_divide_by_the_shots_is_found_at_more_of_them(tmp_path, monkeypatch):
+    """Sums of features are means at 1 shot, where it is trained, and five times too long at 5."""
+
+    def sums(features, labels, classes):
+        return one_hot(labels, classes).t() @ features
+
+    [loses_none] = [check for check in CHECKS if check.__name__ == "more_shots_never_cost_accuracy"]
+    monkeypatch.setattr("kshot_plugins.protonet.class_means", sums)
+    with pytest.raises(AssertionError, match=r"5 shots change accuracy from .* by -"):
+        loses_none(Subject("protonet", tmp_path))
