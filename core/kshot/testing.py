@@ -442,7 +442,7 @@ def _untrained(subject: Subject) -> Learner:
 
 
 def _trained(subject: Subject) -> Learner:
-    """The learner after a short training; as it is if it is not trained. Another check with the folder goes on from it."""
+    """The learner after a short training, which is not repeated in one folder; in closed form it stays untrained."""
     learner = _untrained(subject)
     if isinstance(learner, FeatureLearner) and learner.closed_form:
         return learner
