@@ -19,8 +19,8 @@ from kshot.learner import (
     State,
     without_statistics,
 )
-from kshot.norms import BY_ITSELF, Norm, SupportNorm, make_norm
-from kshot.ops import class_means, cross_entropy, one_hot, solve, squared_distances, unit
+from kshot.norms import BY_ITSELF, Norm, SupportNorm, convolve, make_norm
+from kshot.ops import channels_last, class_means, cross_entropy, one_hot, solve, squared_distances, unit
 from kshot.recurrence import bidirectional_lstm
 from kshot.torchvision_import import torchvision
 from kshot_runtime.errors import KshotError
@@ -52,7 +52,9 @@ __all__ = [
     "State",
     "SupportNorm",
     "bidirectional_lstm",
+    "channels_last",
     "class_means",
+    "convolve",
     "cross_entropy",
     "gradient",
     "hookimpl",

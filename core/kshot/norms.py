@@ -4,31 +4,71 @@ running        averages kept while meta-training; a query depends on nothing els
 support        the support set's statistics, kept in the state; a query depends on the support set only
 batch          while meta-training each batch's own, queries included; `support` when served
 group          each image's own (GroupNorm)
+
+`convolve` runs a convolution, its norm and a max-pooling together, in the order that costs least.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Norm = Literal["running", "support", "batch", "group"]
 
 BY_ITSELF: tuple[Norm, ...] = ("running", "group")
 """Norms under which the features of an image depend on no other image."""
 
-_recorder: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar("recorder", default=None)
+Statistics = tuple[Tensor, Tensor]
+"""Mean and variance (C,) of every channel."""
+
+_recorder: ContextVar[dict[nn.Module, Statistics] | None] = ContextVar("recorder", default=None)
 
 
-class SupportNorm(nn.Module):
-    """Batch normalisation that keeps no averages: by the statistics it is given, else by those of its input.
+class BatchStatisticsNorm(nn.Module):
+    """Batch normalisation by the statistics that are given, else by those of its input.
+
+    In plain operations, so that derivatives of any order are right under any transform: `F.batch_norm` between two
+    levels of `torch.func.grad` with `vmap` in between gives a wrong second-order gradient, silently.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @abstractmethod
+    def given(self) -> Statistics | None:
+        """The statistics to normalise with; None for the input's own."""
+
+    @abstractmethod
+    def record(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Take note of the input's own statistics, over so many values a channel."""
+
+    def scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,): the norm of x is x * scale + shift."""
+        scale = self.weight * (var + self.eps).rsqrt()
+        return scale, self.bias - mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, H, W)."""
+        if (statistics := self.given()) is None:
+            statistics = moments(x)
+            self.record(*statistics, x[:, 0].numel())
+        scale, shift = self.scale_and_shift(*statistics)
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+
+
+class SupportNorm(BatchStatisticsNorm):
+    """Batch normalisation that keeps no averages.
 
     The buffers `mean` and `var` are empty, which means "use the input's own"; a call that fills them (see
-    `Learner.embed`) normalises with those. In plain ops, so that its second derivative is right under any transform.
+    `Learner.embed`) normalises with those.
     """
 
     mean: Tensor
@@ -42,25 +82,36 @@ class SupportNorm(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("var", torch.empty(0), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, channels, height, width)."""
-        if self.mean.numel():
-            mean, var = self.mean, self.var
-            centred = x - mean[:, None, None]
-        else:
-            mean = x.mean((0, 2, 3))
-            centred = x - mean[:, None, None]
-            var = (centred * centred).mean((0, 2, 3))
-            if (seen := _recorder.get()) is not None:
-                seen[self] = mean, var
-        scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+    def given(self) -> Statistics | None:
+        return (self.mean, self.var) if self.mean.numel() else None
+
+    def record(self, mean: Tensor, var: Tensor, count: int) -> None:
+        if (seen := _recorder.get()) is not None:
+            seen[self] = mean, var
+
+
+class RunningNorm(BatchStatisticsNorm, nn.BatchNorm2d):  # type: ignore[misc]  # which may have no scale and shift
+    """Batch normalisation by running averages; while training, by the input's own statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def given(self) -> Statistics | None:
+        return None if self.training else (self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def record(self, mean: Tensor, var: Tensor, count: int) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)  # unbiased, as torch's
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
     """The normalisation layer for feature maps of so many channels."""
     if norm == "running":
-        return nn.BatchNorm2d(channels)
+        return RunningNorm(channels)
     if norm == "group":
         # Groups of about eight channels: a single channel of a 1x1 map would be normalised to nothing.
         groups = next(count for count in range(max(1, channels // 8), 0, -1) if channels % count == 0)
@@ -68,16 +119,80 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
     return SupportNorm(channels)
 
 
+def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 1) -> Tensor:
+    """`norm(convolution(maps))` of maps (N, C, H, W), max-pooled over windows of `pool` by `pool`.
+
+    Given statistics become part of the convolution's weights. Of its own statistics, a norm needs all positions, but
+    its scale and shift are applied to the pooled ones: that commutes where no scale is negative, so the signs go into
+    the convolution's weights.
+    """
+    assert isinstance(convolution, nn.Conv2d)
+    if not isinstance(norm, BatchStatisticsNorm):
+        return _pooled(norm(convolution(maps)), pool)
+    if (statistics := norm.given()) is not None:
+        scale, shift = norm.scale_and_shift(*statistics)
+        return _pooled(_scaled(maps, convolution, scale, shift), pool)
+    sign = 1 - 2 * (norm.weight < 0).to(norm.weight.dtype)  # (C,) 1 or -1
+    signed = _scaled(maps, convolution, sign)
+    mean, var = moments(signed)
+    norm.record(mean * sign, var, signed[:, 0].numel())
+    scale, shift = norm.scale_and_shift(mean * sign, var)
+    pooled = _pooled(signed, pool)
+    return torch.addcmul(shift[:, None, None], pooled, (scale * sign)[:, None, None])
+
+
+def _scaled(maps: Tensor, convolution: nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """convolution(maps) * scale + shift."""
+    bias = shift
+    if convolution.bias is not None:
+        bias = convolution.bias * scale if shift is None else shift + convolution.bias * scale
+    return convolution._conv_forward(maps, convolution.weight * scale[:, None, None, None], bias)
+
+
+def _pooled(maps: Tensor, size: int) -> Tensor:
+    return F.max_pool2d(maps, size) if size > 1 else maps
+
+
+def moments(maps: Tensor) -> Statistics:
+    """Mean and variance (C,) of the channels of maps (N, C, H, W)."""
+    mean, var = _Moments.apply(maps.movedim(1, -1))
+    return mean, var
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance (C,) of x (N, H, W, C), with a backward pass of one operation on all of x, not of six."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Statistics:
+        mean = x.mean((0, 1, 2))
+        centred = x - mean
+        return mean, (centred * centred).mean((0, 1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Statistics) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, to_mean: Tensor, to_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x[..., 0].numel()
+        slope = to_var * (2 / count)
+        return torch.addcmul(to_mean / count - mean * slope, x, slope)
+
+
 @contextmanager
 def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collect the statistics that `module`'s SupportNorms use inside the block, under their buffers' names."""
     statistics: dict[str, Tensor] = {}
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    seen: dict[nn.Module, Statistics] = {}
     token = _recorder.set(seen)
     try:
         yield statistics
     finally:
         _recorder.reset(token)
-        for name, layer in module.named_modules():
-            if layer in seen:
-                statistics[f"{name}.mean"], statistics[f"{name}.var"] = seen[layer]
+        if seen:
+            for name, layer in module.named_modules():
+                if layer in seen:
+                    statistics[f"{name}.mean"], statistics[f"{name}.var"] = seen[layer]

@@ -29,6 +29,17 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return ((a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.t()).clamp_min(0)
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) with the channels of each pixel side by side in memory, for fast convolutions.
+
+    With one channel both layouts are the same bytes, and only the strides tell a convolution which one is meant.
+    """
+    count, channels, height, width = images.shape
+    if channels == 1:
+        return images.contiguous().reshape(count, height, width, 1).permute(0, 3, 1, 2)
+    return images.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def unit(rows: Tensor) -> Tensor:
     """Rows (N, D) of length 1; a row of zeros stays."""
     return F.normalize(rows, dim=1)

@@ -7,12 +7,13 @@ convolutions instead as in the Omniglot experiments of Finn et al., 2017 (https:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from kshot import Backbone, BackboneConfig, KshotError, hookimpl, make_norm
+from kshot import Backbone, BackboneConfig, KshotError, channels_last, convolve, hookimpl, make_norm
 
 
 class Conv4(Backbone):
@@ -29,12 +30,15 @@ class Conv4(Backbone):
     def __init__(self, image: tuple[int, int, int], config: Config) -> None:
         super().__init__(image, config)
         channels, height, width = image
+        bias = self.norm == "group"  # batch normalisation takes it away again
         blocks: list[nn.Module] = []
+        self.convolutions: list[tuple[int, int]] = []  # the place of each in `blocks`, and the size of pooling windows
         for i in range(4):
             halve = i < config.halvings
             stride = 2 if halve and config.downsample == "stride" else 1
+            self.convolutions.append((len(blocks), 2 if halve and stride == 1 else 1))
             blocks += [
-                nn.Conv2d(channels if i == 0 else config.width, config.width, 3, stride, padding=1),
+                nn.Conv2d(channels if i == 0 else config.width, config.width, 3, stride, padding=1, bias=bias),
                 make_norm(self.norm, config.width),
                 nn.ReLU(),
             ]
@@ -55,11 +59,22 @@ class Conv4(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # a convolution with a bias
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.blocks(images)  # (N, width, height, width)
-        return maps.mean((2, 3)) if self.mean else maps.flatten(1)
+        maps = channels_last(images)
+        for place, pool in self.convolutions:
+            maps = F.relu(convolve(maps, self.blocks[place], self.blocks[place + 1], pool))
+        return maps.mean((2, 3)) if self.mean else maps.flatten(1)  # of (N, width, height, width)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept weights with biases that batch normalisation takes away again, as earlier versions had them."""
+        for place, _ in self.convolutions if self.norm != "group" else ():
+            bias, mean = state_dict.pop(f"{prefix}blocks.{place}.bias", 0), f"{prefix}blocks.{place + 1}.running_mean"
+            if mean in state_dict:
+                state_dict[mean] = state_dict[mean] - bias
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @hookimpl

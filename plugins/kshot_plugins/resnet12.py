@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kshot import Backbone, BackboneConfig, KshotError, Norm, hookimpl, make_norm
+from kshot import Backbone, BackboneConfig, KshotError, Norm, channels_last, convolve, hookimpl, make_norm
 
 
 class _Block(nn.Module):
@@ -29,7 +29,11 @@ class _Block(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, bias=False), make_norm(norm, width))
 
     def forward(self, maps: Tensor) -> Tensor:
-        return F.max_pool2d(F.leaky_relu(self.layers(maps) + self.shortcut(maps), 0.1), 2)
+        inner = convolve(maps, self.layers[0], self.layers[1])
+        for i in (3, 6):
+            inner = convolve(F.leaky_relu(inner, 0.1), self.layers[i], self.layers[i + 1])
+        shortcut = convolve(maps, self.shortcut[0], self.shortcut[1])
+        return F.leaky_relu(F.max_pool2d(inner + shortcut, 2), 0.1)
 
 
 class ResNet12(Backbone):
@@ -52,7 +56,7 @@ class ResNet12(Backbone):
                 nn.init.kaiming_normal_(module.weight, a=0.1, nonlinearity="leaky_relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.blocks(images).mean((2, 3))
+        return self.blocks(channels_last(images)).mean((2, 3))
 
 
 @hookimpl

@@ -321,8 +321,8 @@ def test_a_learner_that_a_graph_cannot_hold_is_refused_and_nothing_is_left(
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, images: ClassImages) -> None:
     learner = make(ProtoNet)
-    nn.init.constant_(learner.backbone.blocks[0].bias, float("nan"))
-    with pytest.raises(ExportError, match=r"NaN or infinity in backbone\.blocks\.0\.bias"):
+    nn.init.constant_(learner.backbone.blocks[0].weight, float("nan"))
+    with pytest.raises(ExportError, match=r"NaN or infinity in backbone\.blocks\.0\.weight"):
         exported(learner, tmp_path / "bundle", images)
 
 
