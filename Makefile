@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test check reproduce bench clean
+.PHONY: help run test check site reproduce bench clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,21 +19,24 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)  ## take images to a promoted model: the default recipe, end to end
 	@$(BIN)/kshot run $(or $(RECIPE),glyphs-protonet) $(SET)
 
-test: $(READY) check  ## lint, types, import directions, and every test
+test: $(READY) check  ## lint, types, import directions, documentation, and every test
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-check: $(READY)  ## lint, types and import directions only
+check: $(READY) site  ## lint, types, import directions and documentation only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+site: $(READY)  ## the documentation as a site, in build/site; a warning is an error
+	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml 2>&1) || { echo "$$said"; exit 1; }
+
 reproduce: $(READY)  ## train the recipes at full length (days without a GPU; bench/reproduce.sh says which, and from where)
 	@bash bench/reproduce.sh
 
 # What `make bench` does not run: parts and tools, and what needs data or a GPU.
-APART := $(addprefix bench/,gpu.py photo_heads.py photos_vs_peers.py record_figures.py results_table.py schema_hooks.py serve_parity.py \
-	serving_load.py)
+APART := $(addprefix bench/,gpu.py performance_page.py photo_heads.py photos_vs_peers.py record_figures.py results_table.py schema_hooks.py \
+	serve_parity.py serving_load.py speed.py time_to_accuracy.py)
 
 bench: $(READY)  ## side-by-side measurements, written to bench/results/
 	@for script in $(filter-out $(APART),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -38,7 +38,8 @@ def tables(found: Found) -> str:
     about = f"{found['machine']}; {found['what']}; {found['date']}, commit {found['commit']}; {versions}."
     lines = ["| what | against | ratio | middle half | at least | kshot | others |", "| --- " * 7 + "|"]
     lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"]]
-    return f"{about}\n\n" + "\n".join(lines)
+    picture = "![Ratio to the best of the others, with its interval and what it must reach](performance.png)"
+    return f"{about}\n\n{picture}\n\n" + "\n".join(lines)
 
 
 def cells(row: Found) -> tuple[str, ...]:

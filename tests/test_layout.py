@@ -17,6 +17,15 @@ def test_no_python_file_shadows_a_library():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
+def test_the_top_level_holds_these_names_only():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {line.partition("/")[0] for line in listed.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == {
+        "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "bench", "constraints.txt", "core",
+        "data.dvc", "deploy", "docs", "flows", "mlflow", "plugins", "pyproject.toml", "tests",
+    }  # fmt: skip
+
+
 def test_mlflow_imported_at_the_root_is_the_library():
     code = "import mlflow; print(mlflow.__file__)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """Few-shot image classification: the whole vocabulary of a plugin's author. kshot's own plugins import nothing else.
 
-from kshot import FeatureLearner, LearnerConfig, State, class_means, hookimpl
+>>> from kshot import FeatureLearner, LearnerConfig, State, class_means, hookimpl
 """
 
 import kshot_runtime  # noqa: F401  (first: it switches onnxruntime's telemetry off)

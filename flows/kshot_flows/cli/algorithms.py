@@ -16,6 +16,7 @@ import typer
 from kshot_flows.console.tables import console, table
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
     from rich.table import Table
     from rich.text import Text
@@ -70,25 +71,27 @@ def _explain(name: str, found: Found) -> Iterator[Any]:
     one = found.backbone(name) if kind == "backbone" else found.learner(name)
     yield f"[bold]{name}[/bold]  [dim]{one.distribution} {one.version}, plugin {one.plugin}[/dim]\n"
     yield from _about(one)
-    yield _settings(one, kind)
+    yield _table(one, kind)
     if kind == "learner":
         yield from _figures(name)
-        if recipes := _recipes(name):
+        if recipes := recipes_of(name):
             yield f"Recipes that use it: {', '.join(recipes)}"
 
 
 def _about(one: Provided) -> Iterator[Text]:
-    """Its module's words, which name the paper, then those of its class; what it is good for comes last."""
     from rich.text import Text
 
-    told = [*_paragraphs(_module(one.value)), *_paragraphs(one.value.__doc__ or "")]
-    told = list(dict.fromkeys(told))
-    told.sort(key=lambda paragraph: paragraph.startswith("Good for"))
-    for paragraph in told:
+    for paragraph in about(one):
         text = Text(f"{paragraph}\n")
         text.highlight_regex(r"https?://\S+[^\s.,)]", "cyan")
         text.highlight_regex(r"^Good for", "bold green")
         yield text
+
+
+def about(one: Provided) -> list[str]:
+    """The paragraphs of its module, which name the paper, then of its class; what it is good for comes last."""
+    told = [*_paragraphs(_module(one.value)), *_paragraphs(one.value.__doc__ or "")]
+    return sorted(dict.fromkeys(told), key=lambda paragraph: paragraph.startswith("Good for"))
 
 
 def _module(value: type) -> str:
@@ -104,20 +107,25 @@ def _paragraphs(text: str) -> list[str]:
     ]
 
 
-def _settings(one: Provided, section: str) -> Table:
+def _table(one: Provided, section: str) -> Table:
     from rich.markup import escape
 
-    config = one.value.Config
-    settings = table(escape(f"[{section}]"), "default", "takes", "what it does")
-    settings.columns[0].no_wrap = settings.columns[1].no_wrap = True
-    settings.columns[2].max_width = 22
+    shown = table(escape(f"[{section}]"), "default", "takes", "what it does")
+    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True
+    shown.columns[2].max_width = 22
+    for name, *rest in settings(one.value.Config):
+        shown.add_row(name, *map(escape, rest))
+    return shown
+
+
+def settings(config: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Each setting's name, its default, what it may be, and what it does."""
     for name, field in config.model_fields.items():
         # A field that only changes the default of an inherited one means what that one means.
-        same = (kind.model_fields[name] for kind in config.__mro__ if name in getattr(kind, "model_fields", {}))
-        about = next((described.description for described in same if described.description), "")
-        accepted = takes(field.annotation, field.metadata)
-        settings.add_row(name, escape(_default(field)), escape(accepted), escape(about))
-    return settings
+        fields = (getattr(kind, "model_fields", {}) for kind in config.__mro__)
+        same = (of_kind[name] for of_kind in fields if name in of_kind)
+        described = next((one.description for one in same if one.description), "")
+        yield name, _default(field), takes(field.annotation, field.metadata), described
 
 
 def _default(field: FieldInfo) -> str:
@@ -140,6 +148,8 @@ def takes(annotation: Any, constraints: list[Any]) -> str:
         return f"{_either([takes(part, constraints) for part in parts if part is not type(None)])} or unset"
     if get_origin(annotation) in (tuple, list):
         return f"list of {takes(parts[0], [])}"
+    if get_origin(annotation) is dict:
+        return f"table of {takes(parts[1], [])} by {takes(parts[0], [])}"
     if parts:
         return _either([takes(part, constraints) for part in parts])
     names = {bool: "true or false", int: "int", float: "number", str: "text"}
@@ -185,7 +195,7 @@ def _figures(learner: str) -> Iterator[Any]:
         )
 
 
-def _recipes(learner: str) -> list[str]:
+def recipes_of(learner: str) -> list[str]:
     """The recipes that come along and use it."""
     from kshot_flows import recipes
 
