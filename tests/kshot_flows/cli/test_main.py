@@ -154,7 +154,7 @@ def test_algorithms_with_a_name_explains_its_idea_its_paper_and_its_settings() -
     assert "arxiv.org/abs/1703.03400" in shown
     for setting in (
         r"rate +0\.04 +number > 0 ",
-        r"eval_steps +unset +int ≥ 0 or unset ",
+        r"eval_steps +unset +int ≥ 0 or table of ",
         r"first_order +false +true or",
     ):
         assert re.search(rf"^ *{setting}", shown, re.MULTILINE)
