@@ -21,7 +21,7 @@ from kshot.data.embeddings import backbone_key, embedded
 from kshot.data.episodes import Shape
 from kshot.export import parity
 from kshot.export.graphs import adapt_model, classify_model, embed_model, views_model
-from kshot.export.trace import ExportError, Piece, Spec, trace
+from kshot.export.trace import Call, ExportError, Piece, Spec, trace
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State
 from kshot.norms import BY_ITSELF
 from kshot_runtime.bundle import Bundle, Graphs
@@ -131,12 +131,11 @@ def _models(
     """Adapting and classifying, and the shapes of the state between them; `scores` are asked of a query."""
     each = (learner.backbone.features,) if learner.takes_features else image
     episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
-    pieces: tuple[Piece, ...]
     if isinstance(learner, InnerLoop):
         pieces = _inner_loop(learner, episode)
     else:
-        pieces = (trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode),)
-    state = pieces[-1].outputs
+        pieces = {"begin": trace(learner, "adapt", lambda given: learner.adapt(*_episode(given)), episode)}
+    state = list(pieces.values())[-1].outputs
     _check_state("adapt", learner, state)
     classify = trace(
         learner,
@@ -147,7 +146,7 @@ def _models(
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
         raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
     used = classify.used()
-    models = {ADAPT: adapt_model(*pieces, wanted=used), CLASSIFY: classify_model(classify)}
+    models = {ADAPT: adapt_model(**pieces, wanted=used), CLASSIFY: classify_model(classify)}
     return models, {name: spec for name, spec in state.items() if name in used}
 
 
@@ -162,23 +161,25 @@ def _classified(learner: Learner, state: State, query: Tensor, scores: Sequence[
     return found
 
 
-def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> tuple[Piece, Piece, Piece]:
+def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> dict[str, Piece]:
+    """begin, the first step if it has a form of its own, step and finish."""
     begin = trace(learner, "begin", lambda given: learner.begin(*_episode(given)), episode)
-    _check_state("begin", learner, begin.outputs)
-    step = trace(
-        learner,
-        "step",
-        lambda given: learner.step(_only(given, begin.outputs), *_episode(given), given["i"]),
-        {**episode, "i": Spec((), _INT), **begin.outputs},
-    )
-    _check_step(learner, begin, step)
-    finish = trace(
-        learner,
-        "finish",
-        lambda given: learner.finish(_only(given, begin.outputs), *_episode(given)),
-        {**episode, **begin.outputs},
-    )
-    return begin, step, finish
+    state = begin.outputs
+    _check_state("begin", learner, state)
+    calls: dict[str, Call] = {
+        "step": lambda given: learner.step(_only(given, state), *_episode(given), given["i"]),
+        "finish": lambda given: learner.finish(_only(given, state), *_episode(given)),
+    }
+    if learner.closed_form_start:
+        calls = {"first": lambda given: learner.first(_only(given, state), *_episode(given)), **calls}
+    inputs = {**episode, **state}
+    pieces = {
+        name: trace(learner, name, call, {**inputs, "i": Spec((), _INT)} if name == "step" else inputs)
+        for name, call in calls.items()
+    }
+    for name in pieces.keys() - {"finish"}:
+        _check_step(name, learner, begin, pieces[name])
+    return {"begin": begin, **pieces}
 
 
 def _episode(given: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,17 +206,17 @@ def _check_state(what: str, learner: Learner, state: Mapping[str, Spec]) -> None
             )
 
 
-def _check_step(learner: Learner, begin: Piece, step: Piece) -> None:
+def _check_step(what: str, learner: Learner, begin: Piece, step: Piece) -> None:
     before, after = begin.outputs, step.outputs
     if names := set(before) ^ set(after):
         raise ExportError(
-            f"begin and step of {learner.name!r} give different states: only one has {', '.join(sorted(names))}. "
+            f"begin and {what} of {learner.name!r} give different states: only one has {', '.join(sorted(names))}. "
             "A step hands on every tensor, under its name."
         )
     for name, spec in before.items():
         if after[name] != spec:
             raise ExportError(
-                f"step of {learner.name!r} turns {name!r} from {_spelt(spec.shape)} {spec.dtype} into "
+                f"{what} of {learner.name!r} turns {name!r} from {_spelt(spec.shape)} {spec.dtype} into "
                 f"{_spelt(after[name].shape)} {after[name].dtype}; a step keeps shapes and types"
             )
 

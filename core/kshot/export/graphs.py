@@ -46,16 +46,27 @@ def views_model(image: tuple[int, int, int]) -> onnx.ModelProto:
 
 
 def adapt_model(
-    begin: Piece, step: Piece | None = None, finish: Piece | None = None, *, wanted: Container[str]
+    begin: Piece,
+    step: Piece | None = None,
+    finish: Piece | None = None,
+    *,
+    first: Piece | None = None,
+    wanted: Container[str],
 ) -> onnx.ModelProto:
-    """support, labels and classes in, the wanted state out; with a step, `steps` too, and the Loop of so many."""
+    """support, labels and classes in, the wanted state out; with a step also `steps`, the length of its Loop.
+
+    A first step of another form has a Loop of its own, of length 0 or 1.
+    """
     model = _Model("adapt")
     given = model.inputs(begin, "support")
     state = model.place("begin", begin, given)
     specs = begin.outputs
     if step is not None:
         steps = model.input("steps", Spec((), torch.int64))
-        state = model.loop("step", step, steps, given, state)
+        if first is not None:
+            state = model.loop("first", first, model.add(model.with_one("Min", steps)), given, state)
+            steps = model.add(model.with_one("Sub", steps))  # a Loop of length -1 has no iteration
+        state = model.loop("step", step, steps, given, state, after_first=first is not None)
     if finish is not None:
         state = model.place("finish", finish, {**given, **state})
         specs = finish.outputs
@@ -93,13 +104,11 @@ class _Model:
 
     def scaled(self, images: ir.Value) -> ir.Value:
         """Bytes as floats in 0..1, by the very division that made the training images."""
-        most = ir.Value(name="most", const_value=ir.tensor(255.0, name="most"))
-        self.graph.register_initializer(most)
         floats = ir.node("Cast", [images], {"to": ir.DataType.FLOAT})
-        scaled = ir.node("Div", [floats.outputs[0], most])
+        scaled = ir.node("Div", [floats.outputs[0], self.constant("most", 255.0)])
         for name, node in (("as_floats", floats), ("in_0_to_1", scaled)):
             node.outputs[0].name = name
-            self.graph.append(node)
+            self.add(node)
         return scaled.outputs[0]
 
     def place(self, name: str, piece: Piece, given: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
@@ -108,23 +117,48 @@ class _Model:
         self.graph.extend(nodes)
         return outputs
 
-    def loop(
-        self, name: str, piece: Piece, times: ir.Value, given: Mapping[str, ir.Value], state: Mapping[str, ir.Value]
-    ) -> dict[str, ir.Value]:
-        """Add a piece that maps a state to the next, `times` times over; the last state.
+    def add(self, node: ir.Node) -> ir.Value:
+        self.graph.append(node)
+        return node.outputs[0]
 
-        What the step leaves as it is, is not carried around but used from outside, as are the support set and weights.
+    def with_one(self, operation: str, number: ir.Value) -> ir.Node:
+        """An operation on a whole number and 1."""
+        node = ir.node(operation, [number, self.constant("one", 1)])
+        node.outputs[0].name = f"{number.name}/{operation}"
+        return node
+
+    def constant(self, name: str, number: float) -> ir.Value:
+        if name not in self.graph.initializers:
+            self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(number, name=name)))
+        return self.graph.initializers[name]
+
+    def loop(
+        self,
+        name: str,
+        piece: Piece,
+        times: ir.Value,
+        given: Mapping[str, ir.Value],
+        state: Mapping[str, ir.Value],
+        *,
+        after_first: bool = False,
+    ) -> dict[str, ir.Value]:
+        """Add a Loop of `times` steps, each of which maps a state to the next; the last state.
+
+        Steps are numbered from 0, or from 1 `after_first`. Tensors that a step does not change are captured from
+        outside the Loop, as are the support set and the weights.
         """
         changed = [key for key in piece.outputs if key not in piece.unchanged]
         number, go_on = _value(f"{name}/i", Spec((), torch.int64)), _value(f"{name}/go_on", Spec((), torch.bool))
         carried = {key: _value(f"{name}/{key}", piece.outputs[key]) for key in changed}
-        nodes, outputs = self._take(f"{name}/body", piece, {**given, **state, **carried, "i": number})
+        shifted = [self.with_one("Add", number)] if after_first else []
+        i = shifted[0].outputs[0] if shifted else number
+        nodes, outputs = self._take(f"{name}/body", piece, {**given, **state, **carried, "i": i})
         still = ir.node("Identity", [go_on])
         results = [still.outputs[0], *(outputs[key] for key in changed)]
         for value, spec in zip(results, [Spec((), torch.bool), *(piece.outputs[key] for key in changed)], strict=True):
             _describe(value, spec)
         still.outputs[0].name = f"{name}/still"
-        body = ir.Graph([number, go_on, *carried.values()], results, nodes=[*nodes, still], name=name)
+        body = ir.Graph([number, go_on, *carried.values()], results, nodes=[*shifted, *nodes, still], name=name)
         loop = ir.node(
             "Loop", [times, None, *(state[key] for key in changed)], {"body": body}, num_outputs=len(changed), name=name
         )

@@ -6,6 +6,7 @@ Forward ops are left to the exporter. An op that is missing here makes the expor
 # No lazy annotations here: the exporter reads the types of TRANSLATIONS off the functions themselves.
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import kshot.recurrence  # noqa: F401  (it registers the operation that is trans
 
 aten = torch.ops.aten
 
+_FEW = 8  # channels
+
 
 @cache
 def backward_ops() -> dict[Any, Callable[..., Any]]:
@@ -28,6 +31,7 @@ def backward_ops() -> dict[Any, Callable[..., Any]]:
         aten.convolution_backward.default: _convolution_backward,
         aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
         aten.avg_pool2d_backward.default: _avg_pool2d_backward,
+        aten.threshold_backward.default: lambda grad, x, threshold: grad * (x > threshold).to(grad.dtype),
     }
     return table
 
@@ -74,23 +78,31 @@ def _weight_gradient(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """One matrix product over patches cut out by slices: faster than a convolution with an image-sized kernel."""
-    out, (height, width) = grad.shape[1], grad.shape[2:]
+    """A product of two matrices for each position in the kernel: gradients, and the pixels that it was laid on.
+
+    Few channels go in one product over all positions, which would each read the gradient again.
+    """
+    (out, height, width), inner = grad.shape[1:], x.shape[1]
+    x = x.permute(0, 2, 3, 1)  # (N, H, W, in): with channels last, slices need no copy to become matrices
     if any(padding):
-        x = aten.constant_pad_nd(x, [padding[1], padding[1], padding[0], padding[0]])
-    x = x.permute(1, 0, 2, 3)  # (in, N, H, W)
-    patches = [
+        x = aten.constant_pad_nd(x, [0, 0, padding[1], padding[1], padding[0], padding[0]])
+    rows = grad.permute(1, 0, 2, 3).reshape(out, -1)  # (out, N * h * w)
+    pixels = [
         x[
-            :, :,
+            :,
             i * dilation[0] : i * dilation[0] + (height - 1) * stride[0] + 1 : stride[0],
             j * dilation[1] : j * dilation[1] + (width - 1) * stride[1] + 1 : stride[1],
-        ].reshape(groups, x.shape[0] // groups, -1)
-        for i in range(kernel[0]) for j in range(kernel[1])
-    ]  # fmt: skip
-    columns = torch.cat(patches, 1)  # (groups, kh * kw * in / groups, N * h * w)
-    rows = grad.permute(1, 0, 2, 3).reshape(groups, out // groups, -1)
-    product = rows @ columns.transpose(1, 2)  # (groups, out / groups, kh * kw * in / groups)
-    return product.reshape(out, kernel[0], kernel[1], -1).permute(0, 3, 1, 2)
+        ].reshape(-1, *((groups, inner // groups) if groups > 1 else (inner,)))  # (N * h * w, in)
+        for i, j in product(range(kernel[0]), range(kernel[1]))
+    ]
+    if inner // groups <= _FEW:
+        pixels = [torch.cat(pixels, -1)]
+    if groups > 1:
+        rows = rows.unflatten(0, (groups, -1))
+        products = [torch.bmm(rows, columns.transpose(0, 1)).flatten(0, 1) for columns in pixels]
+    else:
+        products = [rows @ columns for columns in pixels]
+    return torch.cat(products, 1).reshape(out, *kernel, -1).permute(0, 3, 1, 2)
 
 
 def _max_pool2d_backward(
@@ -103,14 +115,34 @@ def _max_pool2d_backward(
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
-    """Send each gradient (N, C, h, w) back to the pixel that won its window."""
+    """Send each gradient (N, C, h, w) back to the first pixel that won its window."""
+    kernel, stride, dilation = _pair(kernel), _pair(stride or kernel), _pair(dilation)
+    if kernel == stride and dilation == [1, 1] and not any(padding) and not ceil_mode:
+        return _unpooled(grad, x, aten.max_pool2d_with_indices(x, kernel, stride)[0], kernel)
     planes, height, width = x.shape[0] * x.shape[1], x.shape[2], x.shape[3]
     winners, grads = indices.reshape(planes, -1), grad.reshape(planes, -1)
     zeros = torch.zeros_like(x).reshape(planes, height * width)
-    stride = stride or kernel
-    apart = all(s >= d * (k - 1) + 1 for k, s, d in zip(_pair(kernel), _pair(stride), _pair(dilation), strict=True))
+    apart = all(s >= d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
     spread = zeros.scatter(1, winners, grads) if apart else zeros.scatter_add(1, winners, grads)
     return spread.reshape(x.shape)
+
+
+def _unpooled(grad: Tensor, x: Tensor, pooled: Tensor, kernel: Sequence[int]) -> Tensor:
+    """The gradient of x (N, C, H, W) where windows tile it: by slices, since MaxPool is slow when it gives indices."""
+    (height, width), (down, across) = x.shape[2:], kernel
+    whole = [grad.shape[2] * down, grad.shape[3] * across]  # pixels in windows
+    rows = []
+    for i in range(down):
+        row = []
+        for j in range(across):
+            won = x[:, :, i : whole[0] : down, j : whole[1] : across] == pooled
+            row.append(grad * won.to(grad.dtype))  # which takes a third of the time of Where
+            grad = grad - row[-1]
+        rows.append(torch.stack(row, 4).flatten(3))  # (N, C, h, W)
+    spread = torch.stack(rows, 3).flatten(2, 3)  # (N, C, H, W)
+    if (missing := [height - whole[0], width - whole[1]]) != [0, 0]:
+        spread = aten.constant_pad_nd(spread, [0, missing[1], 0, missing[0]])
+    return spread
 
 
 def _avg_pool2d_backward(
