@@ -20,7 +20,7 @@ VARIANTS = [
     ("clusters", {}, "support"),
     ("cnp", {}, "batch"),
     ("maml", {}, "group"),
-    ("maml", {"steps": 2}, "batch"),
+    ("maml", {"head": "prototypes", "length": 3.0, "per_step": True, "learn_rate": True}, "batch"),
     ("maml", {"learn_rate": True}, "running"),
     ("maml", {"first_order": True, "steps": 2}, None),
     ("matching", {"fce": True}, None),

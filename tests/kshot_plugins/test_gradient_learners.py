@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from kshot import InnerLoop
 from kshot.data.episodes import Episodes, Shape, sample_episodes
 from kshot.gradients import value_and_gradient
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.anil import ANIL
+from kshot_plugins.maml import MAML
 from kshot_plugins.metalstm import Gate, MetaLSTM, preprocessed
 from kshot_plugins.metasgd import MetaSGD
 from kshot_plugins.reptile import Reptile, minibatches
@@ -39,6 +41,88 @@ def test_a_value_comes_with_its_gradient_and_both_or_neither_can_be_differentiat
     value, gradients = value_and_gradient(lambda fast: (fast["x"] ** 2).sum(), {"x": x}, first_order=True)
     assert not value.requires_grad
     assert not gradients["x"].requires_grad
+
+
+# What they share
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "norm"),
+    [
+        ("maml", {"steps": 3}, "group"),
+        ("maml", {"first_order": True, "learn_rate": True}, "support"),
+        ("metasgd", {}, "batch"),
+    ],
+)
+def test_a_zero_heads_first_step_in_closed_form_is_the_step(tmp_path, monkeypatch, name, options, norm):
+    learner, found = Subject(name, tmp_path, options, norm).build().double().train(), []
+    for closed in (True, False):
+        if not closed:
+            monkeypatch.setattr(type(learner), "first", InnerLoop.first)
+        loss = learner.meta_loss(batch())
+        found.append((loss.detach(), torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)))
+    torch.testing.assert_close(*found)
+    assert learner.closed_form_start
+
+
+@pytest.mark.parametrize("head", ["zero", "prototypes"])
+def test_inner_steps_are_the_same_in_training_and_evaluation(tmp_path, head):
+    """A prototype depends on the weights; the inner gradient of the weights is taken with the head as it stands."""
+    options = {"head": head, "length": 3.0, "steps": 3, "rate": 0.3}
+    learner, episode = Subject("maml", tmp_path, options, "group").build().double(), batch()[0]
+    trained = learner.train().query_loss(episode)
+    with torch.no_grad():
+        torch.testing.assert_close(learner.eval().query_loss(episode), trained.detach())
+
+
+def test_a_head_of_prototypes_starts_at_negative_squared_distances():
+    """The means are (1, 0) and (4, 4). |q|² is left out, which the classes share."""
+    learner = MAML(Pixels((1, 1, 2)), MAML.Config(head="prototypes")).eval()
+    state = learner.adapt(SUPPORT, LABELS, CLASSES, steps=0)
+    assert state["head.weight"].tolist() == [[2, 0], [8, 8]]
+    assert state["head.bias"].tolist() == [-1, -32]
+    assert learner.classify(state, pixels([1, 1])).tolist() == [[2 - 1, 2 - 18]]
+    assert not learner.closed_form_start
+
+
+def test_features_are_scaled_to_a_length_before_the_head():
+    learner = ANIL(Pixels((1, 1, 2)), ANIL.Config(head="prototypes", length=10)).eval()
+    torch.testing.assert_close(learner.scaled(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[6.0, 8], [0, 0]]))
+    state = learner.adapt(pixels([3, 4], [-9, -12]), torch.tensor([0, 1]), torch.arange(2), steps=0)
+    torch.testing.assert_close(state["head.weight"], 2 * torch.tensor([[6.0, 8.0], [-6.0, -8.0]]))
+    torch.testing.assert_close(state["head.bias"], torch.tensor([-100.0, -100.0]))
+
+
+def test_later_steps_go_at_the_last_steps_rates():
+    """Two steps have rates of their own; a learner with one rate takes the same steps one by one."""
+    several = MAML(Pixels((1, 1, 2)), MAML.Config(steps=2, per_step=True)).eval()
+    several.log_rates.copy_(torch.tensor([[0.3], [0.1]]).log().expand(2, 2))
+    found = several.adapt(SUPPORT, LABELS, CLASSES, steps=3)
+    one = MAML(Pixels((1, 1, 2)), MAML.Config()).eval()
+    expected = one.begin(SUPPORT, LABELS, CLASSES)
+    for rate in (0.3, 0.1, 0.1):
+        one.log_rates.fill_(math.log(rate))
+        expected = one.step(expected, SUPPORT, LABELS, CLASSES, torch.tensor(0))
+    torch.testing.assert_close(found, expected)
+
+
+def test_inner_steps_after_training_are_those_of_the_nearest_number_of_shots():
+    """Three images of two classes are 1.5 of each: nearer to 1 than to 5."""
+    learner = ANIL(Pixels((1, 1, 2)), ANIL.Config.model_validate({"steps": 4, "eval_steps": {"5": 2, "1": 0}})).eval()
+    assert not learner.adapt(SUPPORT, LABELS, CLASSES)["head.weight"].any()
+    assert [learner.steps_for(shots) for shots in (1, 2, 3, 100)] == [0, 0, 2, 2]
+    assert learner.most_steps == 0  # chosen
+    assert learner.train().steps_for(5) == 4
+    assert ANIL(Pixels((1, 1, 2)), ANIL.Config(steps=4)).most_steps == 9
+
+
+def test_the_support_set_is_not_measured_where_queries_use_none_of_its_statistics(tmp_path):
+    """With no inner step: the statistics that `finish` takes are one pass, and the queries another."""
+    for norm, training, passes in (("support", True, 2), ("batch", True, 1), ("batch", False, 2), ("group", True, 1)):
+        learner, seen = Subject("maml", tmp_path, {"steps": 0, "eval_steps": 0}, norm).build().train(training), []
+        learner.backbone.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        learner.query_loss(batch(dtype=torch.float32)[0])
+        assert len(seen) == passes, norm
 
 
 # ANIL
