@@ -1,4 +1,4 @@
-"""The pipeline: from a recipe to a version in the registry that has met the champion."""
+"""The pipeline as a Prefect flow."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from pydantic import Field
 
-from kshot_flows import recipes
+from kshot_flows.steps import from_recipe_to_promotion
 from kshot_flows.store.products import Promotion
-from kshot_flows.tasks.data import version_data
-from kshot_flows.tasks.evaluate import evaluate
-from kshot_flows.tasks.export import export
-from kshot_flows.tasks.promote import promote
-from kshot_flows.tasks.register import register
-from kshot_flows.tasks.train import meta_train
 
 Recipe = Annotated[str, Field(min_length=1)]
 Change = Annotated[str, Field(pattern=r"^\s*[\w-]+(\.[\w-]+)*\s*=.*\S")]  # Prefect's page refuses what does not match
@@ -35,13 +29,7 @@ def pipeline(recipe: Recipe, changes: list[Change] | None = None) -> Promotion |
         recipe: A TOML file, or the name of a recipe that comes along.
         changes: Single values to change, such as training.lr=0.01.
     """
-    experiment = recipes.load(recipe, changes or [])
-    data = version_data(experiment)
-    learner = meta_train(experiment, data)
-    score = evaluate(experiment, data, learner)
-    bundle = export(experiment, learner, score)
-    version = register(experiment, data, score, bundle)
-    promotion = promote(experiment, version)
+    promotion = from_recipe_to_promotion(recipe, changes or [])
     if promotion.stage != "Production":
         return Completed(name="Blocked", message=promotion.why, data=promotion)
     return promotion

@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from kshot.data.datasets import file_sha256
 from kshot.data.episodes import Shape
-from kshot_flows import pipeline, recipes, registry
+from kshot_flows import recipes, registry
 from kshot_flows.cli.main import app
 from kshot_flows.report import experiment, summary
 from kshot_flows.run import start
-from kshot_flows.store import embeddings, learners, results
+from kshot_flows.store import embeddings, learners
 from kshot_flows.store.products import Attempt, Exported, Promotion, Registered, Scores, Trained
 from kshot_flows.store.results import Done
 from kshot_flows.tasks.data import version_data
@@ -208,10 +208,47 @@ def test_an_unchanged_run_uses_every_step_again(project: Project) -> None:
     assert len(registry.versions("tiny")) == versions
 
 
-def test_an_unchanged_run_needs_no_prefect_server_to_know_it(project: Project) -> None:
-    done = results.recalled(lambda: pipeline.pipeline.fn(str(project.home / "tiny.toml"), []))
-    assert done is not None
-    assert reused(done) == STEPS
+def test_an_unchanged_run_is_known_without_importing_prefect_mlflow_or_the_exporter(
+    project: Project, tmp_path: Path
+) -> None:
+    script = """
+import sys
+from kshot_flows.report import summary
+from kshot_flows.run import start
+done = start.run(sys.argv[1])
+summary.show(done, "")
+print([one.step for one in done if one.reused], file=sys.stderr)
+heavy = "prefect", "mlflow", "sqlalchemy", "onnx", "matplotlib"
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", script, str(project.home / "tiny.toml")], capture_output=True, text=True, check=True,
+        cwd=tmp_path, env={**os.environ, "PREFECT_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert said.stderr.splitlines() == [str(STEPS), "[]"]
+    assert "tiny version 1 is in production." in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "asked"),
+    [
+        ("profiles.toml", "", True),
+        ("prefect.toml", "[api]", True),
+        ("pyproject.toml", '[tool.prefect.api]\nurl = "http://there/api"', True),
+        ("pyproject.toml", 'dependencies = ["prefect"]', False),
+        (".env", "PREFECT_API_URL=http://there/api", True),
+        (".env", "HOME=/tmp", False),
+    ],
+)
+def test_prefect_is_asked_for_its_server_where_anything_may_name_one(
+    file: str, text: str, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "prefect")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert not start._prefect_may_be_configured()
+    (tmp_path / file).write_text(text)
+    assert start._prefect_may_be_configured() is asked
 
 
 def test_the_result_says_what_was_done_how_good_it_is_and_where_to_look(

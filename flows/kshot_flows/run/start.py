@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from kshot_flows.compare import comparison
 from kshot_flows.console import progress
-from kshot_flows.pipeline import pipeline
-from kshot_flows.report.standings import Comparison
-from kshot_flows.run import embedded
+from kshot_flows.steps import from_recipe_to_promotion
 from kshot_flows.store import results
 from kshot_flows.store.products import Promotion
 from kshot_flows.store.results import Done
 from kshot_flows.tracking import stores
+
+if TYPE_CHECKING:
+    from kshot_flows.report.standings import Comparison
 
 
 def unchanged(recipe: str, changes: Sequence[str] = ()) -> bool:
@@ -26,6 +30,9 @@ def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
     """Run the pipeline, and say what each task gave."""
     if done := _recalled(recipe, changes):
         return done
+    from kshot_flows.pipeline import pipeline
+    from kshot_flows.run import embedded
+
     with embedded.api(), results.journal() as done:
         try:
             pipeline(recipe, list(changes))
@@ -38,6 +45,9 @@ def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
 
 def compare(asked: Sequence[str]) -> Comparison:
     """Compare recipes; see `kshot_flows.compare.entrants` for `asked`."""
+    from kshot_flows.compare import comparison
+    from kshot_flows.run import embedded
+
     found: list[Comparison] = []
     if not embedded.configured() and results.recalled(lambda: found.append(comparison.fn(list(asked)))) is not None:
         return found[0]
@@ -46,6 +56,25 @@ def compare(asked: Sequence[str]) -> Comparison:
 
 
 def _recalled(recipe: str, changes: Sequence[str]) -> list[Done] | None:
-    if embedded.configured():
-        return None
-    return results.recalled(lambda: pipeline.fn(recipe, list(changes)))
+    if _prefect_may_be_configured():
+        from kshot_flows.run import embedded
+
+        if embedded.configured():  # its pages show every run
+            return None
+    return results.recalled(lambda: from_recipe_to_promotion(recipe, changes))
+
+
+def _prefect_may_be_configured() -> bool:
+    """Whether anything is there that Prefect reads settings from: if not, it is not imported to be asked."""
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    places = {
+        home / "profiles.toml": "",
+        Path("prefect.toml"): "",
+        Path("pyproject.toml"): "tool.prefect",
+        Path(".env"): "prefect_",
+    }
+    return (
+        "prefect" in sys.modules
+        or any(os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"))
+        or any(path.is_file() and sign in path.read_text(errors="replace").lower() for path, sign in places.items())
+    )

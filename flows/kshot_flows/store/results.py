@@ -6,29 +6,26 @@ A result says where things are, so these are looked at before it is used again; 
 from __future__ import annotations
 
 import errno
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, get_args
 
-import prefect
-from prefect import Task
-from prefect.assets import materialize
-from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.filesystems import LocalFileSystem
-from prefect.results import ResultStore
-from prefect.transactions import IsolationLevel
+from pydantic import TypeAdapter
 from rich.markup import escape
 
 from kshot_flows import project
 from kshot_flows.console import progress
-from kshot_flows.store.locks import ProcessLocks
 from kshot_flows.store.products import Product
 from kshot_flows.tracking import stores
+
+if TYPE_CHECKING:
+    from prefect import Task
+    from prefect.client.schemas.objects import State, TaskRun
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Product)
@@ -65,32 +62,33 @@ def journal() -> Iterator[list[Done]]:
 
 @dataclass(frozen=True)
 class Step(Generic[P, R]):
-    """A Prefect task whose result is used again wherever `key` of its arguments is the same, in the project at hand.
+    """A function that runs as a Prefect task, and its result used again wherever `key` of its arguments is the same.
 
-    Of two processes with one key, one works and the other waits for it.
+    So it is in the project at hand. Of two processes with one key, one works and the other waits for it.
     """
 
-    task: Task[P, R]
+    fn: Callable[P, R]  # the function itself, without Prefect
     key: Callable[P, str]
     shows: Callable[[Any], None]
     assets: Callable[P, list[str]] | None
+    options: Mapping[str, Any]
 
     @property
-    def fn(self) -> Callable[P, R]:
-        """The function itself, without Prefect."""
-        return self.task.fn
+    def name(self) -> str:
+        return self.fn.__name__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         began, again, key = time.monotonic(), _recalling.get(), self.key(*args, **kwargs)
         if again:
             product: R = _recall(key)
         else:
-            progress.say(f"[bold]{self.task.name}[/bold]")
-            options = {"assets": self.assets(*args, **kwargs)} if self.assets else {}
-            product, again = _run(self.task.with_options(**options), key, *args, **kwargs)
+            from kshot_flows.store.running import run  # brings Prefect, which takes a second
+
+            progress.say(f"[bold]{self.name}[/bold]")
+            product, again = run(self, key, *args, **kwargs)
             self.shows(product)
         if (done := _journal.get(None)) is not None:
-            done.append(Done(self.task.name, product, again, time.monotonic() - began))
+            done.append(Done(self.name, product, again, time.monotonic() - began))
         return product
 
 
@@ -106,8 +104,7 @@ def task(
     `shows` publishes the result, which may be an earlier one, on the run's page. `assets` names what the task makes,
     and so Prefect tells who waits for these assets.
     """
-    made = materialize(*["kshot://"], **options) if assets else prefect.task(**options)
-    return lambda function: Step(made(function), key, shows, assets)
+    return lambda function: Step(function, key, shows, assets, options)
 
 
 def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -131,7 +128,7 @@ RETRIED: Mapping[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "ret
 def recalled(pipeline: Callable[[], object]) -> list[Done] | None:
     """The tasks of a flow if each has a result that can be used again; None if anything is left to do.
 
-    With the keys and the store of a real run, but without Prefect's server, which takes longer than the looking up.
+    With the keys and the store of a real run, but without Prefect, which takes longer than the looking up.
     """
     token = _recalling.set(True)
     try:
@@ -149,24 +146,6 @@ def recalling() -> bool:
     return _recalling.get()
 
 
-def _run(made: Task[P, R], key: str, *args: P.args, **kwargs: P.kwargs) -> tuple[R, bool]:
-    """The task's product, and whether it is an earlier one."""
-    try:  # Prefect would use whatever lies under the key, and takes an error in a key function for leave to use none
-        _recall(key)
-    except _NothingKept:
-        (folder() / key).unlink(missing_ok=True)
-    policy = CacheKeyFnPolicy(
-        cache_key_fn=lambda *_: key,
-        isolation_level=IsolationLevel.SERIALIZABLE,
-        lock_manager=ProcessLocks(project.home() / ".kshot" / "locks"),
-    )
-    here = made.with_options(cache_policy=policy, result_storage=folder(), result_serializer="json")
-    state = here(*args, return_state=True, **kwargs)
-    if state.name == "Cached":
-        progress.say("  nothing has changed: the earlier result is used again")
-    return state.result(), state.name == "Cached"
-
-
 def folder() -> Path:
     return project.home() / ".kshot" / "steps"
 
@@ -180,16 +159,26 @@ def usable(key: str) -> bool:
     return True
 
 
+def discard_unusable(key: str) -> None:
+    """Remove the kept result of a key if it cannot be used again: Prefect would use whatever lies under the key."""
+    if not usable(key):
+        (folder() / key).unlink(missing_ok=True)
+
+
 def _recall(key: str) -> Any:
     """The kept result of a key, if its things are still there and unchanged."""
     if not (folder() / key).exists():
         raise _NothingKept
     try:
-        product: Any = ResultStore(result_storage=LocalFileSystem(basepath=str(folder()))).read(key).result
-    except Exception:  # cut off
+        held = json.loads(json.loads((folder() / key).read_text())["result"])
+        product = TypeAdapter(_PRODUCTS[held["__class__"]]).validate_python(held["data"])
+    except (KeyError, TypeError, ValueError):  # cut off, or written by another kshot
         raise _NothingKept from None
-    if not isinstance(product, Product):  # written by another kshot
-        raise _NothingKept
     if not product.intact():  # an error here, say of the registry, does not mean that it is gone
         raise _NothingKept
     return product
+
+
+_PRODUCTS = {
+    f"{kind.__module__}.{kind.__qualname__}": kind for kind in get_args(Product)
+}  # as Prefect's JSON names them
