@@ -50,6 +50,9 @@ class Learner(nn.Module, ABC):
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
     norms: ClassVar[tuple[Norm, ...]] = ("running", "support", "batch", "group")
     """The backbone's normalisations that it works with; the first is the default."""
+    coupled: ClassVar[tuple[Norm, ...]] = ()
+    """Norms under which `meta_loss` of a batch is not the mean over its episodes, one by one: the batch is then never
+    split into parts or over ranks."""
     prefers: ClassVar[Sequence[str]] = ("last",)
     """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
 
@@ -83,6 +86,11 @@ class Learner(nn.Module, ABC):
 
     def stepped(self) -> None:
         """Called after each outer step, which may take several calls of `meta_loss`, for learners that count steps."""
+
+    @property
+    def stage(self) -> int:
+        """The stage of training, for learners whose `meta_loss` is another one after some outer steps."""
+        return 0
 
     def prepare(self, classes: Sequence[int]) -> None:
         """Called before meta-training, to make what only training needs, such as a head over all base classes.
@@ -157,6 +165,8 @@ class FeatureLearner(Learner):
     If the features of an image do not depend on other images (norm `running` or `group`), they are computed once and
     cached: in evaluation, in training on a frozen backbone, and at the server, which stores those of support photos.
     """
+
+    coupled: ClassVar[tuple[Norm, ...]] = ("running",)  # batch statistics are of all episodes in one pass
 
     batched: ClassVar[bool] = True
     """Whether `fit`, `logits` and `episode_loss` run under `torch.func.vmap`; if not, episodes take turns."""

@@ -150,7 +150,10 @@ class Recipe(_Settings):
         """Validate plugin settings, and check that test splits are disjoint from training and validation splits."""
         for variant in self.variants():
             variant._learner_config()
-            variant._backbone_config()
+            norm = variant._backbone_config().norm
+            found = plugins.find()
+            learner, backbone = found.learner(variant.learner.one).value, found.backbone(variant.backbone.name).value
+            self.training.check_parts(learner, backbone, norm)
         if self.training.steps and len(self.variants()) > 1:
             raise KshotError(
                 "several learners or kinds of features are chosen among without training: training.steps = 0"

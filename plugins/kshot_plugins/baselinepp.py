@@ -39,6 +39,7 @@ class BaselinePlusPlus(FeatureLoop):
     """
 
     name = "baselinepp"
+    coupled = ("running", "support", "batch")  # class training embeds all images of a batch together
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=0, description="gradient steps for an episode's head")

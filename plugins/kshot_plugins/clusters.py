@@ -40,6 +40,7 @@ class Clusters(Learner):
     name = "clusters"
 
     norms = ("group", "support")  # no running averages, of which each expert would need its own
+    coupled = norms  # k-means moves with every batch
 
     class Config(LearnerConfig):
         clusters: int = Field(4, ge=1, description="experts beside the generalist, each as large as it")
@@ -110,18 +111,20 @@ class Clusters(Learner):
         A centroid that no episode is nearest to splits the largest cluster: it starts anew a little off that one's
         centroid, towards its farthest member.
         """
-        self.window = torch.cat([self.window, embeddings])[-self.config.window :]
-        self.seen = (self.seen + len(embeddings)).clamp(max=self.config.window)
-        recent = self.window[-int(self.seen) :]
-        every = torch.arange(self.config.clusters, device=recent.device)
-        nearest = squared_distances(recent, self.centroids).argmin(1)
-        self.shares = one_hot(nearest, every).mean(0)
-        means = class_means(recent, nearest, every)
-        self.centroids = torch.where(self.shares[:, None] > 0, means, self.centroids)
+        size, every = self.config.window, torch.arange(self.config.clusters, device=embeddings.device)
+        self.window.copy_(torch.cat([self.window, embeddings])[-size:])
+        self.seen.add_(len(embeddings)).clamp_(max=size)
+        known = torch.arange(size, device=embeddings.device) >= size - self.seen  # (window,)
+        nearest = squared_distances(self.window, self.centroids).argmin(1)
+        members = one_hot(nearest, every).to(self.window.dtype) * known[:, None]  # (window, k)
+        self.shares.copy_(members.sum(0) / self.seen)
+        means = members.t() @ self.window / members.sum(0).clamp_min(1)[:, None]
         empty, largest = self.shares.argmin(), self.shares.argmax()
-        if self.shares[empty] == 0:
-            offsets = recent[nearest == largest] - means[largest]
-            self.centroids[empty] = means[largest] + 0.01 * offsets[offsets.square().sum(1).argmax()]
+        offsets = self.window - means[largest]
+        farthest = torch.where(members[:, largest] > 0, offsets.square().sum(1), -1.0).argmax()
+        moved = torch.where(self.shares[:, None] > 0, means, self.centroids)
+        splits = (every == empty) & (self.shares == 0)  # (k,)
+        self.centroids.copy_(torch.where(splits[:, None], means[largest] + 0.01 * offsets[farthest], moved))
 
     def _prototypes(self, weights: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         features, statistics = self.measure(support, weights)

@@ -28,6 +28,7 @@ class DomainAdapt(Cosine):
     """
 
     name = "domainadapt"
+    coupled = Learner.norms  # by class training on all images of a batch
 
     class Config(Cosine.Config):
         weight: float = Field(1.0, ge=0, description="of the alignment, beside the cross-entropy")

@@ -25,6 +25,7 @@ class FineTune(FeatureLoop):
     """
 
     name = "finetune"
+    coupled = Learner.norms  # by class training on all images of a batch
     batched = True  # its gradient is written out
 
     class Config(LearnerConfig):

@@ -19,13 +19,14 @@ from kshot_plugins.class_training import BaseHead
 class MetaBaseline(FeatureLearner):
     """Logits are cosines between a feature and the classes' mean features, times a learned temperature.
 
-    The outer steps are counted in a buffer, which tells the two stages apart: a run that resumes goes on in its own.
+    The outer steps are counted, which tells the two stages apart: a run that resumes goes on in its own.
 
     Good for many labelled base classes: class training makes strong features cheaply, and meta-training then fits them
     to the cosine that answers. Adapting is a mean, as with prototypes.
     """
 
     name = "metabaseline"
+    coupled = Learner.norms  # by class training on all images of a batch
 
     class Config(LearnerConfig):
         pretrain: int = Field(
@@ -34,25 +35,34 @@ class MetaBaseline(FeatureLearner):
         temperature: float = Field(10.0, gt=0, description="what cosines are multiplied by at first")
 
     config: Config
-    taken: Tensor
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.register_buffer("taken", torch.tensor(0))
+        self.taken = 0
 
     def prepare(self, classes: Sequence[int]) -> None:
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """First cross-entropy over all base classes, of all images; then of the queries, over their episode's."""
-        if bool(self.taken < self.config.pretrain):
+        if self.stage == 0:
             images, labels = episodes.pooled()
             return F.cross_entropy(self.base(self.embed(images)), labels)
         return super().meta_loss(episodes)
 
     def stepped(self) -> None:
         self.taken += 1
+
+    @property
+    def stage(self) -> int:
+        return int(self.taken >= self.config.pretrain)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.taken)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.taken = int(state)
 
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         return {"means": class_means(features, labels, classes)}

@@ -43,6 +43,7 @@ class MetaGAN(FeatureLearner):
     """
 
     name = "metagan"
+    coupled = ()  # its episodes pass the backbone one by one
 
     class Config(LearnerConfig):
         weight: float = Field(

@@ -16,6 +16,8 @@ from kshot import Episodes, Learner, hookimpl
 from kshot_plugins.class_training import BaseHead
 from kshot_plugins.cosine import Cosine
 
+_OTHERS = -100  # the label of images of other data sets
+
 
 class MultiTask(Cosine):
     """Every data set has the same weight, whatever its share of a batch; a class is the direction of its mean feature.
@@ -27,6 +29,7 @@ class MultiTask(Cosine):
     """
 
     name = "multitask"
+    coupled = Learner.norms  # by class training on all images of a batch
 
     def prepare(self, classes: Sequence[int]) -> None:
         self.base = BaseHead(self.backbone.features, classes)
@@ -35,13 +38,15 @@ class MultiTask(Cosine):
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """Mean over the data sets in the batch of their images' cross-entropy over the classes of their data set."""
         images, labels = episodes.pooled()
-        losses, first = [], 0
+        losses, counts, first = [], [], 0
         for logits in self.base(self.embed(images)).split(self.classes, dim=1):  # (N, classes of one data set)
             own = (first <= labels) & (labels < first + logits.shape[1])
-            if own.any():
-                losses.append(F.cross_entropy(logits[own], labels[own] - first))
+            targets = torch.where(own, labels - first, _OTHERS)
+            losses.append(F.cross_entropy(logits, targets, ignore_index=_OTHERS, reduction="sum"))
+            counts.append(own.sum())
             first += logits.shape[1]
-        return torch.stack(losses).mean()
+        images_of_each = torch.stack(counts)
+        return (torch.stack(losses) / images_of_each.clamp_min(1)).sum() / images_of_each.count_nonzero()
 
 
 @hookimpl

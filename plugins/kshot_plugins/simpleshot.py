@@ -39,6 +39,7 @@ class SimpleShot(FeatureLearner):
     """
 
     name = "simpleshot"
+    coupled = Learner.norms  # by class training on all images of a batch
 
     class Config(LearnerConfig):
         transform: Literal["un", "l2n", "cl2n"] = Field(

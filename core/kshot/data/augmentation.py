@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kshot.data.episodes import Episodes
+from kshot.data.placed import sent
 
 _STREAM = 100  # of random numbers: apart from every stream that draws episodes
 
@@ -33,7 +34,10 @@ class Augmentation(BaseModel):
 
 
 def augment(episodes: Episodes, settings: Augmentation, *, seed: int, step: int) -> Episodes:
-    """The same episodes with every image changed. What is drawn depends on (seed, step) alone, as episodes do."""
+    """The same episodes with every image changed, on the images' device.
+
+    What is drawn, on the host, depends on (seed, step) alone, as episodes do.
+    """
     if settings == Augmentation():
         return episodes
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM, step])))
@@ -51,7 +55,8 @@ def _change(images: Tensor, settings: Augmentation, random: np.random.Generator)
     """Images (N, C, H, W) in 0..1, each with its own random transform; outside the image, edge pixels repeat."""
 
     def drawn(most: float) -> Tensor:
-        return torch.from_numpy(random.uniform(-most, most, len(images))).to(images)  # (N,)
+        numbers = torch.from_numpy(random.uniform(-most, most, len(images))).to(images.dtype)  # (N,)
+        return sent(numbers, images.device)
 
     if settings.moves:
         angle, scale = drawn(math.radians(settings.rotate)), 1 + drawn(settings.scale)

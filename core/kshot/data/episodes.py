@@ -89,13 +89,14 @@ class Episodes:
         return Episodes(self.shape, support, query, source, self.unlabelled)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Episodes:
-        """The same episodes on another device, or in another precision."""
+        """The same episodes on another device, or in another precision. A GPU is not waited for."""
+        late = torch.device(device).type == "cuda"
         return Episodes(
             self.shape,
-            self.support.to(device, dtype),
-            self.query.to(device, dtype),
-            self.source.to(device),
-            None if self.unlabelled is None else self.unlabelled.to(device, dtype),
+            self.support.to(device, dtype, late),
+            self.query.to(device, dtype, late),
+            self.source.to(device, non_blocking=late),
+            None if self.unlabelled is None else self.unlabelled.to(device, dtype, late),
         )
 
 
@@ -214,14 +215,15 @@ def _distinct(random: np.random.Generator, populations: np.ndarray, size: int) -
     return random.permuted(chosen, axis=-1)
 
 
-def as_floats(pixels: np.ndarray) -> Tensor:
-    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape; features (*batch, D) stay as they are.
+def as_floats(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape, on their device; features (*batch, D) stay as they are.
 
     Channels last: a convolution is several times faster in that layout on a CPU, and no slower on a GPU. It is
     copied into place because for one channel both layouts look alike to `contiguous`.
     """
-    if pixels.dtype != np.uint8:
-        return torch.from_numpy(pixels)
-    source = torch.from_numpy(pixels.reshape(-1, *pixels.shape[-3:]))
-    floats = torch.empty(source.shape, memory_format=torch.channels_last).copy_(source).div_(255)
-    return floats.unflatten(0, pixels.shape[:-3])
+    source = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+    if source.dtype != torch.uint8:
+        return source
+    flat = source.flatten(0, -4)  # (N, C, H, W)
+    floats = torch.empty(flat.shape, device=flat.device, memory_format=torch.channels_last).copy_(flat).div_(255)
+    return floats.unflatten(0, source.shape[:-3])

@@ -80,7 +80,7 @@ def save(folder: Path, run: Run, learner: Learner, optimiser: torch.optim.Optimi
     held = asdict(run) | {
         "learner": learner.state_dict(),
         "optimiser": optimiser.state_dict(),
-        "random": torch.get_rng_state(),
+        "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())],
     }
     newest, previous = (folder / name for name in CHECKPOINTS)
     save_atomically(held, newest, previous)
@@ -104,8 +104,13 @@ def save_atomically(held: dict[str, Any], path: Path, previous: Path | None = No
 
 def resume(held: dict[str, Any], learner: Learner, optimiser: torch.optim.Optimizer) -> Run:
     learner.load_state_dict(held["learner"])
+    for saved, own in zip(held["optimiser"]["param_groups"], optimiser.param_groups, strict=True):
+        saved |= {name: own[name] for name in ("fused", "capturable") if name in own}  # as this device needs
     optimiser.load_state_dict(held["optimiser"])
-    torch.set_rng_state(held["random"])
+    host, *gpus = held["random"]
+    torch.set_rng_state(host)
+    for number, state in enumerate(gpus[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, number)
     return Run(**{part.name: held[part.name] for part in fields(Run)})
 
 

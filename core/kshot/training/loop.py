@@ -5,22 +5,30 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
 
 from kshot import malloc
 from kshot.data.augmentation import Augmentation, augment
 from kshot.data.datasets import ClassImages
 from kshot.data.embeddings import embedded
-from kshot.data.episodes import check_shape, sample_episodes, sample_images
-from kshot.evaluation.scores import Score, evaluate
+from kshot.data.episodes import Episodes, check_shape, sample_episodes, sample_images
+from kshot.data.placed import placed
+from kshot.evaluation.scores import evaluate
 from kshot.learner import Learner
 from kshot.training.checkpoint import Run, checkpoint, foreign, resume, save
+from kshot.training.distributed import Ranks, joined
+from kshot.training.graph import Graphs
 from kshot.training.settings import Training
+from kshot.training.step import learning_rate, make_optimiser, set_rate, update
 from kshot_runtime.errors import KshotError
 
 
@@ -33,6 +41,7 @@ class Progress:
     loss: float
     lr: float
     seconds: float  # of training, over all the processes that took part
+    memory: int  # bytes, the most so far: of tensors on a GPU; on a CPU of this process, which keeps a step's memory
     validation: float | None = None  # accuracy, where this step was validated
     margin: float | None = None  # half its 95 % interval
     best_step: int | None = None
@@ -62,11 +71,29 @@ def meta_train(
 
     With `unlabelled`, some of its images come with every batch, without their labels. Features of a frozen backbone
     are computed once, in memory or in the embedding store `store`.
+
+    Under torchrun, or `kshot.training.launched`, the processes share the episodes of each step. The first validates,
+    writes checkpoints and yields; the others yield nothing. A run may be resumed by another number of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for shape in settings.shapes:
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
+    with joined(device) as (ranks, device), malloc.kept():
+        settings.check_parts(type(learner), type(learner.backbone), learner.backbone.norm, ranks.count)
+        _prepare(learner, train, seed, device, ranks)
+        if learner.backbone.frozen and settings.augment == Augmentation():
+            train, validation = (embedded(learner, part, store=store, device=device) for part in (train, validation))
+        else:
+            train = placed(train, device)
+        pool = None if unlabelled is None else placed(unlabelled, device)
+        loop = _Loop(learner, settings, seed, device, ranks)
+        loop.start(folder, recipe or {})
+        yield from loop.run(partial(_draw, train, pool, settings, seed, device), validation, folder)
+
+
+def _prepare(learner: Learner, train: ClassImages, seed: int, device: str, ranks: Ranks) -> None:
+    """Make what only training needs; all ranks then start from the first one's weights."""
     torch.manual_seed(seed)
     if not any(parameter.requires_grad for parameter in learner.parameters()):  # `prepare` adds what only it needs
         raise KshotError(
@@ -74,100 +101,140 @@ def meta_train(
             "Take it as it is with training.steps = 0, or let the backbone train."
         )
     learner.prepare(train.classes_per_data_set)
+    learner.load_state_dict(ranks.share(learner.state_dict))
     learner.to(device)
-    if learner.backbone.frozen and settings.augment == Augmentation():
-        train, validation = (embedded(learner, part, store=store, device=device) for part in (train, validation))
-    optimiser = _optimiser(learner, settings)
-    run = Run(settings=settings.model_dump(), recipe=recipe or {}, seed=seed)
-    held, damaged = checkpoint(folder)
-    for file in damaged:
-        warnings.warn(f"{file} cannot be read, and is {file.name}.damaged now", stacklevel=2)
-    if held and (differ := foreign(held, settings, run.recipe, seed)):
-        raise KshotError(
-            f"{folder} has a checkpoint of another run: {differ}. "
-            "Give this run a folder of its own, or delete that one."
+
+
+def _draw(
+    train: ClassImages, unlabelled: ClassImages | None, settings: Training, seed: int, device: str, step: int
+) -> Episodes:
+    """The batch of an outer step, on the device: (seed, step) alone decide what is in it."""
+    shape = settings.shapes[step % len(settings.shapes)]
+    batch = sample_episodes(train, shape, settings.episodes_per_step, seed=seed, step=step)
+    if unlabelled is not None:
+        batch = replace(batch, unlabelled=sample_images(unlabelled, settings.unlabelled_images, seed=seed, step=step))
+    return augment(batch.to(device), settings.augment, seed=seed, step=step)
+
+
+class _Loop:
+    """A training, and how far it has come."""
+
+    position: Run
+
+    def __init__(self, learner: Learner, settings: Training, seed: int, device: str, ranks: Ranks) -> None:
+        self.learner, self.settings, self.seed, self.ranks = learner, settings, seed, ranks
+        self.device = torch.device(device)
+        self.optimiser = make_optimiser(learner, settings, self.device)
+        self.update: Callable[[Episodes], Tensor] = partial(
+            update, learner, optimiser=self.optimiser, settings=settings, ranks=ranks
         )
-    if held:
-        run = resume(held, learner, optimiser)
+        if settings.cuda_graph and self.device.type == "cuda":
+            if ranks.count > 1:
+                raise KshotError("a CUDA graph holds the steps of one process: set training.cuda_graph = false")
+            self.update = Graphs(learner, self.update)
+        self.memory = 0
 
-    with malloc.kept():
-        while run.step < settings.steps and not run.exhausted(settings.patience):
+    def start(self, folder: Path, recipe: dict[str, Any]) -> None:
+        """Begin at step 0, or where the newest checkpoint in the folder says."""
+        self.position = Run(settings=self.settings.model_dump(), recipe=recipe, seed=self.seed)
+        held, damaged = self.ranks.share(lambda: checkpoint(folder))
+        for file in damaged if self.ranks.first else ():
+            warnings.warn(f"{file} cannot be read, and is {file.name}.damaged now", stacklevel=3)
+        if held and (differ := foreign(held, self.settings, recipe, self.seed)):
+            raise KshotError(
+                f"{folder} has a checkpoint of another run: {differ}. "
+                "Give this run a folder of its own, or delete that one."
+            )
+        if held:
+            self.position = resume(held, self.learner, self.optimiser)
+        if not self.ranks.first:  # random numbers of its own
+            torch.manual_seed(hash((self.seed, self.position.step, self.ranks.number)))
+
+    def run(self, draw: Callable[[int], Episodes], validation: ClassImages, folder: Path) -> Iterator[Progress]:
+        """Take the steps that are left and report each; the learner then holds the best weights."""
+        at, settings = self.position, self.settings
+        unread: deque[_Taken] = deque()
+        while at.step < settings.steps and not at.exhausted(settings.patience):
             started = time.perf_counter()
-            learner.train()
-            lr = learning_rate(settings, run.step)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            shape = settings.shapes[run.step % len(settings.shapes)]
-            batch = sample_episodes(train, shape, settings.episodes_per_step, seed=seed, step=run.step)
-            if unlabelled is not None:
-                pool = sample_images(unlabelled, settings.unlabelled_images, seed=seed, step=run.step)
-                batch = replace(batch, unlabelled=pool)
-            batch = augment(batch, settings.augment, seed=seed, step=run.step)
-            loss = learner_step(learner, batch.to(device), optimiser, settings)
-            run.step += 1
-            if not math.isfinite(loss):
-                raise KshotError(
-                    f"the loss became {loss} at outer step {run.step}. "
-                    f"Lower training.lr (now {settings.lr}) or set training.clip."
-                )
-            validation_due = run.step % settings.validate_every == 0 or run.step == settings.steps
-            accuracy = margin = None
-            if validation_due:
-                score = _validate(learner, validation, settings, seed, device)
-                accuracy, margin = score.accuracy, score.margin
-                run.history.append({"step": run.step, "loss": loss, "validation": accuracy, "margin": margin})
-                if run.best is None or accuracy > run.best:
-                    run.best, run.best_step = accuracy, run.step
-                    run.best_weights = {name: value.detach().clone() for name, value in learner.state_dict().items()}
-            run.seconds += time.perf_counter() - started
-            if validation_due:
-                save(folder, run, learner, optimiser)
-            yield Progress(run.step, settings.steps, loss, lr, run.seconds, accuracy, margin, run.best_step, run.best)
-    learner.load_state_dict(run.best_weights)
-    learner.eval()
+            unread.append(self.take(draw(at.step)))
+            due = at.step % settings.validate_every == 0 or at.step == settings.steps
+            reports = [
+                self.report(unread.popleft()) for _ in range(len(unread) - (0 if due else _steps_ahead(self.device)))
+            ]
+            if due:
+                reports[-1] = self.validate(reports[-1], validation)
+            at.seconds += time.perf_counter() - started
+            if self.ranks.first:
+                if due:
+                    save(folder, at, self.learner, self.optimiser)
+                yield from (replace(report, seconds=at.seconds) for report in reports)
+        self.learner.load_state_dict(at.best_weights)
+        self.learner.eval()
+
+    def take(self, batch: Episodes) -> _Taken:
+        """Take an outer step, without waiting for a GPU."""
+        lr = learning_rate(self.settings, self.position.step)
+        set_rate(self.optimiser, lr)
+        self.learner.train()
+        loss = self.update(batch)
+        self.learner.stepped()
+        self.position.step += 1
+        return _Taken(self.position.step, lr, loss)
+
+    def report(self, taken: _Taken) -> Progress:
+        """Where a step led, once its loss is known; a loss that is no number ends the training."""
+        at, settings, loss = self.position, self.settings, taken.loss()
+        if not math.isfinite(loss):
+            raise KshotError(
+                f"the loss became {loss} at outer step {taken.step}. "
+                f"Lower training.lr (now {settings.lr}) or set training.clip."
+            )
+        self.memory = max(self.memory, _memory(self.device))
+        return Progress(
+            taken.step, settings.steps, loss, taken.lr, at.seconds, self.memory, best_step=at.best_step, best=at.best
+        )
+
+    def validate(self, last: Progress, validation: ClassImages) -> Progress:
+        """Score the learner after its last step, and keep its weights if they are the best so far."""
+        at, settings = self.position, self.settings
+        self.ranks.check_alike(self.learner)
+
+        def score() -> tuple[float, float]:
+            shape, episodes, device = settings.validation_shape, settings.validation_episodes, str(self.device)
+            found = evaluate(self.learner, validation, shape, episodes, seed=self.seed, stream="val", device=device)
+            return found.accuracy, found.margin
+
+        accuracy, margin = self.ranks.share(score)
+        at.history.append({"step": at.step, "loss": last.loss, "validation": accuracy, "margin": margin})
+        if at.best is None or accuracy > at.best:
+            at.best, at.best_step = accuracy, at.step
+            at.best_weights = {name: value.detach().clone() for name, value in self.learner.state_dict().items()}
+        return replace(last, validation=accuracy, margin=margin, best_step=at.best_step, best=at.best)
 
 
-def _validate(learner: Learner, validation: ClassImages, settings: Training, seed: int, device: str) -> Score:
-    shape, episodes = settings.validation_shape, settings.validation_episodes
-    return evaluate(learner, validation, shape, episodes, seed=seed, stream="val", device=device)
+class _Taken:
+    """A step that was taken, whose loss is copied to the host while a GPU goes on."""
+
+    def __init__(self, step: int, lr: float, loss: Tensor) -> None:
+        self.step, self.lr = step, lr
+        self._copied = torch.cuda.Event() if loss.is_cuda else None
+        self._loss = loss.detach().to("cpu", non_blocking=loss.is_cuda)
+        if self._copied:
+            self._copied.record()
+
+    def loss(self) -> float:
+        if self._copied:
+            self._copied.synchronize()
+        return float(self._loss)
 
 
-def learner_step(learner: Learner, batch: Any, optimiser: torch.optim.Optimizer, settings: Training) -> float:
-    """One outer step: the mean meta-loss over a batch, differentiated a few episodes at a time to bound memory."""
-    at_once = settings.episodes_at_once or len(batch)
-    optimiser.zero_grad(set_to_none=True)
-    total = 0.0
-    for start in range(0, len(batch), at_once):
-        part = batch.part(start, start + at_once)
-        loss = learner.meta_loss(part) * (len(part) / len(batch))
-        loss.backward()
-        total += float(loss.detach())
-    if settings.clip is not None:
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.clip)
-    optimiser.step()
-    learner.stepped()
-    return total
+def _steps_ahead(device: torch.device) -> int:
+    """How many steps are taken before a loss is read: a GPU has got that far by then, so nothing waits."""
+    return 4 if device.type == "cuda" else 0
 
 
-def learning_rate(settings: Training, step: int) -> float:
-    """The outer learning rate at a step: constant, down to zero on a cosine or a line, or halved every so often."""
-    if settings.schedule == "cosine":
-        return settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    if settings.schedule == "linear":
-        return settings.lr * (1 - step / settings.steps)
-    if settings.schedule == "halve":
-        return settings.lr * 0.5 ** (step // settings.halve_every)
-    return settings.lr
-
-
-def _optimiser(learner: Learner, settings: Training) -> torch.optim.Optimizer:
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )
+def _memory(device: torch.device) -> int:
+    """Bytes that training holds: on a GPU the most so far, else now, after a step whose memory this process keeps."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -6,8 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from kshot.backbones import Backbone, PretrainedBackbone
 from kshot.data.augmentation import Augmentation
 from kshot.data.episodes import Shape
+from kshot.learner import Learner
+from kshot.norms import Norm
+from kshot_runtime.errors import KshotError
 
 
 class Training(BaseModel):
@@ -19,7 +23,12 @@ class Training(BaseModel):
     shots: int | tuple[int, ...] = Field(1, description="one number, or several that outer steps take in turns")
     queries: int = Field(15, ge=1)
     episodes_per_step: int = Field(1, ge=1, description="episodes in one outer step (the meta-batch)")
-    episodes_at_once: int | None = Field(None, ge=1, description="of these, how many share one backward pass")
+    episodes_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="of these, how many share one backward pass, which bounds memory; if unset, all, but one where an "
+        "inner loop adapts the backbone on a CPU",
+    )
     augment: Augmentation = Augmentation()
     unlabelled_images: int = Field(128, ge=1, description="of dataset.unlabelled, if it is set, in every outer step")
     steps: int = Field(1000, ge=0, description="outer steps; 0 takes the backbone as it is built, say pretrained")
@@ -34,6 +43,12 @@ class Training(BaseModel):
     schedule: Literal["constant", "cosine", "linear", "halve"] = Field("cosine", description="of the learning rate")
     halve_every: int = Field(2000, ge=1, description="outer steps between halvings, for schedule = 'halve'")
     clip: float | None = Field(None, gt=0, description="largest norm of the outer gradient")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="of products and convolutions in training; bfloat16 by autocast, tf32 on a GPU only"
+    )
+    cuda_graph: bool = Field(
+        False, description="on a GPU, replay each step as one CUDA graph; for learners whose steps never differ"
+    )
     validate_every: int = Field(250, ge=1, description="outer steps between validations, each with a checkpoint")
     validation_ways: int | None = Field(None, ge=2, description="of validation episodes; as in training if unset")
     validation_shots: int | None = Field(None, ge=1, description="the first of shots if unset")
@@ -58,3 +73,27 @@ class Training(BaseModel):
     def validation_shape(self) -> Shape:
         shots = self.validation_shots or self.shapes[0].shots
         return Shape(self.validation_ways or self.ways, shots, self.validation_queries)
+
+    def check_parts(self, learner: type[Learner], backbone: type[Backbone], norm: Norm, ranks: int = 1) -> None:
+        """Refuse parts of a batch, taken one after the other or by several ranks, where they train otherwise."""
+        parts = [f"training.episodes_at_once = {self.episodes_at_once}"] if self._in_parts else []
+        parts += [f"{ranks} ranks"] if ranks > 1 else []
+        if ranks > self.episodes_per_step:
+            raise KshotError(
+                f"{ranks} ranks share the episodes of a step, and there are {self.episodes_per_step}: start fewer "
+                "ranks, or raise training.episodes_per_step"
+            )
+        # A pretrained backbone keeps its averages in training, so each image is normalised by itself.
+        effective: Norm = "group" if issubclass(backbone, PretrainedBackbone) else norm
+        if parts and effective in learner.coupled:
+            free = [each for each in learner.norms if each in backbone.norms and each not in learner.coupled]
+            mend = f", or set norm to {' or '.join(map(repr, free))} in [backbone]" if free else ""
+            raise KshotError(
+                f"{learner.name} with norm = {norm!r} learns from all {self.episodes_per_step} episodes of a step "
+                f"together, and {' and '.join(parts)} would make it another algorithm. Take them at once in one "
+                f"process{mend}."
+            )
+
+    @property
+    def _in_parts(self) -> bool:
+        return self.episodes_at_once is not None and self.episodes_at_once < self.episodes_per_step

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from kshot.backbones import BackboneConfig
 from kshot.data.episodes import sample_episodes
 from kshot.testing import Pixels, Subject, toy_images
 from kshot.training import (
@@ -59,7 +61,7 @@ class Scaled(Pixels):
     """Pixels times one weight, to have something to train."""
 
     def __init__(self, image):
-        super().__init__(image)
+        super().__init__(image, BackboneConfig(norm="group"))  # it has none
         self.scale = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, images):
@@ -230,16 +232,46 @@ def test_every_one_of_several_shots_must_fit_the_images(tmp_path):
         train(tmp_path, shots=(1, 100))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"), [("constant", [1, 1, 1]), ("cosine", [1, 0.5, 0]), ("halve", [1, 0.25, 0.0625])]
-)
+SCHEDULES = {"constant": [1, 1, 1], "cosine": [1, 0.5, 0], "linear": [1, 0.5, 0], "halve": [1, 0.25, 0.0625]}
+
+
+@pytest.mark.parametrize(("schedule", "expected"), SCHEDULES.items())
 def test_learning_rate_schedules(schedule, expected):
     settings = Training(steps=100, lr=1.0, schedule=schedule, halve_every=25)
     assert [learning_rate(settings, step) for step in (0, 50, 100)] == pytest.approx(expected)
 
 
-def test_training_reports_its_time_and_position(tmp_path):
+def test_training_reports_its_time_memory_and_position(tmp_path):
     started = time.perf_counter()
     _, steps = train(tmp_path, steps=5)
     assert [p.step for p in steps] == [1, 2, 3, 4, 5]
     assert 0 < steps[-1].seconds < time.perf_counter() - started
+    assert 50e6 < steps[0].memory <= steps[-1].memory < psutil.virtual_memory().total
+
+
+def test_losses_that_are_read_some_steps_late_are_those_that_are_read_at_once(tmp_path, monkeypatch):
+    """As on a GPU, where reading one is waiting."""
+    whole, now = train(tmp_path / "now", steps=7)
+    monkeypatch.setattr("kshot.training.loop._steps_ahead", lambda device: 3)
+    learner, late = train(tmp_path / "late", steps=7)
+    assert [(p.step, p.loss, p.lr, p.validation, p.best) for p in late] == [
+        (p.step, p.loss, p.lr, p.validation, p.best) for p in now
+    ]
+    assert equal(learner.state_dict(), whole.state_dict())
+    with pytest.raises(KshotError, match=r"became (nan|inf) at outer step [1-4]\. Lower"):
+        train(tmp_path / "lost", lr=1e18, schedule="constant")
+
+
+def test_a_training_in_bfloat16_learns_and_validates_in_float32(tmp_path, monkeypatch):
+    seen = []
+
+    def embed(learner, images, state=None):
+        features = ProtoNet.__mro__[1].embed(learner, images, state)
+        seen.append((learner.training, features.dtype))
+        return features
+
+    monkeypatch.setattr(ProtoNet, "embed", embed)
+    learner, steps = train(tmp_path, name="protonet", precision="bfloat16", steps=40)
+    assert {True: torch.bfloat16, False: torch.float32} == dict(seen)
+    assert steps[-1].loss < 0.7 * steps[0].loss
+    assert {value.dtype for value in learner.parameters()} == {torch.float32}

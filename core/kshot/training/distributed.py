@@ -1,0 +1,157 @@
+"""One training by several processes (ranks): each takes some episodes of a step, and gradients are summed over all.
+
+torchrun starts the ranks, or `launched` does on this machine. Results equal those of one process but for rounding, if
+`meta_loss` draws no random numbers; those that it does draw differ between ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from kshot.data.episodes import Episodes
+from kshot_runtime.errors import KshotError
+
+_STARTING = datetime.timedelta(minutes=5)  # for all ranks to be there
+_PATIENCE = datetime.timedelta(days=1)  # the first rank validates while the others wait
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among those of one training, and how many they are."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    def part(self, batch: Episodes) -> Episodes:
+        """This rank's episodes of a batch."""
+        start, stop = (len(batch) * number // self.count for number in (self.number, self.number + 1))
+        return batch if self.count == 1 else batch.part(start, stop)
+
+    def add_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The sum of the ranks' losses (); the gradient of each parameter becomes the ranks' sum too."""
+        if self.count == 1:
+            return loss
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        values = torch.cat([loss.flatten(), *(p.grad.flatten() for p in trained if p.grad is not None)])
+        dist.all_reduce(values)
+        total, *gradients = values.split([1, *(p.numel() for p in trained)])
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return total[0]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank, on all of them; it runs on no other."""
+        if self.count == 1:
+            return make()
+        held: list[Any] = [make() if self.first else None]
+        dist.broadcast_object_list(held, device=torch.device("cpu"))
+        return held[0]
+
+    def check_alike(self, learner: nn.Module) -> None:
+        """A KshotError if weights or buffers differ between ranks: such a learner learns from more than gradients."""
+        if self.count == 1:
+            return
+        for name, value in learner.state_dict().items():
+            least, most = value.double().sum(), value.double().sum()
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            if not torch.equal(least, most) and not (least.isnan() and most.isnan()):
+                raise KshotError(
+                    f"{name} differs between the ranks of this training: it is changed by what each rank sees, which "
+                    "several ranks do not share. Train in one process."
+                )
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Ranks, str]]:
+    """The ranks that this process was started among, and the device of this one; without any, one rank on `device`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+        yield Ranks(), device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if ours := not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        store, rank, world = next(rendezvous("env://", timeout=_STARTING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def launched(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """Make this process the first of `count` ranks for the block: others are started, and call `work(*arguments)`."""
+    if count == 1:
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads, before = torch.get_num_threads(), dict(os.environ)
+    processes = [
+        multiprocessing.get_context("spawn").Process(
+            target=_work,
+            args=(_environment(number, count, port), max(1, threads // count), work, arguments),
+            daemon=True,
+        )
+        for number in range(1, count)
+    ]
+    for process in processes:
+        process.start()
+    torch.set_num_threads(max(1, threads // count))
+    os.environ.update(_environment(0, count, port))
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's, where a rank is gone
+        for process in processes:
+            process.join(5)
+        if any(process.exitcode for process in processes):
+            raise KshotError(f"another rank of this training has ended, so all of them end: {error}") from None
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        for name in _environment(0, count, port):
+            os.environ.pop(name)
+        os.environ.update(before)
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _environment(number: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank."""
+    ours = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ours.items()}}
+
+
+def _work(environment: dict[str, str], threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank gets it too, and ends the others
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    try:
+        work(*arguments)
+    except KshotError:  # which the first rank reports
+        raise SystemExit(1) from None
