@@ -121,7 +121,8 @@ class Clusters(Learner):
         means = members.t() @ self.window / members.sum(0).clamp_min(1)[:, None]
         empty, largest = self.shares.argmin(), self.shares.argmax()
         offsets = self.window - means[largest]
-        farthest = torch.where(members[:, largest] > 0, offsets.square().sum(1), -1.0).argmax()
+        lengths = members[:, largest] * offsets.square().sum(1)
+        farthest = (lengths > 0.999 * lengths.max()).int().argmax()  # two members are equally far but for rounding
         moved = torch.where(self.shares[:, None] > 0, means, self.centroids)
         splits = (every == empty) & (self.shares == 0)  # (k,)
         self.centroids.copy_(torch.where(splits[:, None], means[largest] + 0.01 * offsets[farthest], moved))
