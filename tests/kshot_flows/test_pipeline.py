@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from kshot.data.datasets import file_sha256
 from kshot.data.episodes import Shape
+from kshot.learner import InnerLoop
 from kshot_flows import recipes, registry
 from kshot_flows.cli.main import app
 from kshot_flows.report import experiment, summary
@@ -198,6 +199,20 @@ def test_the_learner_file_says_what_made_it_and_gives_the_learner_back(project: 
     assert held["data"] == {"patterns": trained.data.version}
     again = evaluate.fn(recipes.load(str(project.home / "tiny.toml")), trained.data, trained)
     assert again.lines == scores.lines
+
+
+def test_inner_steps_are_chosen_on_validation_episodes_and_kept_in_the_learner_file(project: Project) -> None:
+    """Up to 3 are tried after a training with 1, at 1 and at 5 shots. A recipe that says how many is kept to."""
+    for change, chosen in (("learner.steps=1", {1, 5}), ("learner.eval_steps=2", None)):
+        recipe = recipes.load(str(project.home / "tiny.toml"), ["learner.name=anil", change, "training.steps=2"])
+        learner = learners.load(meta_train.fn(recipe, version_data.fn(recipe)).learner.file)
+        assert isinstance(learner, InnerLoop)
+        table = learner.config.model_dump()["eval_steps"]
+        if chosen is None:
+            assert table == learner.steps_for(1) == 2
+        else:
+            assert set(table) == chosen
+            assert all(1 <= learner.steps_for(shots) == table[shots] <= 3 for shots in chosen)
 
 
 def test_an_unchanged_run_uses_every_step_again(project: Project) -> None:
