@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -59,10 +60,7 @@ class GradientLearner(InnerLoop):
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         prototypes = self.config.head == "prototypes"
         features = self.measure(support)[0] if prototypes else support.new_empty(0, self.backbone.features)
-        weights = self.weights()
-        if self.training:  # views, since prototypes depend on the weights: `gradient` must not see through them
-            weights = {name: weight.view_as(weight) for name, weight in weights.items()}
-        return weights | self.new_head(features, labels, classes)
+        return _apart(self.weights()) | self.new_head(features, labels, classes)
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         if self.backbone.norm in BY_ITSELF or (self.training and self.backbone.norm == "batch"):
@@ -106,6 +104,15 @@ class GradientLearner(InnerLoop):
         return dict(zip(HEAD, (errors.t() @ self.scaled(features), errors.sum(0)), strict=True))
 
 
+def _apart(state: State) -> State:
+    """The same tensors, but no parameters; as views, since others may depend on them, as prototypes on the weights."""
+    graph = torch.is_grad_enabled()
+    return {
+        name: value.view_as(value) if graph else value.detach() if value.requires_grad else value
+        for name, value in state.items()
+    }
+
+
 class Descent(GradientLearner):
     """Inner steps descend the support loss, each weight tensor at its rate."""
 
@@ -142,11 +149,9 @@ class Descent(GradientLearner):
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], classes: Tensor, i: Tensor) -> State:
         """The state after step i down these gradients; a tensor without one stays."""
-        moved = dict(state)
+        moved = _apart(state)
         for (name, value), rate in zip(state.items(), self.rates_at(i), strict=True):
             if name in gradients:
                 # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.
                 moved[name] = value - rate * (classes.shape[0] if name in HEAD else 1) * gradients[name]
-            elif self.training:  # as in `begin`
-                moved[name] = value.view_as(value)
         return moved
