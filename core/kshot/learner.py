@@ -9,8 +9,9 @@ and the conformance kit follow.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -56,6 +57,9 @@ class Learner(nn.Module, ABC):
     prefers: ClassVar[Sequence[str]] = ("last",)
     """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
 
+    batched: ClassVar[bool] = True
+    """Whether its methods run under `torch.func.vmap`; if not, the episodes of a batch take turns."""
+
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()
         self.backbone = backbone
@@ -74,7 +78,13 @@ class Learner(nn.Module, ABC):
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """The loss of the outer loop over a batch of episodes: a scalar, by default the queries' cross-entropy."""
-        return torch.stack([self.query_loss(episode) for episode in episodes]).mean()
+        first = episodes[0]  # labels are the same in every episode of a batch
+
+        def loss(support: Tensor, query: Tensor, source: Tensor) -> Tensor:
+            return self.query_loss(replace(first, support=support, query=query, source=source))
+
+        parts = episodes.support, episodes.query, episodes.source
+        return over_episodes(loss, *parts, together=self.together(episodes.support)).mean()
 
     def query_loss(self, episode: Episode) -> Tensor:
         """Cross-entropy of one episode's queries after adapting to its support set: a scalar."""
@@ -83,6 +93,14 @@ class Learner(nn.Module, ABC):
             state = without_statistics(state)
         targets = one_hot(episode.query_labels, episode.classes)
         return cross_entropy(self.classify(state, episode.query), targets)
+
+    def together(self, images: Tensor) -> bool:
+        """Whether the backbone runs on the images (E, ...) of a batch of episodes under `torch.func.vmap`.
+
+        On a CPU a loop is faster and holds the graph of one episode. Running averages cannot be kept under vmap.
+        """
+        averages = self.backbone.norm == "running" and self.backbone.training
+        return self.batched and images.device.type != "cpu" and not averages
 
     def stepped(self) -> None:
         """Called after each outer step, which may take several calls of `meta_loss`, for learners that count steps."""
@@ -147,12 +165,14 @@ class Learner(nn.Module, ABC):
             images = torch.cat([episodes.support, episodes.query], 1)  # (E, S + Q, ...)
             features = self.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
             return features[:, : episodes.support.shape[1]], features[:, episodes.support.shape[1] :]
-        supports, queries = [], []
-        for episode in episodes:
-            features, statistics = self.measure(episode.support)
-            supports.append(features)
-            queries.append(self.embed(episode.query, None if self.backbone.norm == "batch" else statistics))
-        return torch.stack(supports), torch.stack(queries)
+
+        def embed(support: Tensor, query: Tensor) -> State:
+            features, statistics = self.measure(support)
+            given = None if self.backbone.norm == "batch" else statistics
+            return {"support": features, "query": self.embed(query, given)}
+
+        made = over_episodes(embed, episodes.support, episodes.query, together=self.together(episodes.support))
+        return made["support"], made["query"]
 
     def weights(self) -> State:
         """The backbone's parameters as state entries: what an inner loop changes."""
@@ -167,9 +187,6 @@ class FeatureLearner(Learner):
     """
 
     coupled: ClassVar[tuple[Norm, ...]] = ("running",)  # batch statistics are of all episodes in one pass
-
-    batched: ClassVar[bool] = True
-    """Whether `fit`, `logits` and `episode_loss` run under `torch.func.vmap`; if not, episodes take turns."""
 
     @abstractmethod
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
@@ -220,9 +237,7 @@ class FeatureLearner(Learner):
             return self.episode_loss(support, first.support_labels, query, first.query_labels, first.classes)
 
         support, query = self.embed_episodes(episodes)
-        if self.batched:
-            return vmap(loss, randomness="different")(support, query).mean()
-        return torch.stack([loss(*pair) for pair in zip(support, query, strict=True)]).mean()
+        return over_episodes(loss, support, query, together=self.batched).mean()
 
     def episode_loss(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
@@ -302,8 +317,6 @@ class InnerLoop(Learner):
 class FeatureLoop(InnerLoop, FeatureLearner):
     """A head on features that is fitted in steps, say by gradient descent: `start`, then `update` for each step."""
 
-    batched: ClassVar[bool] = False  # `kshot.gradient` does not run under vmap
-
     @abstractmethod
     def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         """The state before the first step, for support features (S, D), labels (S,) and class ids (W,)."""
@@ -327,6 +340,22 @@ class FeatureLoop(InnerLoop, FeatureLearner):
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         return {name: value for name, value in state.items() if name != "features"}
+
+
+Made = TypeVar("Made", Tensor, State)
+
+
+def over_episodes(function: Callable[..., Made], *parts: Tensor, together: bool) -> Made:
+    """A function of each episode's parts, for parts (E, ...) of E episodes: its results stacked.
+
+    `together` calls it once, under `torch.func.vmap`; otherwise episodes take turns.
+    """
+    if together:
+        return vmap(function, randomness="different")(*parts)
+    made = [function(*episode) for episode in zip(*parts, strict=True)]
+    if isinstance(made[0], Tensor):
+        return torch.stack(made)
+    return {name: torch.stack([one[name] for one in made]) for name in made[0]}
 
 
 def without_statistics(state: State) -> State:

@@ -32,7 +32,7 @@ from kshot.data.embeddings import ClassFeatures
 from kshot.data.episodes import Episode, Shape, sample_episodes, sample_images
 from kshot.evaluation.scores import Score, evaluate
 from kshot.evaluation.statistics import interval
-from kshot.learner import FeatureLearner, InnerLoop, Learner, State
+from kshot.learner import FeatureLearner, InnerLoop, Learner, over_episodes
 from kshot.norms import Norm
 from kshot.ops import one_hot
 from kshot.recipe import Recipe
@@ -296,28 +296,26 @@ def a_query_is_seen_through_embed_only(subject: Subject) -> None:
 
 @_check
 def episodes_of_a_batch_are_fitted_as_one_by_one(subject: Subject) -> str | None:
-    """`fit` and `logits` of a head on features give the same for many episodes at once, under `torch.func.vmap`.
+    """Many episodes at once, under `torch.func.vmap`, are answered as one by one: heads on features anywhere, others
+    on a GPU.
 
     No `.item()`, no `if` on a tensor's values, nothing written in place. If one cannot be without, set
     `batched = False`: training then takes its episodes in turns.
     """
-    learner = subject.build()
-    if not isinstance(learner, FeatureLearner):
-        return "not a head on features: its episodes always take turns"
+    learner = subject.build().double()
     if not learner.batched:
         return "`batched` says that its episodes take turns"
-    head, batch = learner, sample_episodes(toy_images(), Shape(4, 2, 3), 3, seed=5, step=0)
+    batch = sample_episodes(toy_images(), Shape(4, 2, 3), 3, seed=5, step=0).to("cpu", torch.float64)
     labels, classes = batch[0].support_labels, batch[0].classes
 
-    def answer(support: Tensor, query: Tensor) -> tuple[State, Tensor]:
-        state = head.fit(support, labels, classes)
-        return state, head.logits(state, query)
+    def answer(support: Tensor, query: Tensor) -> Tensor:
+        return learner.classify(learner.adapt(support, labels, classes), query)
 
     with torch.no_grad():
-        support, query = learner.embed_episodes(batch)
-        one_by_one = [answer(*pair)[1] for pair in zip(support, query, strict=True)]
-        _, together = torch.func.vmap(answer)(support, query)
-    _require_close(together, torch.stack(one_by_one), "episodes under vmap")
+        head = isinstance(learner, FeatureLearner)
+        episodes = learner.embed_episodes(batch) if head else (batch.support, batch.query)
+        one_by_one, together = (over_episodes(answer, *episodes, together=at_once) for at_once in (False, True))
+    _require_close(together, one_by_one, "episodes under vmap")
     return None
 
 

@@ -24,7 +24,6 @@ class ANIL(FeatureLoop, GradientLearner):
     """
 
     name = "anil"
-    batched = True  # its gradient is written out
 
     class Config(GradientLearner.Config):
         steps: int = Field(5, ge=0, description="inner steps while meta-training")

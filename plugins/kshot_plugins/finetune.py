@@ -26,7 +26,6 @@ class FineTune(FeatureLoop):
 
     name = "finetune"
     coupled = Learner.norms  # by class training on all images of a batch
-    batched = True  # its gradient is written out
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=1, description="gradient steps for the head")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from kshot.data.datasets import ClassImages
 from kshot.data.embeddings import embedded
 from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episodes
 from kshot.evaluation.statistics import calibration_error, interval
-from kshot.learner import FeatureLearner, Learner, State, without_statistics
+from kshot.learner import FeatureLearner, Learner, State, over_episodes, without_statistics
 
 AT_ONCE = 8  # episodes sampled together, and answered together where that goes
 
@@ -146,10 +145,8 @@ def answer(
             found |= learner.evidence(state, learner.embed(query, state))
         return found
 
-    if isinstance(learner, FeatureLearner) and learner.batched and support.dim() == 3:
-        return vmap(one)(support, query)
-    parts = [one(*pair) for pair in zip(support, query, strict=True)]
-    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    features = isinstance(learner, FeatureLearner) and learner.batched and support.dim() == 3
+    return over_episodes(one, support, query, together=features or learner.together(support))
 
 
 def drawn(
