@@ -56,7 +56,6 @@ class Learner(nn.Module, ABC):
     split into parts or over ranks."""
     prefers: ClassVar[Sequence[str]] = ("last",)
     """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
-
     batched: ClassVar[bool] = True
     """Whether its methods run under `torch.func.vmap`; if not, the episodes of a batch take turns."""
 
