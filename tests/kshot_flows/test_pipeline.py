@@ -357,6 +357,21 @@ def test_a_changed_learning_rate_uses_the_data_again_and_nothing_else(project: P
     assert json.loads(json.dumps(registry.gate_report("tiny", 2).to_dict()))["champion"] == 1  # type: ignore[union-attr]
 
 
+def test_a_profile_says_where_the_time_went_and_lies_beside_the_learner_and_in_mlflow(project: Project) -> None:
+    asked = ["run", str(project.home / "tiny.toml"), "name=timed", "training.steps=10", "training.validate_every=10"]
+    said = CliRunner().invoke(app, [*asked, "--profile"]).output
+    rows = [line.split() for line in said.partition("where the time went")[2].splitlines()]
+    assert [row[0] for row in rows if row and row[0] in STEPS] == STEPS
+    assert all(float(cell) >= 0 for row in rows if row and row[0] in STEPS for cell in row[1:])
+    kept = {"steps.csv", "training.json.gz", "training.txt", "evaluation.json.gz", "evaluation.txt"}
+    [folder] = (project.home / "runs" / "timed").glob("*/profile")
+    assert {file.name for file in folder.iterdir()} == kept
+    assert all("aten::convolution" in (folder / f"{what}.txt").read_text() for what in ("training", "evaluation"))
+    run = registry.versions("timed")[0].run
+    assert {Path(file.path).name for file in stores.client().list_artifacts(run, "profile")} == kept
+    assert "Nothing ran, so there is no profile." in CliRunner().invoke(app, [*asked, "--profile"]).output
+
+
 def test_other_test_episodes_use_the_training_again_and_replay_the_champion(project: Project) -> None:
     champion = registry.champion("tiny")
     done = project.run("evaluation.queries=4", "gate.min_accuracy=1.0")

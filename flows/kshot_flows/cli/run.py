@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated
 
 import typer
@@ -55,7 +55,13 @@ def stop(message: str) -> None:
     sys.exit(130)
 
 
-def run(recipe: Recipe, changes: Changes = None) -> None:
+def run(
+    recipe: Recipe,
+    changes: Changes = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where time and memory went, and trace some training and evaluation.")
+    ] = False,
+) -> None:
     """Take images to a promoted model: data, meta-training, evaluation, ONNX, registry, gate.
 
     What has not changed since an earlier run is used again, and a run that was cut off goes on where it was:
@@ -65,14 +71,23 @@ def run(recipe: Recipe, changes: Changes = None) -> None:
     [cyan]kshot run glyphs-protonet training.lr=0.01 evaluation.shots=[1,5][/cyan]
 
     [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
+
+    Where the time goes, as a table, and as traces of torch's operations for Perfetto or chrome://tracing:
+
+    [cyan]kshot run glyphs-protonet seed=2 --profile[/cyan]
     """
     prepare_prefect()
     again = shlex.join(["kshot", "run", recipe, *(changes or [])])
     try:
+        from kshot_flows.console import profiling
         from kshot_flows.report import summary
         from kshot_flows.run import start
 
-        summary.show(start.run(recipe, changes or []), again)
+        with profiling.profiled() if profile else nullcontext() as found:
+            done = start.run(recipe, changes or [])
+        summary.show(done, again)
+        if found:
+            summary.show_profile(found, start.keep_profile(found, done))
     except KeyboardInterrupt:
         stop(f"Stopped. What was finished is kept, and training goes on from its last checkpoint: {again}")
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from kshot import malloc
 from kshot.data.importing import Progress as ImportProgress
 from kshot.training import Progress as Position
+from kshot_flows.console import profiling
 from kshot_flows.console.tables import console
 
 _SECONDS = 30.0  # between lines in a log, at least, where nothing was validated
@@ -44,7 +45,8 @@ def _logged(text: str) -> bool:
 def training(positions: Iterator[Position]) -> Iterator[Position]:
     """Pass on where training stands, and show it."""
     out = console()
-    return _bar(positions, out) if out.is_terminal else _lines(positions)
+    with profiling.measured("outer steps, with validation"):
+        yield from _bar(positions, out) if out.is_terminal else _lines(positions)
 
 
 @contextmanager
@@ -52,10 +54,11 @@ def counting(what: str) -> Iterator[Callable[[ImportProgress], None]]:
     """A function to tell how far something is; nothing is shown before it is first told."""
     out = console()
     if not out.is_terminal:
-        yield _counted(what)
+        with profiling.measured(what):
+            yield _counted(what)
         return
     columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
+    with profiling.measured(what), Progress(*columns, console=out, transient=True) as bar:
         row = bar.add_task("", total=None, visible=False)
         yield lambda at: bar.update(row, completed=at.done, total=at.total, visible=True)
 
@@ -76,21 +79,21 @@ def _counted(what: str) -> Callable[[ImportProgress], None]:
 def busy(what: str) -> Iterator[None]:
     """Show that something of unknown length goes on."""
     out = console()
-    if out.is_terminal:
-        _logged(what)
-        with out.status(what):
+    with profiling.measured(what):
+        if out.is_terminal:
+            _logged(what)
+            with out.status(what):
+                yield
+        else:
+            say(f"  {what}")
             yield
-    else:
-        say(f"  {what}")
-        yield
 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Show long work, and give the memory that it frees back to the system: each stage would add to the last."""
-    with busy(what):
+    """Show long work, which keeps the memory that it frees for its next batches, and gives it back at its end."""
+    with busy(what), malloc.kept():
         yield
-    malloc.give_back()
 
 
 def _bar(positions: Iterator[Position], out: Console) -> Iterator[Position]:

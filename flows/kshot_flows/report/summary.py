@@ -26,7 +26,10 @@ from kshot_flows.store.results import Done
 from kshot_flows.tracking import stores
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kshot.data.episodes import Shape
+    from kshot_flows.console.profiling import Profile
     from kshot_flows.report.standings import Comparison
 
 T = TypeVar("T")
@@ -45,6 +48,17 @@ def show(done: Sequence[Done], command: str) -> None:
     if bundle and version and promotion:
         out.print(_verdict(promotion))
         out.print(_next(bundle, version, promotion, command), soft_wrap=True)  # to copy: paths and commands stay whole
+
+
+def show_profile(profile: Profile, folder: Path | None) -> None:
+    """Print where the time went, and where the traces are."""
+    out = console()
+    if folder is None:
+        out.print("Nothing ran, so there is no profile. Change a value that training depends on, such as seed=2.")
+        return
+    out.print(profile.table())
+    kept = ", ".join(sorted(file.name for file in folder.iterdir()))
+    out.print(f"[bold]Profile[/bold]      {escape(relative(folder))}: {escape(kept)}", soft_wrap=True)
 
 
 def show_comparison(found: Comparison, command: str) -> None:

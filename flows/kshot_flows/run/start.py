@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from kshot_flows.console import progress
+from kshot_flows.console import profiling, progress
 from kshot_flows.steps import from_recipe_to_promotion
 from kshot_flows.store import results
-from kshot_flows.store.products import Promotion
+from kshot_flows.store.products import Promotion, Registered, Trained
 from kshot_flows.store.results import Done
 from kshot_flows.tracking import stores
 
 if TYPE_CHECKING:
+    from kshot_flows.console.profiling import Profile
     from kshot_flows.report.standings import Comparison
 
 
@@ -41,6 +42,18 @@ def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
                 raise
             progress.say(escape(f"All is done, but Prefect does not show it: {stores.reason(error)}"))
     return done
+
+
+def keep_profile(profile: Profile, done: Sequence[Done]) -> Path | None:
+    """Write what was measured beside the learner and to its MLflow run; the folder, or None where nothing ran."""
+    trained = next((one.product for one in done if isinstance(one.product, Trained)), None)
+    if trained is None or all(one.reused for one in done):
+        return None
+    folder = trained.folder / profiling.FOLDER
+    profile.write(folder)
+    versions = (one.product for one in done if isinstance(one.product, Registered))
+    stores.client().log_artifacts(next((one.run for one in versions), trained.run), str(folder), profiling.FOLDER)
+    return folder
 
 
 def compare(asked: Sequence[str]) -> Comparison:

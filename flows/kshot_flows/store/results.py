@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 
 from kshot_flows import project
-from kshot_flows.console import progress
+from kshot_flows.console import profiling, progress
 from kshot_flows.store.products import Product
 from kshot_flows.tracking import stores
 
@@ -85,8 +85,9 @@ class Step(Generic[P, R]):
             from kshot_flows.store.running import run  # brings Prefect, which takes a second
 
             progress.say(f"[bold]{self.name}[/bold]")
-            product, again = run(self, key, *args, **kwargs)
-            self.shows(product)
+            with profiling.measured(self.name):
+                product, again = run(self, key, *args, **kwargs)
+                self.shows(product)
         if (done := _journal.get(None)) is not None:
             done.append(Done(self.name, product, again, time.monotonic() - began))
         return product

@@ -16,13 +16,15 @@ from kshot.evaluation.scores import Score
 from kshot.evaluation.verification import Verification, verification
 from kshot.recipe import Recipe
 from kshot.selection import evaluate_folds, fitting
-from kshot_flows.console import progress
+from kshot_flows.console import profiling, progress
 from kshot_flows.report import artifacts
 from kshot_flows.store import embeddings, keys, learners
 from kshot_flows.store.products import DataVersion, Line, Pin, Scores, Trained
 from kshot_flows.store.results import task
 from kshot_flows.tasks import heads
 from kshot_flows.tasks.data import test_classes
+
+_TRACED = 4  # episodes, where the run is profiled
 
 
 @task(keys.evaluate, shows=artifacts.publish, tags={"compute"})
@@ -64,6 +66,10 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
                         score.accuracy, score.margin, score.ece, unknown,
                     )
                 )  # fmt: skip
+    if profiling.active():
+        few = [(head, heads.pixels(images)) for head, images in parts]  # so that the backbone is in the trace too
+        with profiling.traced("evaluation", learner.folder / profiling.FOLDER):
+            evaluate_folds(few, shapes[0], _TRACED, seed=keys.TEST_SEED, device=where)
     cosine = heads.cosine(parts, shapes[0], recipe.evaluation.episodes, data.name)
     return _keep(scores, lines, tuple(dict.fromkeys(fits.values())), pairs, cosine, recipe, data, learner)
 

@@ -149,7 +149,12 @@ def cosine(parts: Sequence[Trial], shape: Shape, episodes: int, what: str) -> Sc
 
 def _on(learner: Learner, images: ClassImages, what: str) -> ClassImages:
     """The same classes as features of another backbone, or of other stages of the same."""
-    return embeddings.features(learner, images.pixels() if isinstance(images, ClassFeatures) else images, what)
+    return embeddings.features(learner, pixels(images), what)
+
+
+def pixels(images: ClassImages) -> ClassImages:
+    """The same classes as images."""
+    return images.pixels() if isinstance(images, ClassFeatures) else images
 
 
 def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:

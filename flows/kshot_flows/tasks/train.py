@@ -12,7 +12,7 @@ from rich.markup import escape
 from kshot import training
 from kshot.recipe import Recipe
 from kshot_flows import project
-from kshot_flows.console import progress
+from kshot_flows.console import profiling, progress
 from kshot_flows.report import artifacts, experiment
 from kshot_flows.store import embeddings, keys, learners
 from kshot_flows.store.products import DataVersion, Pin, Trained, relative
@@ -49,7 +49,7 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
             folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=embeddings.device(),
             unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=embeddings.folder(),
         )  # fmt: skip
-        for step in progress.training(steps):
+        for step in progress.training(profiling.steps(steps, folder / profiling.FOLDER)):
             send(curve.add(step))
     heads.learn_statistics(learner, data.classes(splits.train), data.name)
     reached = _checkpoint(recipe, folder)
