@@ -60,7 +60,10 @@ class GradientLearner(InnerLoop):
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         prototypes = self.config.head == "prototypes"
         features = self.measure(support)[0] if prototypes else support.new_empty(0, self.backbone.features)
-        return _apart(self.weights()) | self.new_head(features, labels, classes)
+        weights = self.weights()
+        if not torch.is_grad_enabled():  # a state then holds no parameters
+            weights = {name: weight.detach() for name, weight in weights.items()}
+        return weights | self.new_head(features, labels, classes)
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         if self.backbone.norm in BY_ITSELF or (self.training and self.backbone.norm == "batch"):
@@ -85,7 +88,10 @@ class GradientLearner(InnerLoop):
         return dict(zip(HEAD, (weight, bias), strict=True))
 
     def scaled(self, features: Tensor) -> Tensor:
-        """Features (N, D) at the length that the head takes."""
+        """Features (N, D) at the length that the head takes.
+
+        It bounds the curvature of the loss: descent of the head cannot diverge at a rate under 4 / (length² + 1).
+        """
         if self.config.length is None:
             return features
         return features * (self.config.length * (features.square().sum(1, keepdim=True) + 1e-6).rsqrt())
@@ -102,15 +108,6 @@ class GradientLearner(InnerLoop):
         """The support loss's gradient with respect to the head, written out, for support features (S, D)."""
         errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
         return dict(zip(HEAD, (errors.t() @ self.scaled(features), errors.sum(0)), strict=True))
-
-
-def _apart(state: State) -> State:
-    """The same tensors, but no parameters; as views, since others may depend on them, as prototypes on the weights."""
-    graph = torch.is_grad_enabled()
-    return {
-        name: value.view_as(value) if graph else value.detach() if value.requires_grad else value
-        for name, value in state.items()
-    }
 
 
 class Descent(GradientLearner):
@@ -149,7 +146,7 @@ class Descent(GradientLearner):
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], classes: Tensor, i: Tensor) -> State:
         """The state after step i down these gradients; a tensor without one stays."""
-        moved = _apart(state)
+        moved = dict(state)
         for (name, value), rate in zip(state.items(), self.rates_at(i), strict=True):
             if name in gradients:
                 # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.

@@ -1,6 +1,7 @@
 """Learners by gradient on two-pixel images that a reader can work out by hand, and against plain definitions."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_features_are_scaled_to_a_length_before_the_head():
     state = learner.adapt(pixels([3, 4], [-9, -12]), torch.tensor([0, 1]), torch.arange(2), steps=0)
     torch.testing.assert_close(state["head.weight"], 2 * torch.tensor([[6.0, 8.0], [-6.0, -8.0]]))
     torch.testing.assert_close(state["head.bias"], torch.tensor([-100.0, -100.0]))
+
+
+def test_a_length_of_the_features_bounds_the_rate_at_which_the_head_cannot_diverge():
+    """4 / (3² + 1) is 0.4, and two ways double the rate. At twenty times the rate the loss of these images rises."""
+    support, labels = pixels([1, 0], [1, 0.1], [90, 1], [5, 0.2]), torch.tensor([0, 1, 1, 1])
+    rises = []
+    for rate in (0.19, 3.8):
+        learner = ANIL(Pixels((1, 1, 2)), ANIL.Config(rate=rate, length=3)).eval()
+        states = [learner.adapt(support, labels, torch.arange(2), steps=steps) for steps in range(20)]
+        losses = [float(learner.support_loss(state, support, labels, torch.arange(2))) for state in states]
+        rises.append(any(after > before + 1e-6 for before, after in pairwise(losses)))
+    assert rises == [False, True]
 
 
 def test_later_steps_go_at_the_last_steps_rates():
