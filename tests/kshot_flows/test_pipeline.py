@@ -442,6 +442,23 @@ def test_a_device_that_is_not_there_is_told_with_what_to_set(device: str, monkey
         embeddings.device()
 
 
+def test_several_processes_share_one_training_and_leave_one_checkpoint(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = "backbone.norm=group", "training.episodes_per_step=2", "training.steps=4", "training.validate_every=2"
+    recipe = recipes.load(str(project.home / "tiny.toml"), shared)
+    monkeypatch.setenv("KSHOT_RANKS", "2")
+    trained = meta_train.fn(recipe, version_data.fn(recipe))
+    assert (trained.steps, sorted(file.name for file in trained.folder.glob("*.pt"))) == (4, ["last.pt", "learner.pt"])
+    assert len((trained.folder / "curve.jsonl").read_text().splitlines()) == 4
+    coupled = recipes.load(str(project.home / "tiny.toml"), ("training.episodes_per_step=2",))
+    with pytest.raises(KshotError, match="and 2 ranks would make it another algorithm"):
+        meta_train.fn(coupled, version_data.fn(coupled))
+    monkeypatch.setenv("KSHOT_RANKS", "two")
+    with pytest.raises(KshotError, match=r"KSHOT_RANKS=two is no number of processes\. Set it to 1 or more"):
+        embeddings.ranks()
+
+
 def test_data_that_changed_are_noticed(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained = of(project.first, Trained)
     assert isinstance(trained, Trained)

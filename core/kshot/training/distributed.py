@@ -88,7 +88,10 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         yield Ranks(), device
         return
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            raise KshotError(f"each rank needs a GPU of its own, and this machine has {gpus}: start as many ranks")
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
     if ours := not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

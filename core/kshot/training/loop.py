@@ -41,7 +41,7 @@ class Progress:
     loss: float
     lr: float
     seconds: float  # of training, over all the processes that took part
-    memory: int  # bytes, the most so far: of tensors on a GPU; on a CPU of this process, which keeps a step's memory
+    memory: int = 0  # bytes, the most so far: of tensors on a GPU, of this process on a CPU
     validation: float | None = None  # accuracy, where this step was validated
     margin: float | None = None  # half its 95 % interval
     best_step: int | None = None
@@ -234,7 +234,7 @@ def _steps_ahead(device: torch.device) -> int:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes that training holds: on a GPU the most so far, else now, after a step whose memory this process keeps."""
+    """Bytes: on a GPU the most that tensors took; else of this process now, which keeps the memory that a step took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

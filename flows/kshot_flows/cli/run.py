@@ -61,6 +61,10 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where time and memory went, and trace some training and evaluation.")
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the episodes of each training step.", show_default="1"),
+    ] = None,
 ) -> None:
     """Take images to a promoted model: data, meta-training, evaluation, ONNX, registry, gate.
 
@@ -77,7 +81,9 @@ def run(
     [cyan]kshot run glyphs-protonet seed=2 --profile[/cyan]
     """
     prepare_prefect()
-    again = shlex.join(["kshot", "run", recipe, *(changes or [])])
+    again = shlex.join(["kshot", "run", recipe, *(changes or []), *(["--ranks", str(ranks)] if ranks else [])])
+    if ranks:
+        os.environ["KSHOT_RANKS"] = str(ranks)
     try:
         from kshot_flows.console import profiling
         from kshot_flows.report import summary

@@ -32,6 +32,14 @@ def device() -> str:
     return chosen
 
 
+def ranks() -> int:
+    """How many processes share a training: KSHOT_RANKS, which `kshot run --ranks` sets, or else one."""
+    chosen = os.environ.get("KSHOT_RANKS", "1")
+    if not chosen.isdecimal() or int(chosen) < 1:
+        raise KshotError(f"KSHOT_RANKS={chosen} is no number of processes. Set it to 1 or more, or unset it.")
+    return int(chosen)
+
+
 def folder() -> Path:
     """The project's embedding store."""
     return project.home() / ".kshot" / "embeddings"

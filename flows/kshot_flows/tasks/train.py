@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from rich.markup import escape
 
 from kshot import training
+from kshot.learner import Learner
 from kshot.recipe import Recipe
 from kshot_flows import project
 from kshot_flows.console import profiling, progress
@@ -43,12 +45,12 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {settings.steps}")
     curve = curves.Curve(folder / "curve.jsonl", settings.steps, position)
-    with experiment.training_run(recipe, data, folder) as run, curves.sending(run, curve) as send:
-        steps = training.meta_train(
-            learner, data.classes(splits.train), data.classes(splits.validation), settings,
-            folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=embeddings.device(),
-            unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=embeddings.folder(),
-        )  # fmt: skip
+    with (
+        experiment.training_run(recipe, data, folder) as run,
+        curves.sending(run, curve) as send,
+        training.launched(embeddings.ranks(), _other_rank, recipe, data, folder),
+    ):
+        steps = _steps(learner, recipe, data, folder)
         for step in progress.training(profiling.steps(steps, folder / profiling.FOLDER)):
             send(curve.add(step))
     heads.learn_statistics(learner, data.classes(splits.train), data.name)
@@ -61,6 +63,21 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
         Pin.of(folder / "learner.pt"), data, run.id, reached["step"], reached["best_step"],
         settings.validation_shape, best["validation"], best["margin"], reached["seconds"],
     )  # fmt: skip
+
+
+def _steps(learner: Learner, recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[training.Progress]:
+    splits = recipe.dataset
+    return training.meta_train(
+        learner, data.classes(splits.train), data.classes(splits.validation), recipe.training,
+        folder=folder, seed=recipe.seed, recipe=keys.training_part(recipe), device=embeddings.device(),
+        unlabelled=data.classes(splits.unlabelled) if splits.unlabelled else None, store=embeddings.folder(),
+    )  # fmt: skip
+
+
+def _other_rank(recipe: Recipe, data: DataVersion, folder: Path) -> None:
+    """The part of a process that was started to share the training."""
+    for _ in _steps(recipe.build(data.open().rule.shape), recipe, data, folder):
+        pass
 
 
 def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
