@@ -154,8 +154,8 @@ def _pooled(maps: Tensor, size: int) -> Tensor:
 
 
 def moments(maps: Tensor) -> Statistics:
-    """Mean and variance (C,) of the channels of maps (N, C, H, W)."""
-    mean, var = _Moments.apply(maps.movedim(1, -1))
+    """Mean and variance (C,) of the channels of maps (N, C, H, W), in float32 at least."""
+    mean, var = _Moments.apply(maps.movedim(1, -1).to(torch.promote_types(maps.dtype, torch.float32)))
     return mean, var
 
 

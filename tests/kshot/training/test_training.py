@@ -262,16 +262,17 @@ def test_losses_that_are_read_some_steps_late_are_those_that_are_read_at_once(tm
         train(tmp_path / "lost", lr=1e18, schedule="constant")
 
 
-def test_a_training_in_bfloat16_learns_and_validates_in_float32(tmp_path, monkeypatch):
-    seen = []
+def test_a_training_in_bfloat16_convolves_in_it_and_validates_in_float32(tmp_path, monkeypatch):
+    seen, convolve = {}, torch.nn.Conv2d._conv_forward
 
-    def embed(learner, images, state=None):
-        features = ProtoNet.__mro__[1].embed(learner, images, state)
-        seen.append((learner.training, features.dtype))
-        return features
+    def watched(layer, *arguments):
+        made = convolve(layer, *arguments)
+        seen[layer.training] = made.dtype
+        return made
 
-    monkeypatch.setattr(ProtoNet, "embed", embed)
-    learner, steps = train(tmp_path, name="protonet", precision="bfloat16", steps=40)
-    assert {True: torch.bfloat16, False: torch.float32} == dict(seen)
-    assert steps[-1].loss < 0.7 * steps[0].loss
-    assert {value.dtype for value in learner.parameters()} == {torch.float32}
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", watched)
+    for name, steps in (("protonet", 40), ("maml", 4)):
+        learner, reports = train(tmp_path / name, name=name, precision="bfloat16", steps=steps)
+        assert seen == {True: torch.bfloat16, False: torch.float32}
+        assert {value.dtype for value in learner.parameters()} == {torch.float32}
+        assert name == "maml" or reports[-1].loss < 0.7 * reports[0].loss
