@@ -10,22 +10,28 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from kshot import Episode, Episodes, Learner, State, gradient, hookimpl
-from kshot_plugins.gradient_learner import GradientLearner
+from kshot import Backbone, Episode, Episodes, Learner, State, gradient, hookimpl
+from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 _MOMENT = "second_moment."
-_EPSILON = 1e-5  # Adam's; with the usual 1e-8, entries whose gradient is mere rounding would take full steps
+_EPSILON = 1e-5  # Adam's; with 1e-8, an untrained learner, without moments yet, takes full steps along rounding errors
 
 
 class Reptile(GradientLearner):
     """Inner steps are Adam's without momentum (beta1 = 0). Meta-training takes them on minibatches of an episode's
-    images, support and query alike; afterwards they are on the whole support set, so nothing hangs on its order.
+    images, support and query alike; adapting takes them on the whole support set, so its order does not matter.
+
+    Adam's second moments persist from episode to episode, as the authors' do, and adapting starts from those at the end
+    of meta-training. They are buffers, so checkpoints and bundles hold them. A new head has a row for each class of the
+    episode: its moments start from the mean over the rows of earlier heads.
 
     `meta_loss` is half the squared distance to the weights where the episodes led, which are held fixed. Its gradient
     is minus the paper's update, so plain gradient descent at a rate epsilon (`optimizer = "sgd"`, `momentum = 0`) is
-    the paper's interpolation. Nothing but weights is interpolated: there are no running statistics among them.
+    the paper's interpolation. Only weights are interpolated, running averages are not.
+
+    Differs from the paper: the head starts at zero in each episode, and is not learned, so that any ways fit.
 
     Good for the simplest meta-training there is, without second derivatives or a query set. It wants many inner steps
     and more than one shot, and adapting is the slowest of all.
@@ -37,10 +43,20 @@ class Reptile(GradientLearner):
         steps: int = Field(5, ge=1, description="inner steps on each training episode, a minibatch each")
         eval_steps: int | None = Field(50, ge=0, description="inner steps afterwards; `steps` if unset")
         batch: int = Field(10, ge=1, description="images of a minibatch in meta-training")
-        rate: float = Field(1e-3, gt=0, description="inner learning rate of Adam")
+        rate: float = Field(
+            3e-3, gt=0, description="inner learning rate of Adam; three times the paper's, as the head starts at zero"
+        )
         beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moments")
 
     config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        head = {HEAD[0]: torch.zeros(backbone.features), HEAD[1]: torch.zeros(())}  # of any row
+        self.moments = nn.Module()
+        for name, weight in {**self.weights(), **head}.items():
+            self.moments.register_buffer(name.replace(".", "_"), torch.zeros_like(weight))
+        self.inner_steps = nn.Buffer(torch.tensor(0))  # taken in all episodes, for Adam's bias correction
 
     @property
     def surrogate(self) -> bool:
@@ -56,7 +72,8 @@ class Reptile(GradientLearner):
 
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         fast = super().begin(support, labels, classes)
-        return {**fast, **{_MOMENT + name: torch.zeros_like(value) for name, value in fast.items()}}
+        moments = zip(fast.items(), self.moments.buffers(), strict=True)
+        return {**fast, **{_MOMENT + name: moment.expand_as(value) for (name, value), moment in moments}}
 
     def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
         fast = _without_moments(state)
@@ -65,10 +82,12 @@ class Reptile(GradientLearner):
             return self.support_loss(fast, support, labels, classes)
 
         beta2, moved = self.config.beta2, {}
+        bias = 1 - beta2 ** (self.inner_steps + i + 1).to(support.dtype)
         for name, slope in gradient(loss, fast).items():
+            # A head row learns from its own class, a share 1/W of the mean loss: so moments are of a scale at any ways.
+            slope = slope * (classes.shape[0] if name in HEAD else 1)
             moment = beta2 * state[_MOMENT + name] + (1 - beta2) * slope * slope
-            unbiased = moment / (1 - beta2 ** (i + 1).to(moment.dtype))
-            moved[name] = fast[name] - self.config.rate * slope / (unbiased.sqrt() + _EPSILON)
+            moved[name] = fast[name] - self.config.rate * slope / ((moment / bias).sqrt() + _EPSILON)
             moved[_MOMENT + name] = moment
         return moved
 
@@ -77,12 +96,17 @@ class Reptile(GradientLearner):
 
     @torch.no_grad()
     def trained(self, episode: Episode) -> State:
-        """The state after `steps` minibatches of an episode's images, support and query alike."""
+        """The state after `steps` minibatches of an episode's images; while training, the learner keeps its moments."""
         images = torch.cat([episode.support, episode.query])
         labels = torch.cat([episode.support_labels, episode.query_labels])
         state = self.begin(images, labels, episode.classes)
         for i, chosen in enumerate(minibatches(len(images), self.config.batch, self.config.steps)):
             state = self.step(state, images[chosen], labels[chosen], episode.classes, torch.tensor(i))
+        if self.training:
+            self.inner_steps += self.config.steps
+            for kept, name in zip(self.moments.buffers(), _without_moments(state), strict=True):
+                moment = state[_MOMENT + name]
+                kept.copy_(moment.mean(0) if name in HEAD else moment)
         return state
 
 

@@ -1,6 +1,8 @@
 """Learners by gradient on two-pixel images that a reader can work out by hand, and against plain definitions."""
 
+import copy
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -8,13 +10,19 @@ import torch
 
 from kshot import InnerLoop
 from kshot.data.episodes import Episodes, Shape, sample_episodes
+from kshot.export import Facts, export
 from kshot.gradients import value_and_gradient
 from kshot.testing import Pixels, Subject, toy_images
+from kshot.training import Progress, Training, meta_train
 from kshot_plugins.anil import ANIL
+from kshot_plugins.gradient_learner import HEAD
 from kshot_plugins.maml import MAML
 from kshot_plugins.metalstm import Gate, MetaLSTM, preprocessed
 from kshot_plugins.metasgd import MetaSGD
 from kshot_plugins.reptile import Reptile, minibatches
+from kshot_runtime.bundle import Bundle
+from kshot_runtime.images import ImageRule
+from kshot_runtime.manifest import Plugin
 
 
 def pixels(*rows: list[float]) -> torch.Tensor:
@@ -27,6 +35,17 @@ def pixels(*rows: list[float]) -> torch.Tensor:
 SUPPORT, LABELS, CLASSES = pixels([0, 0], [2, 0], [4, 4]), torch.tensor([7, 7, 9]), torch.tensor([7, 9])
 WEIGHT_GRADIENT = torch.tensor([[1.0, 2.0], [-1.0, -2.0]]) / 3
 BIAS_GRADIENT = torch.tensor([-0.5, 0.5]) / 3
+
+
+class ScaledPixels(Pixels):
+    """Pixels times one weight: a backbone that trains and exports in no time."""
+
+    def __init__(self, image: tuple[int, int, int]) -> None:
+        super().__init__(image)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(images)
 
 
 def batch(ways: int = 3, episodes: int = 2, dtype: torch.dtype = torch.float64) -> Episodes:
@@ -204,26 +223,122 @@ def test_the_first_reptile_step_is_as_long_as_the_rate_whatever_the_gradient():
     assert set(state) == {"head.weight", "head.bias"}
 
 
-def test_reptiles_inner_loop_is_torchs_adam_without_momentum(tmp_path):
-    learner, episode = Subject("reptile", tmp_path, {"rate": 0.01}).build().double(), batch()[0]
-    given = episode.support, episode.support_labels, episode.classes
-    state = learner.adapt(*given, steps=4)
-    fast = {name: value.detach().clone().requires_grad_() for name, value in learner.begin(*given).items()}
-    adam = torch.optim.Adam(fast.values(), 0.01, betas=(0.0, 0.999), eps=1e-5)
-    for _ in range(4):
-        loss = torch.nn.functional.cross_entropy(learner.classify(fast, episode.support), episode.support_labels)
+def torchs_adam(fast: dict[str, torch.Tensor], ways: int) -> torch.optim.Adam:
+    """Without momentum. Ours sees a head's gradient times the ways, so Adam's epsilon is that much smaller there."""
+    head = [value for name, value in fast.items() if name in HEAD]
+    body = [value for name, value in fast.items() if name not in HEAD]
+    groups = [{"params": body, "eps": 1e-5}, {"params": head, "eps": 1e-5 / ways}]
+    return torch.optim.Adam(groups, 0.01, betas=(0.0, 0.999))
+
+
+def test_reptiles_inner_loop_is_one_adam_without_momentum_through_all_episodes(tmp_path, monkeypatch):
+    """Weights start anew in each episode, Adam's second moments and its count of steps do not; adapting goes on there.
+
+    A head has a row for each class, so a new one starts from the mean moment of the rows of the last.
+    """
+    learner = Subject("reptile", tmp_path, {"rate": 0.01, "steps": 2, "batch": 12}).build().double().train()
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # each minibatch is the whole episode of 12 images
+    first, second = batch(3)
+    whole = [
+        (torch.cat([e.support, e.query]), torch.cat([e.support_labels, e.query_labels]), e.classes)
+        for e in (first, second)
+    ]
+    before = {**learner.weights(), **learner.new_head(first.support, first.classes)}
+    fast = {name: value.detach().clone().requires_grad_() for name, value in before.items()}
+    adam = torchs_adam(fast, 3)
+    for images, labels, _ in whole:
+        with torch.no_grad():
+            for name, value in fast.items():
+                value.copy_(before[name])
+        for _ in range(2):
+            adam.zero_grad()
+            torch.nn.functional.cross_entropy(learner.classify(fast, images), labels).backward()
+            adam.step()
+        for name in HEAD:
+            moment = adam.state[fast[name]]["exp_avg_sq"]
+            moment.copy_(moment.mean(0, keepdim=True).expand_as(moment))
+    learner.meta_loss(batch(3))
+    assert learner.inner_steps == 4
+    for moment, (name, value) in zip(learner.moments.buffers(), fast.items(), strict=True):
+        expected = adam.state[value]["exp_avg_sq"]
+        torch.testing.assert_close(moment, 9 * expected[0] if name in HEAD else expected)
+    held = copy.deepcopy(learner.state_dict())
+    state = learner.eval().adapt(*whole[0], steps=3)
+    learner.meta_loss(batch(3))
+    assert all(torch.equal(value, held[name]) for name, value in learner.state_dict().items())
+    with torch.no_grad():
+        for name, value in fast.items():
+            value.copy_(before[name])
+    for _ in range(3):
         adam.zero_grad()
-        loss.backward(inputs=[value for name, value in fast.items() if "moment" not in name])
+        torch.nn.functional.cross_entropy(learner.classify(fast, whole[0][0]), whole[0][1]).backward()
         adam.step()
     for name in ("backbone.blocks.0.weight", "head.weight"):
         torch.testing.assert_close(state[name], fast[name].detach())
+
+
+def test_reptiles_moments_are_in_its_checkpoints_and_in_its_bundle(tmp_path):
+    """Stopped and resumed, training ends with the same bits. The bundle is one that answers as torch does, or none."""
+    settings = Training(
+        ways=3,
+        queries=2,
+        steps=4,
+        lr=0.5,
+        optimizer="sgd",
+        momentum=0,
+        validate_every=2,
+        validation_episodes=2,
+        validation_queries=2,
+    )
+
+    def training(folder: str) -> tuple[Reptile, Iterator[Progress]]:
+        learner = Reptile(ScaledPixels((1, 16, 16)), Reptile.Config(eval_steps=3))
+        data = toy_images(), toy_images(seed=1)
+        return learner, meta_train(learner, *data, settings, folder=tmp_path / folder, seed=3)
+
+    whole, steps = training("whole")
+    list(steps)
+    _, steps = training("stopped")
+    for _ in range(3):
+        next(steps)
+    resumed, steps = training("stopped")
+    assert next(steps).step == 3
+    list(steps)
+    assert whole.inner_steps in (10, 20)  # at the best of two validations
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+    assert all(moment.max() > 0 for moment in whole.moments.buffers())
+
+    def without_moments() -> Reptile:
+        bare = copy.deepcopy(whole)
+        for moment in (bare.inner_steps, *bare.moments.buffers()):
+            moment.zero_()
+        return bare
+
+    facts = Facts(
+        learner=Plugin(name="reptile", config=whole.config.model_dump(mode="json")),
+        backbone=Plugin(name="scaled-pixels"),
+        image=ImageRule(size=16, channels=1),
+    )
+    export(whole, tmp_path / "bundle", facts=facts, data=toy_images(), shape=Shape(5, 1, 2), seed=0, episodes=3)
+    episode = sample_episodes(toy_images(), Shape(5, 1, 2), 1, seed=5, step=0)[0]
+    given = episode.support, episode.support_labels, episode.classes
+    bundle, (support, query) = (
+        Bundle.open(tmp_path / "bundle"),
+        ((images * 255).round().byte().numpy() for images in (episode.support, episode.query)),
+    )
+    served = bundle.logits(bundle.adapt_arrays(support, *(ids.numpy() for ids in given[1:])), query)
+    for learner, same in ((whole, True), (without_moments(), False)):
+        with torch.no_grad():
+            logits = learner.classify(learner.adapt(*given), episode.query)
+        assert torch.allclose(logits, torch.from_numpy(served), rtol=1e-3, atol=1e-4) is same
 
 
 def test_an_outer_step_of_plain_descent_is_reptiles_interpolation(tmp_path):
     """theta + epsilon (phi - theta), with phi the mean over the episodes of the weights that each leads to."""
     learner, episodes = Subject("reptile", tmp_path, {"rate": 0.01}).build().train(), batch(dtype=torch.float32)
     torch.manual_seed(3)
-    led_to = [learner.trained(episode) for episode in episodes]
+    again = copy.deepcopy(learner)  # with the same moments
+    led_to = [again.trained(episode) for episode in episodes]
     before = {name: weight.detach().clone() for name, weight in learner.weights().items()}
     descent = torch.optim.SGD(learner.parameters(), lr=0.25)
     torch.manual_seed(3)  # for the same minibatches
