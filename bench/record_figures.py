@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,19 @@ def found(asked: argparse.Namespace) -> Run:
         minutes=round(last["seconds"] / 60) if last else None,
         memory_gb=asked.memory,
         machine=asked.machine,
+        recorded=_now(),
         episodes=recipe.evaluation.episodes,
         inductive=_figures(scores, transductive=False),
         transductive=_figures(scores, transductive=True),
         trust=_trust(scores),
     )
+
+
+def _now() -> str:
+    """The commit of the code, and today's date."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{commit}, {time.strftime('%Y-%m-%d')}"
 
 
 def _data(recipe: Recipe) -> str:

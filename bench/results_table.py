@@ -41,11 +41,11 @@ def tables(known: Figures, data: str) -> str:
     if not rows:
         return "Not run yet."
     sources = [f"- {entry.method}, {_which(entry)}: {entry.source}" for entry in known.sources(data)]
-    trained = [(run.method, run.trained, run.time, _memory(run)) for run in runs]
+    trained = [(run.method, run.trained, run.time, _memory(run), run.recorded) for run in runs]
     return "\n\n".join(
         [
             _table(COLUMNS, [_cells(row, first=row.shape == row.run.shapes[0]) for row in rows]),
-            _table(("learner", "trained", "time", "memory"), trained),
+            _table(("learner", "trained", "time", "memory", "recorded at"), trained),
             *(
                 [
                     "Calibration and unknown classes, in %. Known queries that pass and unknown ones let in are a "

@@ -1,6 +1,7 @@
-"""Fine-tuning: a backbone trained to tell all base classes apart, then frozen, and a new linear head for every episode.
+"""Fine-tuning: a backbone trained to classify all base classes, then frozen, and logistic regression in every episode.
 
-The "Baseline" of Chen et al., 2019: what a few-shot algorithm has to beat. https://arxiv.org/abs/1904.04232
+As in RFS, without its distillation: Tian et al., 2020. https://arxiv.org/abs/2003.11539
+The "Baseline" of Chen et al., 2019, is its relative with plain features. https://arxiv.org/abs/1904.04232
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from kshot_plugins.class_training import BaseHead
 
 
 class FineTune(FeatureLoop):
-    """Meta-training is ordinary classification of the base classes; adapting is gradient descent on a fresh head.
+    """Meta-training is classification of the base classes; adapting fits logistic regression to L2-normalised features.
 
-    The head starts at zero and its loss is convex, so adapting is deterministic.
+    The head starts at zero and its loss, cross-entropy with weight decay, is convex, so adapting is deterministic.
+    Differs from RFS: a fixed number of gradient steps fits the head, and not L-BFGS.
 
     Good for a baseline, for many shots, and for a backbone whose features need no adapting, a pretrained one above all.
     With one shot and a small backbone it falls behind what trains on episodes.

@@ -1,6 +1,6 @@
-"""Meta-networks: a network reads the support set and writes weights of another, the one that answers. No inner step.
+"""Meta Networks: weights generated from the loss gradients of support examples, and read from a memory by attention.
 
-After CNAPs: Requeima et al., 2019. https://arxiv.org/abs/1906.07697
+Munkhdalai and Yu, 2017. https://arxiv.org/abs/1703.00837
 """
 
 from __future__ import annotations
@@ -11,115 +11,94 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kshot import (
-    Backbone,
-    Episode,
-    KshotError,
-    Learner,
-    LearnerConfig,
-    State,
-    SupportNorm,
-    class_means,
-    cross_entropy,
-    hookimpl,
-    make_norm,
-    one_hot,
-)
-
-_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, SupportNorm)
+from kshot import Backbone, FeatureLearner, Learner, LearnerConfig, State, class_means, hookimpl, one_hot, unit
+from kshot_plugins.metalstm import preprocessed
 
 
-class MetaNet(Learner):
-    """Generates the scale and shift of every normalisation layer (FiLM), then a row of the head for every class.
+class MetaNet(FeatureLearner):
+    """Every layer has slow weights, which meta-training learns, and fast weights, which are generated for an episode.
 
-    A set encoder averages over the support images, so neither their order nor their number matters; it and the
-    generators see no query. What they generate is added: to the backbone's own scales and shifts, and to the head by
-    which the nearest class mean wins (for a mean feature m of D numbers, row 2m / √D and bias -|m|² / √D). The
-    additions start at zero, so training starts from an unmodulated prototypical network.
+    Two small networks generate them, each from a gradient coordinate by coordinate. `embedding` makes keys: its fast
+    weights come from the mean gradient of the support set's representation loss. `base` classifies: each support image
+    has its own fast weights, from the gradient of its own loss. They are a memory, indexed by the support images' keys;
+    a query reads the mean of all, weighted by a softmax of its key's cosines to them. Layer augmentation adds up what a
+    layer gives with slow and with fast weights, each after its ReLU. In the outer gradient, the support gradients are
+    constants.
 
-    The paper freezes a pretrained backbone; here everything is meta-trained together. The set encoder is a network of
-    its own, as in the paper, so that the backbone's running averages are of the modulated backbone only.
+    Differs from the paper: the convolutional layers, which the backbone shares between both networks, have slow weights
+    only. A class's slow output row is its mean hidden vector, because rows learned for each place in a list of labels
+    would fix the number of ways; both losses are cross-entropy by the nearest of these means. The mean gradient
+    replaces an LSTM over gradients, so that the order of the support set does not matter. Cosines are multiplied by
+    `sharpness`.
 
-    Good for episodes that differ in kind, as its backbone changes with the support set without a gradient step. A label
-    space then needs a backbone's pass of its own: images of several cannot share one.
+    Good for research into generated weights. The state grows with the support set, by all fast weights of each image.
     """
 
     name = "metanet"
 
     class Config(LearnerConfig):
-        width: int = Field(64, ge=8, le=1024, description="size of the set's representation and of hidden layers")
+        width: int = Field(64, ge=1, le=1024, description="size of keys and of the hidden layer")
+        generator: int = Field(20, ge=1, le=1024, description="hidden units of the networks that generate weights")
+        sharpness: float = Field(10.0, gt=0, description="factor on cosines before the softmax")
 
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
-        width, features = config.width, backbone.features
-        self.affine = _affine(backbone)
-        blocks: list[nn.Module] = []
-        for channels in (backbone.image[0], width, width):
-            blocks += [nn.Conv2d(channels, width, 3, stride=2, padding=1), make_norm("group", width), nn.ReLU()]
-        self.set_encoder = nn.Sequential(*blocks)
-        self.film = _generator(width, width, sum(self.affine.values()))
-        self.row = _generator(features, width, features + 1)
+        self.embedding = nn.Linear(backbone.features, config.width)
+        self.base = nn.Linear(backbone.features, config.width)
+        self.generate_embedding, self.generate_base = (
+            nn.Sequential(nn.Linear(2, config.generator), nn.ReLU(), nn.Linear(config.generator, 1)) for _ in range(2)
+        )
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        modulated = self.modulate(support)
-        features, statistics = self.measure(support, modulated)
-        return {**modulated, **statistics, **self.head(class_means(features, labels, classes))}
+    @property
+    def surrogate(self) -> bool:
+        return True
 
-    def classify(self, state: State, query: Tensor) -> Tensor:
-        return self.embed(query, state) @ state["head.weight"].t() + state["head.bias"]
+    def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
+        members = one_hot(labels, classes).to(features.dtype)  # (S, W)
 
-    def modulate(self, support: Tensor) -> State:
-        """The backbone's scales and shifts for this support set, under the names that `embed` puts them to."""
-        weights = self.weights()
-        task = self.set_encoder(support).mean((0, 2, 3))  # (width,)
-        additions = dict(zip(self.affine, self.film(task).split(list(self.affine.values())), strict=True))
-        return {name: weights[name] + more.view_as(weights[name]) for name, more in additions.items()}
+        def gradients(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Of each image's loss by the layer's output (S, H) and by the rows (S, W, H); hidden (S, H), means."""
+            hidden = layer(features).relu()
+            means = class_means(hidden, labels, classes)  # (W, H)
+            errors = nearest_mean(hidden, means).softmax(1) - members  # (S, W)
+            slope = 2 * hidden.shape[1] ** -0.5 * errors
+            return (slope @ means) * (hidden > 0), slope[:, :, None] * hidden[:, None], hidden, means
 
-    def head(self, means: Tensor) -> State:
-        """Rows (W, D) and biases (W,) of the head from the classes' mean features (W, D)."""
-        more = self.row(means)  # (W, D + 1)
-        scale = self.backbone.features**-0.5  # logits of any width begin at a size that learns
+        by_output, _, _, _ = gradients(self.embedding)
+        mean = by_output.t() @ features / features.shape[0]  # (H, D)
+        state = {"embedding": self._generated(self.generate_embedding, mean)}
+        by_output, by_rows, _, means = gradients(self.base)
         return {
-            "head.weight": 2 * scale * means + more[:, :-1],
-            "head.bias": -scale * means.square().sum(1) + more[:, -1],
+            **state,
+            "keys": self._keys(state, features),  # (S, H)
+            "hidden": self._generated(self.generate_base, by_output[:, :, None] * features[:, None]),  # (S, H, D)
+            "rows": self._generated(self.generate_base, by_rows),  # (S, W, H)
+            "means": means,  # (W, H)
         }
 
-    def query_loss(self, episode: Episode) -> Tensor:
-        """One pass of the modulated backbone over support and query: batch statistics are then of all of them."""
-        if self.backbone.norm in ("support", "batch"):
-            return super().query_loss(episode)
-        images = torch.cat([episode.support, episode.query])
-        features = self.embed(images, self.modulate(episode.support))
-        support, query = features.split([len(episode.support), len(episode.query)])
-        head = self.head(class_means(support, episode.support_labels, episode.classes))
-        logits = query @ head["head.weight"].t() + head["head.bias"]
-        return cross_entropy(logits, one_hot(episode.query_labels, episode.classes))
+    def logits(self, state: State, features: Tensor) -> Tensor:
+        cosines = unit(self._keys(state, features)) @ unit(state["keys"]).t()
+        attention = (self.config.sharpness * cosines).softmax(1)  # (Q, S)
+        fast = (attention @ state["hidden"].flatten(1)).unflatten(1, state["hidden"].shape[1:])  # (Q, H, D)
+        rows = (attention @ state["rows"].flatten(1)).unflatten(1, state["rows"].shape[1:])  # (Q, W, H)
+        hidden = self.base(features).relu() + (fast @ features[:, :, None])[:, :, 0].relu()
+        return nearest_mean(hidden, state["means"]) + (rows @ hidden[:, :, None])[:, :, 0]
+
+    def _keys(self, state: State, features: Tensor) -> Tensor:
+        return self.embedding(features).relu() + (features @ state["embedding"].t()).relu()
+
+    def _generated(self, generator: nn.Sequential, gradient: Tensor) -> Tensor:
+        """Fast weights from a gradient of any shape."""
+        seen = torch.stack(preprocessed(gradient.detach()), -1)
+        weights: Tensor = generator(seen)[..., 0]
+        return weights
 
 
-def _affine(backbone: Backbone) -> dict[str, int]:
-    """The state names of the scales and shifts of the backbone's normalisation layers, and their sizes."""
-    found = {
-        f"backbone.{layer}.{name}": parameter.numel()
-        for layer, module in backbone.named_modules()
-        if isinstance(module, _NORMS)
-        for name, parameter in module.named_parameters()
-    }
-    if not found:
-        raise KshotError(
-            f"metanet sets the scale and shift of normalisation layers, and {type(backbone).__name__} has none "
-            f"that learns them. Take a backbone that normalises, such as conv4 or resnet12."
-        )
-    return found
-
-
-def _generator(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """A small network whose answer is zero until it is trained."""
-    last = nn.Linear(width, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), last)
+def nearest_mean(hidden: Tensor, means: Tensor) -> Tensor:
+    """Logits (N, W) of a linear layer whose largest is that of the nearest of the means (W, H)."""
+    return hidden.shape[1] ** -0.5 * (2 * hidden @ means.t() - means.square().sum(1))
 
 
 @hookimpl

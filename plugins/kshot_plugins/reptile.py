@@ -103,7 +103,7 @@ class Reptile(GradientLearner):
         for i, chosen in enumerate(minibatches(len(images), self.config.batch, self.config.steps)):
             state = self.step(state, images[chosen], labels[chosen], episode.classes, torch.tensor(i))
         if self.training:
-            self.inner_steps += self.config.steps
+            self.inner_steps.add_(self.config.steps)
             for kept, name in zip(self.moments.buffers(), _without_moments(state), strict=True):
                 moment = state[_MOMENT + name]
                 kept.copy_(moment.mean(0) if name in HEAD else moment)

@@ -27,8 +27,8 @@ VARIANTS = [
     ("metabaseline", {"pretrain": 0}, None),
     ("metagan", {}, "support"),
     ("metalstm", {"steps": 2}, "group"),
-    ("metanet", {}, "group"),
-    ("metanet", {}, "support"),
+    ("cnaps", {}, "group"),
+    ("cnaps", {}, "support"),
     ("metasgd", {"steps": 3}, "group"),
     ("protonet", {}, "support"),
     ("relation", {"loss": "cross_entropy"}, "support"),
@@ -70,7 +70,7 @@ def test_the_learner_keeps_the_contract_in_its_variants(check, name, options, no
 def test_without_training_no_learner_passes_for_one_that_learns(tmp_path):
     """The toy problem is one that an untrained learner hardly solves, and no training is no gain."""
     problem = toy_images(seed=2, stripes=True)
-    for name in ("protonet", "metanet", "cosine"):
+    for name in ("protonet", "cnaps", "cosine"):
         torch.manual_seed(0)
         learner = Subject(name, tmp_path).recipe.build((1, SIDE, SIDE))
         assert evaluate(learner, problem, Shape(5, 1, 9), 25, seed=0).accuracy < 0.5

@@ -62,6 +62,7 @@ class Run(_Part):
     minutes: float | None = Field(None, ge=0, description="of meta-training")
     memory_gb: float | None = Field(None, ge=0, description="the largest resident set of the whole command")
     machine: str = Field("", description="where, if not where most were trained")
+    recorded: str = Field("", description="the commit and the date at which it was measured")
     episodes: int = Field(ge=2)
     inductive: dict[Shape, Figure]
     transductive: dict[Shape, Figure] = Field({}, description="empty where queries share nothing: both are one figure")
