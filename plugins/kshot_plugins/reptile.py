@@ -43,9 +43,7 @@ class Reptile(GradientLearner):
         steps: int = Field(5, ge=1, description="inner steps on each training episode, a minibatch each")
         eval_steps: int | None = Field(50, ge=0, description="inner steps afterwards; `steps` if unset")
         batch: int = Field(10, ge=1, description="images of a minibatch in meta-training")
-        rate: float = Field(
-            3e-3, gt=0, description="inner learning rate of Adam; three times the paper's, as the head starts at zero"
-        )
+        rate: float = Field(1e-3, gt=0, description="inner learning rate of Adam")
         beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moments")
 
     config: Config
@@ -84,10 +82,10 @@ class Reptile(GradientLearner):
         beta2, moved = self.config.beta2, {}
         bias = 1 - beta2 ** (self.inner_steps + i + 1).to(support.dtype)
         for name, slope in gradient(loss, fast).items():
-            # A head row learns from its own class, a share 1/W of the mean loss: so moments are of a scale at any ways.
-            slope = slope * (classes.shape[0] if name in HEAD else 1)
-            moment = beta2 * state[_MOMENT + name] + (1 - beta2) * slope * slope
-            moved[name] = fast[name] - self.config.rate * slope / ((moment / bias).sqrt() + _EPSILON)
+            # A head row learns from its own class, a share 1/W of the mean loss: times W, its moments fit any ways.
+            scale = classes.shape[0] if name in HEAD else 1
+            moment = beta2 * state[_MOMENT + name] + (1 - beta2) * (scale * slope).square()
+            moved[name] = fast[name] - self.config.rate * scale * slope / ((moment / bias).sqrt() + scale * _EPSILON)
             moved[_MOMENT + name] = moment
         return moved
 
