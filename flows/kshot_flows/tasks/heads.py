@@ -21,9 +21,6 @@ from kshot_flows.console import progress
 from kshot_flows.store import embeddings, keys
 from kshot_flows.store.products import Attempt, DataVersion
 
-_EPISODES = 100  # of a shape, that inner steps are chosen on
-
-
 def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
     """The classes to choose a head on, and to learn its statistics from: those to train and validate on.
 
@@ -99,16 +96,14 @@ def choose_steps(recipe: Recipe, learner: Learner, data: DataVersion) -> Recipe:
     """The recipe with the numbers of inner steps that answer validation episodes best, if it leaves them open."""
     if not (isinstance(learner, InnerLoop) and learner.most_steps):
         return recipe
-    settings = recipe.training
-    classes = data.classes(recipe.dataset.validation).with_protocol(
-        "random photos"
-    )  # of which more shapes can be drawn
+    settings, classes = recipe.training, data.classes(recipe.dataset.validation)
+    classes = classes.with_protocol("random photos")  # across groups, fewer shapes can be drawn
     shots = {1, 5, *(shape.shots for shape in settings.shapes)}
-    shapes = [Shape(ways, each, 5) for each in sorted(shots) for ways in (5, 20)]
+    shapes = [Shape(settings.validation_shape.ways, each, settings.validation_queries) for each in sorted(shots)]
     with progress.stage("inner steps for each number of shots"):
         chosen = selection.choose_steps(
             learner, embeddings.features(learner, classes, data.name), shapes,
-            min(settings.validation_episodes, _EPISODES), seed=recipe.seed, device=embeddings.device(),
+            settings.validation_episodes, seed=recipe.seed, device=embeddings.device(),
         )  # fmt: skip
     options = LearnerSettings(name=recipe.learner.one, **{**recipe.learner.options, "eval_steps": chosen})
     return recipe.model_copy(update={"learner": options})
