@@ -21,6 +21,7 @@ from kshot_flows.console import progress
 from kshot_flows.store import embeddings, keys
 from kshot_flows.store.products import Attempt, DataVersion
 
+
 def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
     """The classes to choose a head on, and to learn its statistics from: those to train and validate on.
 
