@@ -2,14 +2,14 @@
 
     python bench/performance_page.py
 
-What stands between `<!-- speed -->` and `<!-- end of speed -->` is made anew; everything else stays.
+What stands between `<!-- speed -->` and `<!-- end of speed -->`, and between the same for `causes`, is made anew.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "bench" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "performance.png"
-_BLOCK = re.compile(r"(<!-- speed -->\n).*?(<!-- end of speed -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (speed|causes) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 Found = Mapping[str, Any]
 
@@ -29,17 +29,30 @@ def main() -> None:
 
 
 def rewritten(text: str, found: Found) -> str:
-    """The page with its block of figures made from these."""
-    return _BLOCK.sub(lambda block: f"{block[1]}\n{tables(found)}\n\n{block[2]}", text)
+    """The page with its blocks of figures made from these."""
+    made = {"speed": rows(found), "causes": causes(found)}
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{made[block[2]]}\n\n{block[3]}", text)
 
 
-def tables(found: Found) -> str:
+def rows(found: Found) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     about = f"{found['machine']}; {found['what']}; {found['date']}, commit {found['commit']}; {versions}."
-    lines = ["| what | against | ratio | middle half | at least | kshot | others |", "| --- " * 7 + "|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"]]
     picture = "![Ratio to the best of the others, with its interval and what it must reach](performance.png)"
-    return f"{about}\n\n{picture}\n\n" + "\n".join(lines)
+    columns = ("what", "against", "ratio", "middle half", "at least", "kshot", "others")
+    return f"{about}\n\n{picture}\n\n{table(columns, map(cells, found['rows']))}"
+
+
+def causes(found: Found) -> str:
+    columns = ("what", "beside", "times as fast", "middle half", "with", "without")
+    lines = []
+    for row in found["causes"]:
+        what, against, _, half, _, ours, others = cells(row)
+        lines.append((what, against, f"**{number(row['ratio'])}**", half, ours, others.removeprefix("without ")))
+    return table(columns, lines)
+
+
+def table(columns: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *lines))
 
 
 def cells(row: Found) -> tuple[str, ...]:

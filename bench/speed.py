@@ -36,7 +36,8 @@ from environment import FOLDER, LEARN2LEARN, prepare
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
-EQUAL = 1e-4  # relative, of losses in float32
+EQUAL = 1e-4  # relative, of kshot's losses with one of its means and without, in float32
+SAME = 1e-8  # of kshot's and the peers', in float64
 
 
 class Bench(NamedTuple):
@@ -81,19 +82,21 @@ def main() -> None:
     parser.add_argument("--only", metavar="WORDS", default="", help="rows whose names contain this")
     options = parser.parse_args()
     bench = Bench(prepare(options.peers, options.learn2learn), images(options.data, options.peers), options.quick)
-    rows = []
-    for row in ROWS:
-        if options.only.lower() in row.what.lower():
-            found = {"what": row.what, "against": row.against, "bar": row.bar, "better": row.better}
-            rows.append(found | row.measure(bench))
-            print(performance_page.sentence(rows[-1]), flush=True)
+    rows, causes = ([measured(row, bench) for row in part if options.only in row.what] for part in (ROWS, CAUSES))
     if options.quick or options.only:
         return
-    write(rows, bench)
+    write(rows, causes, bench)
     performance_page.main()
 
 
-def write(rows: Sequence[Found], bench: Bench) -> None:
+def measured(row: Row, bench: Bench) -> Found:
+    about = {"what": row.what, "against": row.against, "bar": row.bar, "better": row.better}
+    found = about | row.measure(bench)
+    print(performance_page.sentence(found), flush=True)
+    return found
+
+
+def write(rows: Sequence[Found], causes: Sequence[Found], bench: Bench) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     found = {
         "what": f"one thread, CPU time, conv4-64; 28 x 28 images: {Path(bench.data).name}",
@@ -102,6 +105,7 @@ def write(rows: Sequence[Found], bench: Bench) -> None:
         "commit": commit.stdout.strip(),
         "versions": json.loads(subprocess.run([bench.python, "-c", VERSIONS], capture_output=True, check=True).stdout),
         "rows": rows,
+        "causes": causes,
     }
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -129,38 +133,35 @@ def images(data: Path, folder: Path) -> str:
 def protonet(bench: Bench, shape: tuple[int, int, int], *, apart: bool, noise: bool = False) -> Found:
     """A step, with everybody's malloc tuned, or each contender as it comes."""
     case = {"method": "protonet", "data": "noise" if noise else bench.data, "shape": shape}
-    one_pass = bench.turn("steps", **case, rounds=0)["losses"]
-    two_passes = bench.turn("steps", **case, rounds=0, norm="batch")["losses"]
+    one_pass = bench.turn("losses", **case)
+    two_passes = bench.turn("losses", **case, norm="batch")
     equal({name: one_pass[name] for name in ("kshot", "learn2learn")})
     equal({"kshot": two_passes["kshot"], "easyfsl": one_pass["easyfsl"]})  # support and query by themselves
     if not apart:
         return ratios(bench.turn("steps", **case, rounds=bench.rounds(3 if noise else 9))["times"])
     times: dict[str, list[float]] = {name: [] for name in one_pass}
-    for _ in range(bench.rounds(5)):
+    for _ in range(bench.rounds(3)):
         for name in times:
-            times[name].append(median(bench.turn("steps", **case, rounds=3, only=name)["times"][name]))
+            alone = bench.turn("steps", **case, rounds=3, only=name, kept=name == "kshot")  # as `meta_train` does
+            times[name].append(median(alone["times"][name]))
     return ratios(times)
 
 
 def maml(bench: Bench, *, first_order: bool) -> Found:
     """A step of 4 episodes, 5-way 1-shot with 15 queries, 5 inner steps."""
     case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 4, "inner": 5}
-    found = bench.turn("steps", **case, first_order=first_order, rounds=bench.rounds(7))
-    equal(found["losses"])
-    return ratios(found["times"])
+    equal(bench.turn("losses", **case, first_order=first_order))
+    return ratios(bench.turn("steps", **case, first_order=first_order, rounds=bench.rounds(7))["times"])
 
 
 def maml_memory(bench: Bench) -> Found:
     """Of 16 episodes, second order; each contender in a process of its own."""
     case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 16, "inner": 5, "first_order": False}
     peaks: dict[str, list[float]] = {name: [] for name in ("kshot", "learn2learn", "higher", "torchopt")}
-    losses = {}
+    equal(bench.turn("losses", **case))
     for _ in range(bench.rounds(3)):
         for name in peaks:
-            found = bench.turn("memory", **case, only=name)
-            peaks[name].append(found["mb"])
-            losses |= found["losses"]
-    equal(losses)
+            peaks[name].append(bench.turn("memory", **case, only=name)["mb"])
     return ratios(peaks, unit="MB", inverse=True)
 
 
@@ -205,6 +206,29 @@ class Bundles:
         }  # fmt: skip
 
 
+def ablation(bench: Bench, cause: str, **case: Any) -> Found:
+    """kshot's step with one of its means, beside its step without."""
+    found = bench.turn("ablation", cause=cause, data=bench.data, rounds=bench.rounds(7), **case)
+    equal(found["losses"], EQUAL)
+    return ratios(found["times"])
+
+
+def kept_memory(bench: Bench) -> Found:
+    """A step in which freed memory is kept, beside one with malloc as it comes, each in a process of its own."""
+    case = {"method": "protonet", "data": bench.data, "shape": (60, 1, 5), "rounds": 3, "only": "kshot"}
+    times: dict[str, list[float]] = {"kshot": [], "without": []}
+    for _ in range(bench.rounds(5)):
+        for name in times:
+            times[name].append(median(bench.turn("steps", **case, kept=name == "kshot")["times"]["kshot"]))
+    return ratios(times)
+
+
+def cached_features(bench: Bench) -> Found:
+    episodes, some = 10_000, 60 if bench.quick else 300
+    times = bench.turn("uncached", data=bench.data, rounds=bench.rounds(3), episodes=episodes, some=some)["times"]
+    return ratios(times, unit="s") | {"note": f"{some} episodes, times {episodes / some:.1f}"}
+
+
 def second_run(bench: Bench) -> Found:
     """Seconds of CPU that `make run` takes when nothing has changed."""
     command = [sys.executable, "-m", "kshot_flows.cli.main", "run", "glyphs-protonet"]
@@ -219,10 +243,10 @@ def second_run(bench: Bench) -> Found:
     return spread(took[1:]) | {"unit": "s", "ours": round(median(took[1:]), 2), "theirs": {}}
 
 
-def equal(losses: Mapping[str, float]) -> None:
+def equal(losses: Mapping[str, float], tolerance: float = SAME) -> None:
     """Refuse to time what does not compute the same."""
     values = list(losses.values())
-    if max(values) - min(values) > EQUAL * max(values):
+    if max(values) - min(values) > tolerance * max(values):
         raise SystemExit(f"the first losses differ, so that these steps are not the same: {losses}")
 
 
@@ -264,6 +288,21 @@ ROWS = (
     Row("Bundle: MAML classifies 75 photos", TORCH, 1.5, partial(BUNDLES.maml, what="classify 75")),
     Row("Bundle: MAML classifies 1 photo", TORCH, 2, partial(BUNDLES.maml, what="classify 1")),
     Row("`make run`, the second time", "", 2.5, second_run, better="lower"),
+)  # fmt: skip
+
+PROTONET = {"method": "protonet", "shape": (60, 1, 5)}
+SECOND = {"method": "maml", "shape": (5, 1, 15), "episodes": 4, "inner": 5, "first_order": False}
+CAUSES = (
+    Row("Channels last: ProtoNet step, 60-way 1-shot", "images in torch's usual layout", 1,
+        partial(ablation, cause="layout", **PROTONET)),
+    Row("Pooling before scale and shift: ProtoNet step, 60-way 1-shot", "the usual order", 1,
+        partial(ablation, cause="order", **PROTONET)),
+    Row("Pooling before scale and shift: MAML step, second order", "the usual order", 1,
+        partial(ablation, cause="order", **SECOND)),
+    Row("First inner step in closed form: MAML step, second order", "by a backward pass", 1,
+        partial(ablation, cause="first step", **SECOND)),
+    Row("Freed memory kept: ProtoNet step, 60-way 1-shot", "malloc as it comes", 1, kept_memory),
+    Row("Features cached: 10,000 ProtoNet test episodes", "each episode's images embedded", 1, cached_features),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from kshot.evaluation.scores import evaluate
 from kshot.learner import Learner
 from kshot.recipe import Recipe
 from kshot.training import Training, learner_step
+from kshot_plugins import conv4
+from kshot_plugins.gradient_learner import Descent
+from kshot_plugins.protonet import ProtoNet
 
 Step = Callable[[], float]
 RATE = 0.4  # of MAML's inner steps, for all weights
@@ -43,31 +47,83 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     PEERS = import_peers()
-    return {"steps": steps, "memory": memory, "evaluation": evaluation}[asked.pop("measure")](**asked)
+    measures = (losses, steps, ablation, memory, evaluation, uncached)
+    return {each.__name__: each for each in measures}[asked.pop("measure")](**asked)
 
 
-def steps(method: str, data: str, shape: list[int], rounds: int, only: str = "", **options: Any) -> dict[str, Any]:
-    """The first loss of each contender, and its milliseconds in each round: interleaved, or one contender alone."""
+def losses(method: str, data: str, shape: list[int], **options: Any) -> dict[str, Any]:
+    """The first loss of each contender, in float64: rounding in float32, over MAML's steps, may change an episode's."""
+    torch.set_default_dtype(torch.float64)
+    return {name: step() for name, step in contenders(method, classes(data, "train"), Shape(*shape), **options).items()}
+
+
+def steps(
+    method: str, data: str, shape: list[int], rounds: int, only: str = "", kept: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Milliseconds of each contender in each round: interleaved, or one contender alone."""
     made = contenders(method, classes(data, "train"), Shape(*shape), **options)
-    made = {name: step for name, step in made.items() if only in ("", name)}
-    with tuned(not only or only == "kshot"):  # alone, peers are as they come, and kshot is as it trains
-        losses = {name: step() for name, step in made.items()}
-        times: dict[str, list[float]] = {name: [] for name in made}
-        for turn in range(-2, rounds if rounds else -2):  # in the first two, the heap grows
-            for name, step in made.items():
-                took = 1000 * seconds(step)
-                if turn >= 0:
-                    times[name].append(took)
-    return {"losses": losses, "times": times}
+    with tuned(kept):
+        return in_turns({name: step for name, step in made.items() if only in ("", name)}, rounds)
+
+
+def in_turns(made: dict[str, Step], rounds: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(-3, rounds):  # in the first three, the heap grows
+        for name, step in made.items():
+            took = 1000 * seconds(step)
+            if turn >= 0:
+                times[name].append(took)
+    return {"times": times}
+
+
+def ablation(cause: str, method: str, data: str, shape: list[int], rounds: int, **options: Any) -> dict[str, Any]:
+    """Milliseconds of a step of kshot's with one of its means, and without, interleaved; and the first losses."""
+    images = classes(data, "train")
+    steps = [kshot_step(*ours(method, images, Shape(*shape), **options)) for _ in range(2)]
+
+    def without() -> float:
+        with patch.object(*WITHOUT[cause]):
+            return steps[1]()
+
+    made = {"kshot": steps[0], "without": without}
+    with tuned(True):
+        return {"losses": {name: step() for name, step in made.items()}, **in_turns(made, rounds)}
+
+
+WITHOUT: dict[str, tuple[Any, str, Any]] = {
+    "layout": (conv4, "channels_last", lambda images: images.clone(memory_format=torch.contiguous_format)),
+    "order": (conv4, "convolve", lambda maps, conv, norm, pool=1: F.max_pool2d(norm(conv(maps)), pool)),
+    "first step": (Descent, "closed_form_start", False),
+}
+"""What stands in for each of kshot's means where it is left out."""
+
+
+def uncached(data: str, rounds: int, episodes: int, some: int) -> dict[str, Any]:
+    """Seconds for so many ProtoNet test episodes on cached features, and for some with each image embedded anew."""
+    images, shape = classes(data, "test"), Shape(5, 1, 15)
+    times: dict[str, list[float]] = {"kshot": [], "without": []}
+    with tuned(True):
+        for turn in range(rounds):
+            for name, count in (("kshot", episodes), ("without", some)):
+                learner = build("protonet", images.shape, seed=turn)
+                cached = (
+                    contextlib.nullcontext() if name == "kshot" else patch.object(ProtoNet, "takes_features", False)
+                )
+                started = time.process_time()
+                with cached:
+                    evaluate(learner, images, shape, count, seed=turn)
+                times[name].append((time.process_time() - started) * episodes / count)
+    return {"times": times}
 
 
 def memory(method: str, data: str, shape: list[int], only: str, **options: Any) -> dict[str, Any]:
     """Megabytes by which three outer steps of one contender raise the most memory that this process has held."""
     step = contenders(method, classes(data, "train"), Shape(*shape), **options)[only]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tuned(only == "kshot"):
-        losses = [step() for _ in range(3)]
-    return {"losses": {only: losses[0]}, "mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    with tuned(only == "kshot"):  # as it trains; the others as they come
+        for _ in range(3):
+            step()
+    return {"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
 def evaluation(
@@ -95,12 +151,21 @@ def contenders(method: str, images: ClassImages, shape: Shape, **options: Any) -
     return {"protonet": protonet, "maml": maml}[method](images, shape, **options)
 
 
+def ours(method: str, images: ClassImages, shape: Shape, **options: Any) -> tuple[Learner, Episodes]:
+    """kshot's learner, and the episodes of a step."""
+    batch = sample_episodes(images, shape, options.get("episodes", 1), seed=1, step=0)
+    batch = batch.to("cpu", torch.get_default_dtype())
+    if method == "protonet":
+        return build("protonet", images.shape, backbone={"norm": options.get("norm", "running")}), batch
+    settings = plain_maml(options["inner"], shape.ways, options["first_order"])
+    return build("maml", images.shape, backbone={"norm": "batch"}, **settings), batch
+
+
 def protonet(images: ClassImages, shape: Shape, norm: str = "running") -> dict[str, Step]:
     easyfsl, learn2learn, *_ = PEERS
-    batch = sample_episodes(images, shape, 1, seed=1, step=0)
-    learner = build("protonet", images.shape, backbone={"norm": norm})
+    learner, batch = ours("protonet", images, shape, norm=norm)
     labels, targets = (torch.arange(shape.ways).repeat_interleave(n) for n in (shape.shots, shape.queries))
-    support, query = batch.support[0].contiguous(), batch.query[0].contiguous()
+    support, query = usual(batch.support[0]), usual(batch.query[0])
     networks = [plain(learner), plain(learner)]
     optimisers = [torch.optim.Adam(network.parameters(), 1e-3) for network in networks]
 
@@ -124,8 +189,7 @@ def protonet(images: ClassImages, shape: Shape, norm: str = "running") -> dict[s
 
 def maml(images: ClassImages, shape: Shape, episodes: int, inner: int, first_order: bool) -> dict[str, Step]:
     _, learn2learn, higher, torchopt = PEERS
-    batch = sample_episodes(images, shape, episodes, seed=1, step=0)
-    learner = build("maml", images.shape, backbone={"norm": "batch"}, **plain_maml(inner, shape.ways, first_order))
+    learner, batch = ours("maml", images, shape, episodes=episodes, inner=inner, first_order=first_order)
     tasks = [(one.support.contiguous(), one.support_labels, one.query.contiguous(), one.query_labels) for one in batch]
     networks = [plain(learner, shape.ways) for _ in range(3)]
     optimisers = [torch.optim.Adam(network.parameters(), 1e-3) for network in networks]
@@ -200,7 +264,7 @@ def maml_evaluation(
         for start in range(0, peer_episodes, 8):
             batch = sample_episodes(images, shape, 8, seed=turn + 1, step=start // 8, stream="test")
             for one in batch.part(0, peer_episodes - start):
-                fast, support, query = model.clone(), one.support.contiguous(), one.query.contiguous()
+                fast, support, query = model.clone(), usual(one.support), usual(one.query)
                 for _ in range(inner):
                     fast.adapt(F.cross_entropy(fast(support), one.support_labels))
                 with torch.no_grad():
@@ -256,6 +320,11 @@ def kshot_step(learner: Learner, batch: Episodes) -> Step:
         return float(learner_step(learner, batch, optimiser, settings))
 
     return step
+
+
+def usual(images: Tensor) -> Tensor:
+    """Images in the layout that torch makes unless it is asked for another, as the peers' examples have them."""
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def stepped(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
