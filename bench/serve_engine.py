@@ -67,7 +67,7 @@ def saturation(name: str, path: Path, options: argparse.Namespace) -> dict[str, 
     support, labels, classes = images[: WAYS * SHOTS], np.arange(WAYS).repeat(SHOTS), np.arange(WAYS)
     state: dict[str, np.ndarray] = {}
     if not graphs.takes_features:
-        state = graphs.adapt(support, labels, classes, bundle.manifest.steps)
+        state = graphs.adapt(support, labels, classes, bundle.manifest.steps_for(SHOTS))
 
     async def ask(engine: Engine, image: np.ndarray) -> object:
         if graphs.takes_features:
