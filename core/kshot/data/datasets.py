@@ -9,7 +9,7 @@ import copy
 import difflib
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -94,6 +94,12 @@ class Index(_Part):
         return self.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
 
 
+@lru_cache(maxsize=4)
+def _parsed(content: bytes) -> tuple[Index, str]:
+    """The index in a file's bytes, and their sha256: a run opens its data sets many times."""
+    return Index.model_validate_json(content), hashlib.sha256(content).hexdigest()
+
+
 class ImageSet:
     """A data set on disk. `open` reads its index and maps its images; `split` gives what episodes are drawn from."""
 
@@ -111,7 +117,7 @@ class ImageSet:
         except OSError:
             raise KshotError(_no_such_data_set(folder)) from None
         try:
-            index = Index.model_validate_json(content)
+            index, version = _parsed(content)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"])) or "the file"
@@ -126,7 +132,7 @@ class ImageSet:
                 f"{folder / IMAGES} holds {images.dtype} {images.shape}, and its index says uint8 {expected}: "
                 f"the two are not of one import. {_again(folder)}"
             )
-        return cls(folder, index, images, hashlib.sha256(content).hexdigest())
+        return cls(folder, index, images, version)
 
     @property
     def name(self) -> str:

@@ -113,7 +113,7 @@ def answers(
     """
     images = embedded(learner, images, device=device)
     with evaluating(learner):
-        for batch in _batches(images, shape, episodes, seed=seed, stream=stream, device=device):
+        for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
             first = batch[0]
             logits = answer(
                 learner, batch.support, first.support_labels, batch.query, first.classes, transductive=transductive
@@ -153,13 +153,14 @@ def drawn(
     images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", device: str = "cpu"
 ) -> Iterator[Episode]:
     """The evaluation's episodes, one by one: of images, or of their features."""
-    for batch in _batches(images, shape, episodes, seed=seed, stream=stream, device=device):
+    for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
         yield from batch
 
 
-def _batches(
+def batches(
     images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream, device: str
 ) -> Iterator[Episodes]:
+    """The evaluation's episodes, `AT_ONCE` at a time: of images, or of their features."""
     for step in range(math.ceil(episodes / AT_ONCE)):
         batch = sample_episodes(images, shape, AT_ONCE, seed=seed, step=step, stream=stream).to(device)
         yield batch.part(0, episodes - step * AT_ONCE)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -17,20 +15,27 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy of logits (N, W) to labels (N,) (Guo et al., 2017)."""
-    rows, truth = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
+    """The temperature that minimises the cross-entropy of logits (N, W) to labels (N,) (Guo et al., 2017).
 
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        value = F.cross_entropy(rows / log_temperature.clamp(-7, 7).exp(), truth)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    return float(log_temperature.detach().clamp(-7, 7).exp())
+    Between exp(-7) and exp(7). By Newton's method on its inverse, in which the cross-entropy is convex; a step that
+    would leave the interval known to hold the minimum bisects it instead.
+    """
+    rows = logits.astype(np.float64)
+    rows -= rows[np.arange(len(rows)), labels, None]
+    highest, low, high, inverse = rows.max(1, keepdims=True), math.exp(-7), math.exp(7), 1.0
+    for _ in range(100):
+        shares = np.exp(inverse * (rows - highest))
+        shares /= shares.sum(1, keepdims=True)
+        mean = (shares * rows).sum(1)
+        slope, curvature = mean.mean(), ((shares * rows**2).sum(1) - mean**2).mean()
+        if slope == 0:
+            break
+        low, high = (inverse, high) if slope < 0 else (low, inverse)
+        step = inverse - slope / curvature if curvature > 0 else math.inf
+        before, inverse = inverse, step if low < step < high else math.sqrt(low * high)
+        if abs(inverse - before) < 1e-9 * before:
+            break
+    return 1 / inverse
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
@@ -53,17 +58,20 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 def logistic(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Slope and offset of the logistic regression of truth (N,) on values (N,), with a light pull to zero."""
     mean, scale = values.mean(), values.std() + 1e-12
-    x, y = torch.from_numpy((values - mean) / scale), torch.from_numpy(truth.astype(np.float64))
-    line = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+    design, line = np.stack([(values - mean) / scale, np.ones(len(values))], 1), np.zeros(2)  # (N, 2), (2,)
 
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        value = F.binary_cross_entropy_with_logits(line[0] * x + line[1], y) + 1e-4 * line.square().sum()
-        value.backward()
-        return value
+    def loss(line: np.ndarray) -> float:
+        logits = design @ line
+        return float((np.logaddexp(0, logits) - truth * logits).mean() + 1e-4 * line @ line)
 
-    with torch.enable_grad():
-        optimiser.step(loss)
-    slope, offset = line.detach().tolist()
+    for _ in range(50):  # Newton's method, each step halved until the loss falls
+        share = (1 + np.tanh(design @ line / 2)) / 2
+        slope = design.T @ (share - truth) / len(values) + 2e-4 * line
+        curvature = (design.T * (share * (1 - share))) @ design / len(values) + 2e-4 * np.eye(2)
+        step = np.linalg.solve(curvature, slope)
+        sizes = (size for size in 0.5 ** np.arange(20) if loss(line - size * step) < loss(line))
+        if (size := next(sizes, None)) is None:
+            break
+        line = line - size * step
+    slope, offset = line.tolist()
     return slope / scale, offset - slope * mean / scale

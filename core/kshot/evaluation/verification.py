@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from kshot.data.embeddings import embedded
-from kshot.data.episodes import Shape, sample_episodes
+from kshot.data.episodes import Shape
 from kshot.evaluation.calibration import Trial
-from kshot.evaluation.scores import evaluating
+from kshot.evaluation.scores import answer, batches, evaluating
 from kshot.evaluation.statistics import auroc, logistic
 from kshot.learner import Learner
 from kshot.norms import BY_ITSELF
@@ -34,14 +35,16 @@ class Verification:
 
 
 def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str = "cpu") -> Verification:
-    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best."""
+    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best.
+
+    With several trials, say the folds of a cross-validation, each takes its share of the pairs.
+    """
     parts: dict[Similarity, list[np.ndarray]] = {}
-    sampled = [(learner, embedded(learner, images, device=device)) for learner, images in trials]
-    for step in range(pairs // 2):
-        learner, images = sampled[step % len(sampled)]
-        [episode] = sample_episodes(images, Shape(2, 1, 1), 1, seed=seed, step=step, stream="calibration").to(device)
-        for by, alike in similarities(learner, episode.support[:1], episode.query).items():
-            parts.setdefault(by, []).append(alike)
+    for number, (learner, images) in enumerate(trials):
+        images, share = embedded(learner, images, device=device), (pairs // 2 + number) // len(trials)
+        for batch in batches(images, Shape(2, 1, 1), share, seed=seed, stream="calibration", device=device):
+            for by, alike in similarities(learner, batch.support[:, :1], batch.query).items():
+                parts.setdefault(by, []).append(alike.flatten())
     same = np.tile([True, False], pairs // 2)
     values = {by: np.concatenate(part) for by, part in parts.items()}
     areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
@@ -52,17 +55,16 @@ def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str 
 
 
 @torch.no_grad()
-def similarities(learner: Learner, image: torch.Tensor, others: torch.Tensor) -> dict[Similarity, np.ndarray]:
-    """How alike an image (1, C, H, W) and each of `others` (N, C, H, W) are, in up to three ways, (N,) each.
+def similarities(learner: Learner, images: Tensor, others: Tensor) -> dict[Similarity, np.ndarray]:
+    """How alike images (E, 1, C, H, W) and the `others` of each (E, N, C, H, W) are, in up to three ways, (E, N) each.
 
     `logit`: the logit of each other image after adapting to the image as the only class; `cosine` and `distance` of the
     features, where an image's are its own (distance is Euclidean, and negative). Features may come for images.
     """
-    only = torch.zeros(1, dtype=torch.int64, device=image.device)
+    only = torch.zeros(1, dtype=torch.int64, device=images.device)
     with evaluating(learner):
-        logits = learner.classify(learner.adapt(image, only, only), others)[:, 0]
-        found: dict[Similarity, torch.Tensor] = {"logit": logits}
+        found: dict[Similarity, Tensor] = {"logit": answer(learner, images, only, others, only)["logits"][..., 0]}
         if learner.backbone.norm in BY_ITSELF:
-            a, b = learner.embed(image), learner.embed(others)
-            found |= {"cosine": F.cosine_similarity(a, b), "distance": -(a - b).norm(dim=1)}
+            a, b = (learner.embed(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in (images, others))
+            found |= {"cosine": F.cosine_similarity(a, b, dim=2), "distance": -(a - b).norm(dim=2)}
     return {by: value.double().cpu().numpy() for by, value in found.items()}

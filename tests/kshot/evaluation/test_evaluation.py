@@ -258,6 +258,20 @@ def test_the_interval_is_one_function_of_any_values():
     assert math.isnan(half)
 
 
+def test_a_temperature_stays_in_bounds_where_no_finite_one_is_best():
+    one, labels = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1])
+    assert math.exp(-7) <= fit_temperature(one, labels) < 0.02  # always right: the surer the better
+    assert fit_temperature(one, 1 - labels) == pytest.approx(math.exp(7))  # always wrong
+    assert fit_temperature(0 * one, labels) == 1  # nothing to learn from
+
+
+def test_a_logistic_curve_of_values_that_tell_all_apart_is_steep_and_finite():
+    values = np.array([-2.0, -1.0, 1.0, 2.0])
+    slope, offset = logistic(values, values > 0)
+    assert 3 < slope < 30
+    assert offset == pytest.approx(0, abs=1e-6)
+
+
 def test_a_logistic_curve_is_found_from_its_own_draws():
     generator = np.random.default_rng(0)
     values = generator.normal(3, 2, 20000)
@@ -283,7 +297,8 @@ def test_similarities_are_of_the_features_and_of_the_only_class_s_logit():
     learner = ProtoNet(Pixels((1, 1, 2)), ProtoNet.Config())
     image = torch.tensor([[[[3.0, 4.0]]]])
     others = torch.tensor([[[[3.0, 4.0]]], [[[0.0, 0.0]]], [[[4.0, -3.0]]]])
-    found = similarities(learner, image, others)
-    assert found["distance"].tolist() == pytest.approx([0, -5, -(50**0.5)], abs=1e-5)
-    assert found["cosine"].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
-    assert found["logit"].tolist() == pytest.approx([0, -25, -50], abs=1e-4)
+    found = similarities(learner, torch.stack([others[1:2], image]), torch.stack([others, others]))
+    assert found["distance"][1].tolist() == pytest.approx([0, -5, -(50**0.5)], abs=1e-5)
+    assert found["cosine"][1].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
+    assert found["logit"][1].tolist() == pytest.approx([0, -25, -50], abs=1e-4)
+    assert found["distance"][0].tolist() == pytest.approx([-5, 0, -5], abs=1e-5)
