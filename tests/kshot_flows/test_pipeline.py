@@ -283,7 +283,10 @@ def test_the_result_says_what_was_done_how_good_it_is_and_where_to_look(
     cells = [f"{100 * line.accuracy:.2f} ± {100 * line.margin:.2f} %", *(f"{100 * share:.1f} %" for share in shares)]
     assert f"3-way 1-shot {' '.join(cells)}" in " ".join(shown.split())
     assert f"cosine baseline {100 * cosine.mean():.2f} ±" in " ".join(shown.split())
-    assert "% on 3-way 1-shot validation episodes at step" in " ".join(shown.split())
+    told = " ".join(shown.split())
+    assert "% on 3-way 1-shot validation episodes at step" in told
+    [megabytes] = re.findall(r"s of training in ([\d,]+) MB", told)
+    assert 50 < int(megabytes.replace(",", "")) < 10_000
     assert f'Bundle.open("{exported.files[0].path.rpartition("/")[0]}")' in shown
     assert "kshot trace tiny 1" in shown
     assert "mlflow ui --backend-store-uri sqlite:///" in shown

@@ -67,7 +67,7 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
 
     from kshot_flows.report import pictures  # brings matplotlib
 
-    kept = {"training.seconds": learner.seconds}
+    kept = {"training.seconds": learner.seconds, **({"training.bytes": learner.memory} if learner.memory else {})}
     if learner.validation is not None:
         kept["best.validation.accuracy"] = learner.validation
     for line in scores.lines:

@@ -107,7 +107,8 @@ def _summary(product: Product) -> str:
             best = f"{_percent(product.validation, product.margin)} on {episodes} episodes"
             if product.steps == 0:
                 return f"{product.chosen or 'taken as it was built'}: {best}"
-            return f"{best} at step {product.best_step} of {product.steps}, {product.seconds:.0f} s of training"
+            memory = f" in {product.memory / 1e6:,.0f} MB" if product.memory else ""
+            return f"{best} at step {product.best_step} of {product.steps}, {product.seconds:.0f} s of training{memory}"
         case Scores():
             return f"{product.lines[0].episodes} episodes of each shape from {product.split}"
         case Exported():

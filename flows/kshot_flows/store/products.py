@@ -177,6 +177,7 @@ class Trained:
     seconds: float
     chosen: str = ""  # the head and its settings, where it was chosen among several
     tried: tuple[Attempt, ...] = ()  # those that it was chosen among
+    memory: int = 0  # bytes that training steps held at most; 0 where this process took none
 
     @property
     def identity(self) -> str:

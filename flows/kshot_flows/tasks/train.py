@@ -44,7 +44,7 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     position = _checkpoint(recipe, folder).get("step", 0)
     if position:
         progress.say(f"  goes on from the checkpoint at step {position} of {settings.steps}")
-    curve = curves.Curve(folder / "curve.jsonl", settings.steps, position)
+    curve, memory = curves.Curve(folder / "curve.jsonl", settings.steps, position), 0
     with (
         experiment.training_run(recipe, data, folder) as run,
         curves.sending(run, curve) as send,
@@ -53,6 +53,7 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
         steps = _steps(learner, recipe, data, folder)
         for step in progress.training(profiling.steps(steps, folder / profiling.FOLDER)):
             send(curve.add(step))
+            memory = step.memory
     heads.learn_statistics(learner, data.classes(splits.train), data.name)
     reached = _checkpoint(recipe, folder)
     chosen = heads.choose_steps(recipe, learner, data)
@@ -62,6 +63,7 @@ def _trained(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
     return Trained(
         Pin.of(folder / "learner.pt"), data, run.id, reached["step"], reached["best_step"],
         settings.validation_shape, best["validation"], best["margin"], reached["seconds"],
+        memory=memory,
     )  # fmt: skip
 
 
