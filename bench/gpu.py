@@ -1,9 +1,13 @@
-"""What only a machine with an NVIDIA GPU can show: the same answers on CUDA as on the CPU, and how much faster.
+"""What only a machine with an NVIDIA GPU can show: kshot on CUDA beside its peers, and beside itself on the CPU.
 
-    python bench/gpu.py [--device cuda|tensorrt] [--size 84] [--rounds 9]
+    python bench/gpu.py [--data data/omniglot] [--rounds 30] [--recipes NAME ... --project FOLDER]
+    python bench/gpu.py --smoke          # the same code on a CPU, in seconds; writes nothing
 
-Trains the default recipe with KSHOT_DEVICE=cuda in a scratch folder, compares a bundle on both devices, and asks a real
-`kshot serve --device cuda`. Writes bench/results/gpu.json. Full trainings: KSHOT_DEVICE=cuda make reproduce.
+Training steps and evaluation beside learn2learn and easyfsl (bench/peers/environment.py sets them up), trainings to the
+marks of bench/time_to_accuracy.py, the bundle under onnxruntime's CUDA provider with bound buffers, and a real
+`kshot serve --device cuda`. Writes bench/results/gpu.json, with the card's name. Without Omniglot, what needs it is
+left out. `--recipes` also runs these at full length by `kshot run` in a project folder that has their data, such as
+`--recipes omniglot-protonet omniglot-maml mini-imagenet-protonet mini-imagenet-maml --project .`.
 """
 
 from __future__ import annotations
@@ -23,54 +27,211 @@ from typing import Any
 import numpy as np
 import serving_load as load
 import torch
+from time_to_accuracy import ATTEMPTS
 
-from kshot_runtime.bundle import Bundle, Device
+from kshot.data.datasets import ClassImages, ImageSet
+from kshot.data.episodes import Shape
+from kshot.evaluation.scores import evaluate
+from kshot.recipe import Recipe
+from kshot.testing import toy_images
+from kshot.training import Training, meta_train
+from kshot_flows import recipes
+from kshot_runtime.bundle import Bundle
 from kshot_runtime.errors import KshotError
 
+HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 128)
+WARM = 10  # steps before the clock starts: three of each shape are taken before a CUDA graph is captured
+PLAIN_MAML = {"head": "zero", "steps": 5, "rate": 0.4, "head_rate": 0.08}  # what the peers compute
+CASES: dict[str, tuple[str, Shape, int, dict[str, Any]]] = {
+    "ProtoNet, 60-way 1-shot, 5 queries": ("protonet", Shape(60, 1, 5), 1, {}),
+    "ProtoNet, 5-way 5-shot, 15 queries": ("protonet", Shape(5, 5, 15), 1, {}),
+    "MAML, 4 episodes": ("maml", Shape(5, 1, 15), 4, {"first_order": False}),
+    "MAML, 32 episodes": ("maml", Shape(5, 1, 15), 32, {"first_order": False}),
+    "MAML of first order, 32 episodes": ("maml", Shape(5, 1, 15), 32, {"first_order": True}),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kshot": {},
+    "kshot, CUDA graph": {"cuda_graph": True},
+    "kshot, CUDA graph, TF32": {"cuda_graph": True, "precision": "tf32"},
+    "kshot, CUDA graph, bfloat16": {"cuda_graph": True, "precision": "bfloat16"},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "tensorrt"), default="cuda")
-    parser.add_argument("--size", type=int, default=84)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=("cuda", "tensorrt"), default="cuda", help="of the bundle")
+    parser.add_argument("--data", type=Path, default=Path("data/omniglot"))
+    parser.add_argument("--size", type=int, default=84, help="of the bundle's images")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--recipes", nargs="*", default=["glyphs-protonet"], help="to run at full length")
+    parser.add_argument("--project", type=Path, help="the folder to run them in; a new one if unset")
+    parser.add_argument("--smoke", action="store_true", help="try this script on a CPU")
     options = parser.parse_args()
+    if options.smoke:
+        smoke()
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here. The same code on a CPU: python bench/gpu.py --smoke")
+    found: dict[str, Any] = {"what": f"kshot on {torch.cuda.get_device_name()}", "gpu": torch.cuda.get_device_name()}
     with tempfile.TemporaryDirectory() as folder:
+        if options.data.exists():
+            train = ImageSet.open(options.data).split("train", rotations=True)
+            found["steps"] = [steps(case, train, options) for case in CASES]
+            found["evaluation"] = evaluation(options)
+            found["to accuracy"] = [to_accuracy(attempt, options.data) for attempt in ATTEMPTS]
         bundle = load.build("protonet", Path(folder) / "bundle", size=options.size, channels=3)
         try:
-            found = {
-                "what": f"onnxruntime on {options.device} beside the CPU, conv4, {options.size}x{options.size}x3",
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees",
-                "device": options.device,
-                "bundle": compare(bundle, options),
-                "served": served(bundle, Path(folder) / "serve", options),
-                "training": trained(Path(folder) / "project"),
-            }
+            found["bundle"] = compare(bundle, options.device, options.size, options.rounds, BATCHES)
+            found["served"] = served(bundle, Path(folder) / "serve", options)
         except KshotError as error:
             raise SystemExit(str(error)) from None
+        project = options.project or Path(folder) / "project"
+        found["recipes"] = {name: trained(name, project) for name in options.recipes}
     print(json.dumps(found, indent=2))
     load.write("gpu", found, "torch", "onnxruntime-gpu")
 
 
-def compare(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A bundle on both devices: features of the same images, and images a second, in interleaved rounds."""
-    devices: tuple[Device, Device] = (options.device, "cpu")
-    bundles = {device: Bundle.open(path, device=device) for device in devices}
+def smoke() -> None:
+    """Everything that needs neither a GPU, nor peers, nor a data set: on toy images, a few steps of each."""
+    images, few = toy_images(), Shape(3, 1, 2)
+    took = {
+        f"{method} {list(variant.values())}": step_ms(method, images, few, 2, {}, variant, "cpu", rounds=2)
+        for method in ("protonet", "maml")
+        for variant in ({}, {"cuda_graph": True, "precision": "bfloat16"})
+    }
+    print(json.dumps(took))
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = load.build("protonet", Path(folder) / "bundle", width=8)
+        print(json.dumps(compare(bundle, "cpu", 28, 2, (1, 8), channels=1)))
+    recipe = recipes.load("omniglot-protonet", ("training.steps=4", "training.validate_every=4", "training.ways=5"))
+    print(json.dumps(trained_to(recipe, images, images, images, {5: 0.0}, "cpu", episodes=8)))
+
+
+def steps(case: str, images: ClassImages, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a training step: kshot's as `meta_train` takes it, drawing included; the peers' on one batch."""
+    method, shape, episodes, settings = CASES[case]
+    asked = {"method": method, "data": str(options.data), "shape": [shape.ways, shape.shots, shape.queries]}
+    if method == "maml":
+        asked |= {"episodes": episodes, "inner": PLAIN_MAML["steps"], **settings}
+    losses = list(peers("losses", asked).values())
+    times = peers("steps", {**asked, "rounds": options.rounds})["times"]
+    took = {name: statistics.median(each) for name, each in times.items() if name != "kshot"}
+    best, rounds = min(took.values()), options.rounds
+    took |= {
+        name: step_ms(method, images, shape, episodes, settings, variant, "cuda", rounds)
+        for name, variant in VARIANTS.items()
+    }
+    return {
+        "case": case,
+        "ms": {name: round(each, 3) for name, each in took.items()},
+        "ratio to the best peer": {name: round(best / took[name], 2) for name in VARIANTS},
+        "largest difference of first losses in float64, relative": max(losses) / min(losses) - 1,
+    }
+
+
+def peers(measure: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What bench/peers/contenders.py measures on the GPU, in the peers' own environment."""
+    sys.path.insert(0, str(HERE / "peers"))
+    from environment import prepare
+
+    command = [prepare(), HERE / "peers" / "contenders.py", json.dumps({"device": "cuda", "measure": measure, **asked})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the peers' measurement failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def step_ms(
+    method: str, images: ClassImages, shape: Shape, episodes: int, settings: dict[str, Any],
+    variant: dict[str, Any], device: str, rounds: int,
+) -> float:  # fmt: skip
+    """Milliseconds of an outer step inside `meta_train`, on average."""
+    norm, warm = "batch" if method == "maml" else "running", min(WARM, rounds)
+    learner = {"name": method, **(PLAIN_MAML if method == "maml" else {}), **settings}
+    backbone = {"name": "conv4", "width": 64, "norm": norm}
+    recipe = Recipe(name="bench", dataset={"name": "bench"}, backbone=backbone, learner=learner)
+    training = Training(
+        ways=shape.ways, shots=shape.shots, queries=shape.queries, episodes_per_step=episodes,
+        steps=warm + rounds + 10, validate_every=warm + rounds + 10, validation_queries=1, **variant,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        taken = meta_train(
+            recipe.build(images.shape), images, images, training, folder=Path(folder), seed=1, device=device
+        )
+        began = 0.0
+        for progress in taken:
+            if progress.step == warm:
+                began = time.perf_counter()
+            if progress.step == warm + rounds:
+                break
+        return 1000 * (time.perf_counter() - began) / rounds
+
+
+def evaluation(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a test episode, 5-way 1-shot with 15 queries: kshot's 10,000 for easyfsl's 300, and MAML's."""
+    found = {}
+    for method, ours, theirs, more in (("protonet", 10_000, 300, {}), ("maml", 60, 60, {"inner": 10})):
+        asked = {"method": method, "data": str(options.data), "rounds": 3, "episodes": ours, "peer_episodes": theirs}
+        times = peers("evaluation", {**asked, **more})["times"]
+        found[method] = {
+            name: round(1000 * statistics.median(each) / (ours if name == "kshot" else theirs), 3)
+            for name, each in times.items()
+        }
+    return found
+
+
+def to_accuracy(attempt: str, data: Path) -> dict[str, Any]:
+    """Seconds of a training after which test accuracy is at the marks of the record on a CPU, or how far it came."""
+    asked = ATTEMPTS[attempt]
+    recipe = recipes.load(asked.recipe, (*asked.changes, "training.cuda_graph=true"))
+    splits = [ImageSet.open(data).split(split, rotations=True) for split in ("train", "val", "test")]
+    return {"attempt": attempt, **trained_to(recipe, *splits, asked.marks, "cuda", episodes=1000)}
+
+
+def trained_to(
+    recipe: Recipe, train: ClassImages, validation: ClassImages, test: ClassImages, marks: dict[int, float],
+    device: str, episodes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds and memory of a training, and its test accuracies in % by ways, at one shot."""
+    learner = recipe.build(train.shape)
+    began, memory = time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for progress in meta_train(
+            learner, train, validation, recipe.training, folder=Path(folder), seed=recipe.seed, device=device
+        ):
+            memory = progress.memory
+    took = time.perf_counter() - began
+    queries = min(15, int(test.counts.min()) - 1)
+    scores = {ways: evaluate(learner, test, Shape(ways, 1, queries), episodes, seed=0, device=device) for ways in marks}
+    return {
+        "seconds": round(took, 1),
+        "mb": memory >> 20,
+        "accuracy": {ways: f"{100 * score.accuracy:.2f} ± {100 * score.margin:.2f}" for ways, score in scores.items()},
+        "reached": all(100 * scores[ways].accuracy >= mark for ways, mark in marks.items()),
+    }
+
+
+def compare(
+    path: Path, device: Any, size: int, rounds: int, sizes: tuple[int, ...], channels: int = 3
+) -> dict[str, Any]:
+    """A bundle on a device and on the CPU: features of the same images, and images a second, in interleaved rounds."""
+    bundles = {name: Bundle.open(path, device=name) for name in dict.fromkeys((device, "cpu"))}
     random = np.random.default_rng(0)
-    batches = {size: random.integers(0, 256, (size, 3, options.size, options.size), np.uint8) for size in BATCHES}
-    here, there = (bundle.graphs.embed(batches[32]) for bundle in bundles.values())
+    batches = {batch: random.integers(0, 256, (batch, channels, size, size), np.uint8) for batch in sizes}
+    here, there = (bundles[name].graphs.embed(batches[sizes[-1]]) for name in (device, "cpu"))
     difference = float(np.abs(here - there).max() / np.abs(there).max())
     speeds: dict[str, dict[str, float]] = {}
-    for size, images in batches.items():
-        seconds: dict[str, list[float]] = {device: [] for device in devices}
-        for _ in range(options.rounds):
-            for device, bundle in bundles.items():
+    for batch, images in batches.items():
+        seconds: dict[str, list[float]] = {name: [] for name in bundles}
+        for _ in range(rounds):
+            for name, bundle in bundles.items():
                 started = time.perf_counter()
                 bundle.graphs.embed(images)
-                seconds[device].append(time.perf_counter() - started)
-        medians = {device: statistics.median(each) for device, each in seconds.items()}
-        speeds[str(size)] = {device: round(size / each, 1) for device, each in medians.items()}
+                seconds[name].append(time.perf_counter() - started)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        speeds[str(batch)] = {name: round(batch / each, 1) for name, each in medians.items()}
     return {
         "images a second, by batch": speeds,
         "bars": [load.bar("largest difference of features, relative", difference, 1e-3, difference < 1e-3)],
@@ -95,13 +256,13 @@ def served(path: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """The default recipe with its training on the GPU."""
-    folder.mkdir()
+def trained(name: str, folder: Path) -> dict[str, Any]:
+    """A recipe at full length on the GPU."""
+    folder.mkdir(exist_ok=True)
     kshot = Path(sys.executable).with_name("kshot")
     started = time.perf_counter()
     done = subprocess.run(
-        [kshot, "run", "glyphs-protonet"],
+        [kshot, "run", name],
         cwd=folder,
         env=os.environ | {"KSHOT_DEVICE": "cuda"},
         capture_output=True,
@@ -109,10 +270,10 @@ def trained(folder: Path) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"the training failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     table = [line.strip() for line in done.stdout.splitlines() if "-way" in line and "±" in line]
     return {
-        "command": "KSHOT_DEVICE=cuda kshot run glyphs-protonet",
+        "command": f"KSHOT_DEVICE=cuda kshot run {name}",
         "seconds": round(time.perf_counter() - started, 1),
         "table": table,
     }
