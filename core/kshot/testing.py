@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Pixels(Backbone):
 def toy_images(classes: int = 30, images: int = 10, seed: int = 0, stripes: bool = False) -> ClassImages:
     """Classes that are smooth random patterns, and images that are noisy, shifted copies of their class's pattern.
 
-    With `stripes`, random stripes are added to each image as a nuisance: an untrained learner is then near chance.
+    With `stripes`, random stripes are added to each image as a nuisance that training can learn to ignore.
     """
     random = np.random.default_rng(seed)
     coarse = random.uniform(0, 255, (classes, 4, 4))
@@ -231,6 +232,24 @@ def adapting_leaves_the_learner_as_it_was(subject: Subject) -> None:
 
 
 @_check
+def evaluation_keeps_no_graph(subject: Subject) -> None:
+    """Where gradients are off, inner gradients are taken without `create_graph`.
+
+    A graph for second derivatives costs memory and time that only meta-training needs. Take gradients by
+    `kshot.gradient`, which sees whether it is meta-training.
+    """
+    learner, episode = subject.build(), subject.episode()
+    real: Any = torch.autograd.grad
+
+    def grad(*arguments: Any, create_graph: bool = False, **others: Any) -> Any:
+        assert not create_graph, "adapting took a gradient with create_graph=True while gradients are off"
+        return real(*arguments, create_graph=create_graph, **others)
+
+    with patch("torch.autograd.grad", grad):
+        _logits(learner, episode)
+
+
+@_check
 @_under_every_norm
 def order_of_the_support_set_does_not_matter(subject: Subject) -> None:
     """Support images in another order give the same logits.
@@ -349,7 +368,8 @@ def config_round_trips(subject: Subject) -> None:
     """Settings survive JSON, and refuse unknown keys and changes."""
     cls = plugins.find().learner(subject.name).value.Config
     config = cls(**subject.options)
-    assert cls.model_validate_json(config.model_dump_json()) == config
+    again = cls.model_validate_json(config.model_dump_json())
+    assert again == config, f"settings that went through JSON are others: {again!r}, and were {config!r}"
     refuses = cls.model_config.get("frozen") and cls.model_config.get("extra") == "forbid"
     assert refuses, "Config must be frozen and refuse unknown keys; derive it from kshot.LearnerConfig"
 

@@ -38,9 +38,3 @@ def test_what_is_freed_is_kept_for_the_next_step_and_given_back_at_the_end() -> 
     assert 300 < second < 360  # the same blocks again
     assert abs(after) < 30
     assert abs(outside) < 60
-
-
-def test_giving_back_nothing_is_fine() -> None:
-    from kshot import malloc
-
-    malloc.give_back()
