@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kshot import plugins
 from kshot.backbones import Backbone, BackboneConfig
@@ -37,7 +37,7 @@ from kshot.learner import FeatureLearner, InnerLoop, Learner, over_episodes
 from kshot.norms import Norm
 from kshot.ops import one_hot
 from kshot.recipe import Recipe
-from kshot.training import Training, meta_train
+from kshot.training import Training, learner_step, meta_train
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
 
@@ -67,10 +67,14 @@ class Subject:
         )
 
     @property
+    def learner(self) -> type[Learner]:
+        learner: type[Learner] = plugins.find().learner(self.name).value
+        return learner
+
+    @property
     def norms(self) -> Sequence[Norm]:
         """Every norm that the learner works with, its first choice first; or only the one that was asked for."""
-        learner: type[Learner] = plugins.find().learner(self.name).value
-        return (self.norm,) if self.norm else learner.norms
+        return (self.norm,) if self.norm else self.learner.norms
 
     def build(self, seed: int = 0) -> Learner:
         """A fresh learner in eval mode, its parameters moved a little off an initial symmetry."""
@@ -339,6 +343,37 @@ def episodes_of_a_batch_are_fitted_as_one_by_one(subject: Subject) -> str | None
 
 
 @_check
+def a_batch_may_be_split_unless_coupled(subject: Subject) -> None:
+    """`coupled` lists exactly the norms under which a batch taken in parts trains otherwise than the whole batch.
+
+    Batch statistics or a loss over all images of a batch couple its episodes; training then refuses `episodes_at_once`
+    and several ranks.
+    """
+    pool = sample_images(toy_images(), 9, seed=1, step=0)
+    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 4, seed=5, step=0)
+    batch = replace(batch, unlabelled=pool).to("cpu", torch.float64)
+    for norm in subject.norms:
+        found = []
+        for at_once in (4, 1):
+            learner = replace(subject, norm=norm).build()
+            learner.prepare(toy_images().classes_per_data_set)
+            learner.double().train()
+            before = nn.utils.parameters_to_vector(learner.parameters()).detach()
+            torch.manual_seed(0)  # of those that draw in `meta_loss`
+            settings = Training(episodes_per_step=4, episodes_at_once=at_once)
+            learner_step(learner, batch, torch.optim.SGD(learner.parameters(), 1.0), settings)
+            moved = nn.utils.parameters_to_vector(learner.parameters()).detach() - before
+            found.append((moved, [value.double() for value in learner.buffers()]))
+        (whole, seen), (parts, seen_in_parts) = found
+        same = (whole - parts).norm() <= 1e-6 * whole.norm() and all(map(torch.allclose, seen, seen_in_parts))
+        expected = norm not in subject.learner.coupled
+        assert same == expected, (
+            f"norm = {norm!r} is {'not ' * expected}in `coupled`, and four episodes one by one train "
+            f"{'as' if same else 'otherwise than'} all at once"
+        )
+
+
+@_check
 def accuracy_without_information_is_chance(subject: Subject) -> None:
     """With shuffled support labels accuracy is chance, for an inner loop also without a step.
 
@@ -366,7 +401,7 @@ def accuracy_without_information_is_chance(subject: Subject) -> None:
 @_check
 def config_round_trips(subject: Subject) -> None:
     """Settings survive JSON, and refuse unknown keys and changes."""
-    cls = plugins.find().learner(subject.name).value.Config
+    cls = subject.learner.Config
     config = cls(**subject.options)
     again = cls.model_validate_json(config.model_dump_json())
     assert again == config, f"settings that went through JSON are others: {again!r}, and were {config!r}"

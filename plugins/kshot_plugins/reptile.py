@@ -98,7 +98,7 @@ class Reptile(GradientLearner):
         images = torch.cat([episode.support, episode.query])
         labels = torch.cat([episode.support_labels, episode.query_labels])
         state = self.begin(images, labels, episode.classes)
-        for i, chosen in enumerate(minibatches(len(images), self.config.batch, self.config.steps)):
+        for i, chosen in enumerate(minibatches(len(images), self.config.batch, self.config.steps, images.device)):
             state = self.step(state, images[chosen], labels[chosen], episode.classes, torch.tensor(i))
         if self.training:
             self.inner_steps.add_(self.config.steps)
@@ -108,10 +108,10 @@ class Reptile(GradientLearner):
         return state
 
 
-def minibatches(images: int, size: int, count: int) -> tuple[Tensor, ...]:
+def minibatches(images: int, size: int, count: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
     """Which images each of `count` minibatches takes, in random order, and every one before any comes again."""
     rounds = math.ceil(size * count / images)
-    return torch.cat([torch.randperm(images) for _ in range(rounds)])[: size * count].split(size)
+    return torch.cat([torch.randperm(images, device=device) for _ in range(rounds)])[: size * count].split(size)
 
 
 def _without_moments(state: State) -> State:

@@ -241,6 +241,16 @@ class TakesANumber(Means):
         return {"means": class_means(features, labels, classes) * (1 + 0 * features.sum().item())}
 
 
+@breaks("a_batch_may_be_split_unless_coupled", "norm = 'running' is not in `coupled`, and .* otherwise than")
+class SaysThatABatchMayBeSplit(Means):
+    coupled = ()
+
+
+@breaks("a_batch_may_be_split_unless_coupled", "norm = 'support' is in `coupled`, and .* train as all at once")
+class SaysThatNoBatchMayBeSplit(Means):
+    coupled = FeatureLearner.norms
+
+
 # What can be known
 
 

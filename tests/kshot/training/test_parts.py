@@ -2,45 +2,18 @@
 
 import runpy
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from kshot import Backbone, plugins
-from kshot.data.episodes import Shape, sample_episodes, sample_images
+from kshot import Backbone
 from kshot.recipe import Recipe
-from kshot.testing import Subject, toy_images
-from kshot.training import CHECKPOINTS, Training, checkpoint, launched, learner_step
+from kshot.testing import Subject
+from kshot.training import CHECKPOINTS, Training, checkpoint, launched
 from kshot.training.step import episodes_at_once
 from kshot_plugins.protonet import ProtoNet
 from kshot_runtime.errors import KshotError
-
-
-@pytest.mark.parametrize("name", [p.name for p in plugins.find().of("learners")])
-def test_a_learner_says_under_which_norms_the_episodes_of_a_batch_belong_together(name):
-    learner = plugins.find().learner(name).value
-    pool = sample_images(toy_images(), 9, seed=1, step=0)
-    batch = replace(sample_episodes(toy_images(), Shape(3, 2, 2), 4, seed=5, step=0), unlabelled=pool)
-    found = []
-    for norm in learner.norms:
-        steps = []
-        for at_once in (4, 1):
-            one = Subject(name, Path(), norm=norm).build()
-            one.prepare([30])
-            settings = Training(episodes_per_step=4, episodes_at_once=at_once)
-            torch.manual_seed(0)  # of those that draw in `meta_loss`
-            before = torch.cat([p.detach().flatten() for p in one.double().parameters()])
-            optimiser = torch.optim.SGD(one.parameters(), 1.0)
-            learner_step(one.train(), batch.to("cpu", torch.float64), optimiser, settings)
-            after = torch.cat([p.detach().flatten() for p in one.parameters()])
-            buffers = torch.cat([torch.zeros(1), *(b.double().flatten() for b in one.buffers())])
-            steps.append((after - before, buffers))
-        (whole, seen), (parts, seen_in_parts) = steps
-        if float((whole - parts).norm() / whole.norm()) > 1e-6 or not torch.allclose(seen, seen_in_parts):
-            found.append(norm)
-    assert found == [norm for norm in learner.norms if norm in learner.coupled]
 
 
 def recipe(learner: str, **sections) -> dict:
