@@ -1,4 +1,4 @@
-"""Relation networks: a small network, trained along, judges how well a query's map and a class's map go together.
+"""Relation networks: a small network, trained with the backbone, scores pairs of a query's and a class's feature maps.
 
 Sung et al., 2018. https://arxiv.org/abs/1711.06025
 """
@@ -28,23 +28,24 @@ from kshot import (
 
 
 class RelationNet(FeatureLearner):
-    """A relation score for every pair of query and class; its sigmoid is what the paper fits to 1 or 0.
+    """A relation score for each pair of a query and a class. The paper fits its sigmoid to 1 or 0 by squared error.
 
-    Logits are the scores before the sigmoid: log-odds that the pair belongs together, so that among classes of which
-    exactly one is right, their softmax is its probability.
+    Logits are the scores before the sigmoid: the log-odds that the pair belongs together, so that their softmax over
+    classes of which exactly one is right is the probability of each.
 
-    The paper adds up the maps of a class's images. Their mean, here, is the same to the next layer as long as every
-    class has one number of shots, and is all that stays on one scale when shots vary.
+    Differs from the paper: a class's map is the mean of its images' maps, and not their sum, so that its scale does not
+    depend on the shots.
 
-    Good for images whose places matter, as it compares maps and not vectors, by a measure that it learns. Work grows
-    with queries times ways, so a hundred classes cost a hundred comparisons.
+    Good for images in which positions matter, because it compares feature maps by a learned similarity. The cost grows
+    with queries times ways.
     """
 
     name = "relation"
 
     class Config(LearnerConfig):
         loss: Literal["mse", "cross_entropy"] = Field(
-            "mse", description="of the sigmoid of each pair's score to 1 or 0, as in the paper; or of the logits"
+            "mse",
+            description="squared error of each pair's sigmoid, as in the paper, or cross-entropy of logits",
         )
         width: int = Field(64, ge=1, le=4096, description="channels of the relation module")
         hidden: int = Field(8, ge=1, le=4096, description="width of its last but one layer")
@@ -54,11 +55,11 @@ class RelationNet(FeatureLearner):
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
         channels, height, width = self.grid = backbone.grid or (backbone.features, 1, 1)
-        # A convolution over two maps, one on top of the other, is a convolution of each, added up: so the module's
-        # first one runs once for every class and every query, and not for every pair.
+        # A convolution of two concatenated maps is the sum of a convolution of each: so the module's first layer runs
+        # once for each class and each query, and not for each pair.
         self.of_class = nn.Conv2d(channels, config.width, 3, padding=1, bias=False)
         self.of_query = nn.Conv2d(channels, config.width, 3, padding=1, bias=False)
-        # Batch statistics over pairs would make a query's score depend on the other queries: averages, or GroupNorm.
+        # Batch statistics over pairs would make a query's score depend on the other queries.
         norm: Norm = "running" if backbone.norm == "running" else "group"
         layers: list[nn.Module] = []
         for block in range(2):
