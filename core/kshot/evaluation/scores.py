@@ -76,49 +76,51 @@ def evaluate(
     (see `kshot.learner.without_statistics`).
     """
     started = time.perf_counter()
-    accuracies, confidences, right = [], [], []
-    for episode, logits in answers(
+    found: list[tuple[Tensor, Tensor]] = []
+    for batch, logits in _answered(
         learner, images, shape, episodes, seed=seed, stream=stream, transductive=transductive, device=device
     ):
-        confidence, prediction = (logits / temperature).softmax(1).max(1)
-        correct = prediction == episode.query_labels
-        accuracies.append(float(correct.double().mean()))
-        confidences.append(confidence.float().cpu().numpy())
-        right.append(correct.cpu().numpy())
-    return Score(
-        shape,
-        np.array(accuracies),
-        np.concatenate(confidences),
-        np.concatenate(right),
-        time.perf_counter() - started,
-        transductive,
-    )
+        confidence, prediction = (logits / temperature).softmax(2).max(2)
+        found.append((confidence.float(), prediction == batch[0].query_labels))
+    confidences, right = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))  # (episodes, queries)
+    seconds = time.perf_counter() - started
+    return Score(shape, right.mean(1), confidences.flatten(), right.flatten(), seconds, transductive)
+
+
+def answers(
+    learner: Learner, images: ClassImages, shape: Shape, episodes: int, *, seed: int, device: str = "cpu"
+) -> Iterator[tuple[Episode, Tensor]]:
+    """Each test episode with the logits (ways * queries, ways) that the learner gives it.
+
+    Episodes hold features in the place of images where the learner takes them (see `kshot.data.embeddings`).
+    """
+    for batch, logits in _answered(
+        learner, images, shape, episodes, seed=seed, stream="test", transductive=False, device=device
+    ):
+        yield from zip(batch, logits, strict=True)
 
 
 @torch.no_grad()
-def answers(
+def _answered(
     learner: Learner,
     images: ClassImages,
     shape: Shape,
     episodes: int,
     *,
     seed: int,
-    stream: Stream = "test",
-    transductive: bool = False,
-    device: str = "cpu",
-) -> Iterator[tuple[Episode, Tensor]]:
-    """Each evaluation episode with the logits (ways * queries, ways) that the learner gives it.
-
-    Episodes hold features in the place of images where the learner takes them (see `kshot.data.embeddings`).
-    """
+    stream: Stream,
+    transductive: bool,
+    device: str,
+) -> Iterator[tuple[Episodes, Tensor]]:
+    """Batches of evaluation episodes with their logits (E, ways * queries, ways)."""
     images = embedded(learner, images, device=device)
     with evaluating(learner):
         for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
-            first = batch[0]
-            logits = answer(
-                learner, batch.support, first.support_labels, batch.query, first.classes, transductive=transductive
-            )["logits"]
-            yield from zip(batch, logits, strict=True)
+            support, first = batch.support, batch[0]
+            found = answer(
+                learner, support, first.support_labels, batch.query, first.classes, transductive=transductive
+            )
+            yield batch, found["logits"]
 
 
 def answer(
@@ -140,10 +142,10 @@ def answer(
         state = learner.adapt(support, labels, classes)
         if transductive:
             state = without_statistics(state)
-        found = {"logits": learner.classify(state, query)}
-        if evidence and isinstance(learner, FeatureLearner):
-            found |= learner.evidence(state, learner.embed(query, state))
-        return found
+        if not (evidence and isinstance(learner, FeatureLearner)):
+            return {"logits": learner.classify(state, query)}
+        features = learner.embed(query, state)  # once: `classify` lets features pass
+        return {"logits": learner.classify(state, features), **learner.evidence(state, features)}
 
     features = isinstance(learner, FeatureLearner) and learner.batched and support.dim() == 3
     return over_episodes(one, support, query, together=features or learner.together(support))
