@@ -33,7 +33,7 @@ def value_and_gradient(
     loss: Callable[[dict[str, Tensor]], Tensor], fast: Mapping[str, Tensor], *, first_order: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`loss(fast)` and its `gradient`: the two can be differentiated again, or neither."""
-    if torch._C._functorch.maybe_current_level() is not None:  # under vmap, where autograd.grad does not work
+    if torch._C._are_functorch_transforms_active():  # under vmap, say, where autograd.grad does not work
         with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):
             found, value = grad_and_value(loss)(dict(fast))
         return value, found

@@ -168,7 +168,7 @@ class _Moments(torch.autograd.Function):
     def forward(x: Tensor) -> Statistics:
         mean = x.mean((0, 1, 2))
         centred = x - mean
-        return mean, (centred * centred).mean((0, 1, 2))
+        return mean, centred.mul_(centred).mean((0, 1, 2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Statistics) -> None:
