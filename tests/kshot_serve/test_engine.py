@@ -148,6 +148,21 @@ def test_each_caller_gets_the_features_of_its_own_images(model: Champion, runner
     run(body, runners=runners)
 
 
+def test_adapting_takes_the_inner_steps_of_the_number_of_photos(images_bundle: Path) -> None:
+    model = champion(images_bundle)
+    model.bundle.manifest = model.bundle.manifest.model_copy(update={"steps_by_shots": {1: 0, 2: 1}})
+
+    async def body(engine: Engine) -> None:
+        for shots, steps in ((1, 0), (2, 1)):
+            given = images(2 * shots), np.arange(2).repeat(shots), np.arange(2)
+            found, expected = await engine.adapt(model, *given), model.bundle.graphs.adapt(*given, steps)
+            for name, value in found.items():
+                np.testing.assert_allclose(value, expected[name], atol=1e-5)
+            assert found["head.weight"].any() == bool(steps)
+
+    run(body)
+
+
 def test_images_of_one_state_share_a_run_and_each_state_answers_for_itself(
     images_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
