@@ -328,7 +328,7 @@ def episodes_of_a_batch_are_fitted_as_one_by_one(subject: Subject) -> str | None
     learner = subject.build().double()
     if not learner.batched:
         return "`batched` says that its episodes take turns"
-    batch = sample_episodes(toy_images(), Shape(4, 2, 3), 3, seed=5, step=0).to("cpu", torch.float64)
+    batch = sample_episodes(toy_images(), Shape(5, 2, 3), 3, seed=5, step=0).to("cpu", torch.float64)
     labels, classes = batch[0].support_labels, batch[0].classes
 
     def answer(support: Tensor, query: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def a_batch_may_be_split_unless_coupled(subject: Subject) -> None:
     and several ranks.
     """
     pool = sample_images(toy_images(), 9, seed=1, step=0)
-    batch = sample_episodes(toy_images(), Shape(3, 2, 2), 4, seed=5, step=0)
+    batch = sample_episodes(toy_images(), Shape(5, 1, 2), 4, seed=5, step=0)
     batch = replace(batch, unlabelled=pool).to("cpu", torch.float64)
     for norm in subject.norms:
         found = []

@@ -190,13 +190,13 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path: Path, monkey
 def test_a_sound_learner_passes_with_a_line_for_each_promise_in_words(
     installed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed()
+    installed(('name = "mine"', 'name = "mine"\n    batched = False'))
     monkeypatch.setattr(testing, "CHECKS", QUICK)
     shown = kshot("check", "mine")
     assert shown.exit_code == 0
     assert shown.output.count("passed") == len(QUICK) - 1
     assert "A query alone gets the logits that it gets in a batch." in shown.output
-    assert "not a head on features: its episodes always take turns" in shown.output
+    assert "`batched` says that its episodes take turns" in shown.output
     assert f"mine keeps {len(QUICK) - 1} promises, and is exempt from 1." in shown.output
 
 
