@@ -58,6 +58,9 @@ class Learner(nn.Module, ABC):
     """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
     batched: ClassVar[bool] = True
     """Whether its methods run under `torch.func.vmap`; if not, the episodes of a batch take turns."""
+    transductive = False
+    """Whether it is being evaluated with queries normalised by their own batch, so that `adapt` need not measure the
+    support set's statistics."""
 
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()

@@ -66,7 +66,8 @@ class GradientLearner(InnerLoop):
         return weights | self.new_head(features, labels, classes)
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        if self.backbone.norm in BY_ITSELF or (self.training and self.backbone.norm == "batch"):
+        own_batch = self.transductive or (self.training and self.backbone.norm == "batch")
+        if own_batch or self.backbone.norm in BY_ITSELF:
             return state  # queries need no statistics
         _, statistics = self.measure(support, state)  # of the adapted weights
         return {**state, **statistics}

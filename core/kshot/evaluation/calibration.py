@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from kshot import malloc
 from kshot.data.datasets import ClassImages
 from kshot.data.embeddings import embedded
 from kshot.data.episodes import Shape, Stream, sample_episodes
@@ -140,7 +141,7 @@ def known_and_unknown(
     wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
     images = embedded(learner, images, device=device)
     answers: list[dict[str, np.ndarray]] = []
-    with evaluating(learner):
+    with evaluating(learner), malloc.kept():
         for start in range(0, episodes, AT_ONCE):
             batch = sample_episodes(images, wider, AT_ONCE, seed=seed, step=start, stream=stream).to(device)
             batch = batch.part(0, episodes - start)

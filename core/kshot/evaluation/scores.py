@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kshot import malloc
 from kshot.data.datasets import ClassImages
 from kshot.data.embeddings import embedded
 from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episodes
@@ -114,7 +115,7 @@ def _answered(
 ) -> Iterator[tuple[Episodes, Tensor]]:
     """Batches of evaluation episodes with their logits (E, ways * queries, ways)."""
     images = embedded(learner, images, device=device)
-    with evaluating(learner):
+    with evaluating(learner, transductive=transductive), malloc.kept():
         for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
             support, first = batch.support, batch[0]
             found = answer(
@@ -169,11 +170,11 @@ def batches(
 
 
 @contextmanager
-def evaluating(learner: Learner) -> Iterator[None]:
+def evaluating(learner: Learner, *, transductive: bool = False) -> Iterator[None]:
     """A learner in eval mode for the block."""
     was_training = learner.training
-    learner.eval()
+    learner.eval().transductive = transductive
     try:
         yield
     finally:
-        learner.train(was_training)
+        learner.train(was_training).transductive = False

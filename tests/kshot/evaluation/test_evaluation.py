@@ -9,9 +9,10 @@ import torch
 from kshot.data.episodes import Shape, sample_episodes
 from kshot.evaluation.calibration import _balanced, calibrate, evidence, scores_of
 from kshot.evaluation.open_set import open_set
-from kshot.evaluation.scores import Score, answers, evaluate
+from kshot.evaluation.scores import Score, answers, evaluate, evaluating
 from kshot.evaluation.statistics import auroc, calibration_error, fit_temperature, interval, logistic
 from kshot.evaluation.verification import similarities, verification
+from kshot.learner import without_statistics
 from kshot.testing import Pixels, Subject, toy_images
 from kshot_plugins.protonet import ProtoNet
 
@@ -103,6 +104,18 @@ def test_transductive_and_inductive_figures_differ_only_where_the_norm_lets_them
             for transductive in (False, True)
         ]
         assert np.array_equal(*pair) is not differ, norm
+
+
+@pytest.mark.parametrize("norm", ["support", "batch"])
+def test_an_inner_loop_measures_no_statistics_for_queries_that_are_normalised_by_their_own(norm, tmp_path):
+    learner = Subject("maml", tmp_path, norm=norm).build()
+    [episode] = sample_episodes(toy_images(), Shape(3, 1, 2), 1, seed=0, step=0)
+    states = []
+    for transductive in (True, False):
+        with evaluating(learner, transductive=transductive):
+            states.append(learner.adapt(episode.support, episode.support_labels, episode.classes))
+    assert states[0].keys() == without_statistics(states[1]).keys() < states[1].keys()
+    assert not learner.transductive
 
 
 def test_calibration_finds_a_threshold_that_rejects_most_of_the_unknown():
