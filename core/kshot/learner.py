@@ -9,7 +9,8 @@ and the conformance kit follow.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -258,7 +259,7 @@ class FeatureLearner(Learner):
 
 
 class InnerLoop(Learner):
-    """A learner that adapts in steps: `adapt` is `begin`, then `step` for each step, then `finish`.
+    """A learner that adapts in steps: `adapt` is `begin`, then `first`, then `step` for each step more, then `finish`.
 
     The exporter traces `begin` and one `step`, and wraps the step in an ONNX Loop: the number of steps stays free.
     Gradients come from `kshot.gradient` only.
@@ -309,11 +310,17 @@ class InnerLoop(Learner):
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None) -> State:
         """Learn from a support set in `steps` steps, by default as many as `steps_for` says."""
-        state, given = self.begin(support, labels, classes), (support, labels, classes)
         steps = self.steps_for(labels.shape[0] / classes.shape[0]) if steps is None else steps
+        [last] = deque(self.states(support, labels, classes, steps), maxlen=1)
+        return self.finish(last, support, labels, classes)
+
+    def states(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int) -> Iterator[State]:
+        """The state before the first of so many steps, and the state after each."""
+        state, given = self.begin(support, labels, classes), (support, labels, classes)
+        yield state
         for number, i in enumerate(torch.arange(steps, device=support.device)):
             state = self.first(state, *given) if number == 0 else self.step(state, *given, i)
-        return self.finish(state, *given)
+            yield state
 
 
 class FeatureLoop(InnerLoop, FeatureLearner):

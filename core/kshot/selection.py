@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,10 +82,8 @@ def choose_steps(
 
 def _accuracies_by_step(learner: InnerLoop, episode: Episode) -> np.ndarray:
     """The share of queries that are right after 1, 2, ... `most_steps` inner steps."""
-    given = episode.support, episode.support_labels, episode.classes
-    state, right = learner.begin(*given), []
-    for number, i in enumerate(torch.arange(learner.most_steps, device=episode.support.device)):
-        state = learner.first(state, *given) if number == 0 else learner.step(state, *given, i)
+    given, right = (episode.support, episode.support_labels, episode.classes), []
+    for state in itertools.islice(learner.states(*given, learner.most_steps), 1, None):
         logits = learner.classify(learner.finish(state, *given), episode.query)
         right.append((logits.argmax(1) == episode.query_labels).double().mean())
     return torch.stack(right).cpu().numpy()
