@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageRule
+from kshot_runtime.onnx_file import external_tensors
 
 MANIFEST, EMBED, ADAPT, CLASSIFY, VIEWS = "bundle.json", "embed.onnx", "adapt.onnx", "classify.onnx", "views.onnx"
 SCHEMA_VERSION: Literal[3] = 3
@@ -284,12 +285,9 @@ def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def external_tensor(model: bytes) -> str | None:
-    """The name of a tensor whose data lie outside an ONNX file, if there is one.
-
-    Reads just so much protobuf as leads to tensors, since the serving host has no onnx package.
-    """
+    """The name of a tensor whose data lie outside an ONNX file, if there is one."""
     try:
-        return next(_external(memoryview(model), "model"), None)
+        return next(external_tensors(memoryview(model)), None)
     except (IndexError, ValueError, RecursionError) as error:
         raise BundleError(f"not an ONNX file: {error}") from None
 
@@ -364,62 +362,3 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo) -> None:
 def _check_size(source: Path, name: str, size: int) -> None:
     if size > _LARGEST[name]:
         raise BundleError(f"{source}: {name} has {size:,} bytes; at most {_LARGEST[name]:,} are taken")
-
-
-# Where tensors are found, by field number (onnx.proto, unchanged since 2017): field -> the kind of message it holds.
-_FIELDS: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
-_TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
-
-
-def _external(message: memoryview, kind: str) -> Iterator[str]:
-    if kind == "tensor":
-        fields = dict(_fields(message))
-        if _TENSOR_EXTERNAL in fields or fields.get(_TENSOR_LOCATION, 0) != 0:
-            name = fields.get(_TENSOR_NAME, b"")
-            yield bytes(name).decode(errors="replace") if not isinstance(name, int) else ""
-        return
-    inner = _FIELDS[kind]
-    for number, value in _fields(message):
-        if number in inner and not isinstance(value, int):
-            yield from _external(value, inner[number])
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """The fields of a protobuf message: number, and content or integer."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-            yield number, value
-            continue
-        if wire == 2:
-            size, at = _varint(message, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"unknown wire type {wire}")
-        if at + size > len(message):
-            raise ValueError("it is cut short")
-        yield number, message[at : at + size]
-        at += size
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number of more than ten bytes")

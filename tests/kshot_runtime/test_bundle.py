@@ -26,7 +26,7 @@ from kshot.export import export
 from kshot_plugins.conv4 import Conv4
 from kshot_plugins.finetune import FineTune
 from kshot_plugins.protonet import ProtoNet
-from kshot_runtime import manifest as manifests
+from kshot_runtime import onnx_file
 from kshot_runtime.bundle import AT_ONCE, Bundle, State, evidence, softmax
 from kshot_runtime.images import ImageError, ImageRule
 from kshot_runtime.manifest import (
@@ -499,7 +499,7 @@ def test_the_walk_through_a_file_uses_onnx_s_own_field_numbers() -> None:
         "sparse": onnx.SparseTensorProto, "tensor": onnx.TensorProto,
     }  # fmt: skip
     names = {kind.DESCRIPTOR.full_name: name for name, kind in kinds.items()}
-    for name, fields in manifests._FIELDS.items():
+    for name, fields in onnx_file.FIELDS.items():
         nested = {
             f.number: names.get(f.message_type.full_name) for f in kinds[name].DESCRIPTOR.fields if f.message_type
         }

@@ -128,21 +128,25 @@ def _max_pool2d_backward(
 
 
 def _unpooled(grad: Tensor, x: Tensor, pooled: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The gradient of x (N, C, H, W) where windows tile it: by slices, since MaxPool is slow when it gives indices."""
+    """The gradient of x (N, C, H, W) where windows tile it: by slices, since MaxPool is slow when it gives indices.
+
+    With the channels last, in which slices and their interleaving are copies of whole pixels.
+    """
     (height, width), (down, across) = x.shape[2:], kernel
     whole = [grad.shape[2] * down, grad.shape[3] * across]  # pixels in windows
+    grad, x, pooled = (maps.permute(0, 2, 3, 1) for maps in (grad, x, pooled))
     rows = []
     for i in range(down):
         row = []
         for j in range(across):
-            won = x[:, :, i : whole[0] : down, j : whole[1] : across] == pooled
+            won = x[:, i : whole[0] : down, j : whole[1] : across] == pooled  # (N, h, w, C)
             row.append(grad * won.to(grad.dtype))  # which takes a third of the time of Where
             grad = grad - row[-1]
-        rows.append(torch.stack(row, 4).flatten(3))  # (N, C, h, W)
-    spread = torch.stack(rows, 3).flatten(2, 3)  # (N, C, H, W)
+        rows.append(torch.stack(row, 3).flatten(2, 3))  # (N, h, W, C)
+    spread = torch.stack(rows, 2).flatten(1, 2)  # (N, H, W, C)
     if (missing := [height - whole[0], width - whole[1]]) != [0, 0]:
-        spread = aten.constant_pad_nd(spread, [0, missing[1], 0, missing[0]])
-    return spread
+        spread = aten.constant_pad_nd(spread, [0, 0, 0, missing[1], 0, missing[0]])
+    return spread.permute(0, 3, 1, 2)
 
 
 def _avg_pool2d_backward(
