@@ -270,7 +270,9 @@ class States:
         self._metrics.state_bytes.set(self._used)
 
     def _forget(self, key: tuple[str, str]) -> None:
-        self._used -= self._kept.pop(key).size
+        adapted = self._kept.pop(key)
+        self._engine.forget(adapted.key)
+        self._used -= adapted.size
         self._metrics.state_bytes.set(self._used)
 
 

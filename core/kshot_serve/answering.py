@@ -162,7 +162,7 @@ class Answering:
         """The logit of a photo after adapting to another as the only class."""
         zero = np.zeros(1, np.int64)
         state = await self._engine.adapt(champion, only[None], zero, zero)
-        outputs = await self._engine.classify(champion, state, object(), other[None], deadline)
+        outputs = await self._engine.classify(champion, state, object(), other[None], deadline, once=True)
         return float(outputs["logits"][0, 0])
 
 

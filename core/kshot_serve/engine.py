@@ -11,7 +11,8 @@ import asyncio
 import logging
 import math
 import os
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
-from kshot_runtime.bundle import Bundle, Tensors, flattened, mean_over_views
+from kshot_runtime.bundle import Bundle, Classifier, Graphs, Tensors, flattened, mean_over_views
 from kshot_runtime.manifest import BundleError
 from kshot_serve.problems import Problem
 from kshot_serve.settings import EngineSettings
@@ -48,6 +49,7 @@ _LARGEST = 256 << 20  # bytes in one batch
 _FEW, _MANY = 8, 24  # requests at work that are never too many: for long; and in a burst
 _CALM = 5  # fewer, and there may be a burst again; were it the few, each that leaves them would begin one
 _BURST_S = 2.0  # that more than a few may be at work: chance alone makes such bursts at 70 % of the capacity
+_SESSION = 1_000_000  # bytes at least of a session for one state
 _AT_ONCE_S = 0.0001  # what takes less is not handed to a thread and back, which takes longer
 _SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
@@ -79,6 +81,7 @@ class Engine:
         self._calls = 0  # of embed, classify and adapt, in progress
         self._paces: dict[str, float] = {}  # of classifying features, by champion
         self._rate = _Rate()
+        self._sessions = _Sessions(settings.sessions_mb * 1_000_000)
         self._draining = self._stopped = False
         self._empty = asyncio.Event()
 
@@ -182,11 +185,19 @@ class Engine:
         return mean_over_views(views, await self.embed(champion, flattened(views), deadline))
 
     async def classify(
-        self, champion: Champion, adapted: Tensors, key: Hashable, query: np.ndarray, deadline: float = math.inf
+        self,
+        champion: Champion,
+        adapted: Tensors,
+        key: Hashable,
+        query: np.ndarray,
+        deadline: float = math.inf,
+        *,
+        once: bool = False,
     ) -> Tensors:
         """What classify.onnx gives of a query, images or features as the bundle takes: see Graphs.classify.
 
-        Calls with the same key have the same state, and their images may share runs.
+        Calls with the same key have the same state, and their images may share runs. Unless it is for `once`, a state
+        with weights gets a session of its own, until it is forgotten.
         """
         graphs = champion.bundle.graphs
         with self._inside():
@@ -195,12 +206,20 @@ class Engine:
                     return await self._classify(champion, adapted, query)
             _check(champion, query)
 
+            classify = partial(graphs.classify, adapted)
+            if graphs.bakes and not once:
+                classify = partial(self._sessions.classify, key, graphs, adapted)
+
             def run(rows: np.ndarray) -> Outputs:
-                found = graphs.classify(adapted, rows)
+                found = classify(rows)
                 return tuple(found[name] for name in graphs.gives)
 
             found = await self._batched((champion.id, "classify", key), run, query, deadline)
         return dict(zip(graphs.gives, found, strict=True))
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the session of the state that had this key."""
+        self._sessions.forget(key)
 
     async def _classify(self, champion: Champion, adapted: Tensors, query: np.ndarray) -> Tensors:
         """On features: in a thread, but where it was seen to be too little work for that."""
@@ -489,6 +508,39 @@ class _Rate:
         self._images = kept * self._images + images
         self._seconds = kept * self._seconds + max(1e-6, now - self._last)
         self._last = now
+
+
+class _Sessions:
+    """Sessions with a state's weights as constants, the least used of which go when there is no more room."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Hashable, tuple[Classifier, int]] = OrderedDict()
+        self._used = 0
+
+    def classify(self, key: Hashable, graphs: Graphs, state: Tensors, query: np.ndarray) -> Tensors:
+        """What `graphs` give of a query; in a thread."""
+        with self._lock:
+            if key not in self._held:
+                size = max(_SESSION, 2 * sum(tensor.nbytes for tensor in state.values()))
+                if size > self._room:
+                    return graphs.classify(state, query)
+                self._held[key] = graphs.baked(state), size
+                self._used += size
+                while self._used > self._room:
+                    self._drop(next(iter(self._held)))
+            self._held.move_to_end(key)
+            classifier, _ = self._held[key]
+        return classifier(query)
+
+    def forget(self, key: Hashable) -> None:
+        with self._lock:
+            if key in self._held:
+                self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        self._used -= self._held.pop(key)[1]
 
 
 def warm(bundle: Bundle, buckets: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ class EngineSettings(_Part):
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
     states_mb: int = Field(512, ge=1, description="memory of a worker for adapted states; the least used go first")
+    sessions_mb: int = Field(64, ge=0, description="for sessions of their own that states with weights get; 0: none")
 
 
 class Settings(_Part):

@@ -506,6 +506,20 @@ def test_the_walk_through_a_file_uses_onnx_s_own_field_numbers() -> None:
         assert fields == {number: kind for number, kind in nested.items() if kind is not None}
 
 
+def test_inputs_become_constants(finetune: Path) -> None:
+    before = onnx.load(finetune / "classify.onnx")
+    values = {"head.bias": np.arange(3, dtype=np.float32), "big": np.arange(70_000).reshape(7, 10_000)}
+    before.graph.input.append(onnx.helper.make_tensor_value_info("big", onnx.TensorProto.INT64, [7, 10_000]))
+    after = onnx.load_from_string(onnx_file.with_constants(before.SerializeToString(), values))
+    onnx.checker.check_model(after, full_check=True)
+    made = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in after.graph.initializer}
+    for name, value in values.items():
+        np.testing.assert_array_equal(made[name], value, strict=True)
+    assert {each.name for each in before.graph.input} - {each.name for each in after.graph.input} == set(values)
+    assert after.graph.node == before.graph.node
+    assert after.opset_import == before.opset_import
+
+
 def packed(path: Path, folder: Path, **extra: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for file in folder.iterdir():

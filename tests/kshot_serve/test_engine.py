@@ -187,7 +187,48 @@ def test_images_of_one_state_share_a_run_and_each_state_answers_for_itself(
                 np.testing.assert_allclose(values, same[name], atol=1e-4)
         assert gate.sizes == [1, 4, 8, 1]  # who came first; most of the other five; the second state's six; the last
 
-    run(body)
+    run(body, sessions_mb=0)
+
+
+def test_states_with_weights_have_sessions_that_answer_alike(
+    images_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = champion(images_bundle)
+    graphs, made = model.bundle.graphs, []
+    real = graphs.baked
+    monkeypatch.setattr(graphs, "baked", lambda state: (made.append(state), real(state))[1])
+    query, labels = images(3), np.arange(2)
+
+    async def body(engine: Engine) -> None:
+        states = [await engine.adapt(model, images(2, seed), labels, labels) for seed in range(3)]
+
+        async def ask(i: int, *, once: bool = False) -> list[int]:
+            """The states that have got a session so far."""
+            found = await engine.classify(model, states[i], i, query, soon(), once=once)
+            for name, values in graphs.classify(states[i], query).items():
+                np.testing.assert_allclose(found[name], values, atol=1e-4)
+            return [next(j for j, state in enumerate(states) if state is each) for each in made]
+
+        assert await ask(0, once=True) == []
+        assert await ask(0) == await ask(0) == [0]
+        assert await ask(1) == await ask(0) == [0, 1]
+        assert await ask(2) == await ask(0) == [0, 1, 2]  # in the place of 1, which was used the least
+        assert await ask(1) == [0, 1, 2, 1]
+        engine.forget(1)
+        assert await ask(1) == [0, 1, 2, 1, 1]
+
+    run(body, sessions_mb=2)
+
+
+def test_a_server_without_room_for_sessions_makes_none(images_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = champion(images_bundle)
+    monkeypatch.setattr(model.bundle.graphs, "baked", None)
+
+    async def body(engine: Engine) -> None:
+        state = await engine.adapt(model, images(2), np.arange(2), np.arange(2))
+        await engine.classify(model, state, 0, images(3), soon())
+
+    run(body, sessions_mb=0)
 
 
 def test_features_are_classified_as_they_are(model: Champion) -> None:
@@ -315,7 +356,7 @@ def test_nobody_waits_behind_the_many_images_of_another_space(
         gate.open.set()
         await asyncio.gather(many, one)
 
-    run(body)
+    run(body, sessions_mb=0)
     assert gate.sizes == [32, 32, 1, 32, 4]  # in turns
 
 

@@ -131,11 +131,16 @@ def test_a_bundle_answers_as_torch_does(case: str, bundle_of: Callable[[str], tu
         labels = random.permutation(np.repeat(ids, counts))
         support = random.integers(0, 256, (len(labels), 1, SIDE, SIDE), np.uint8)
         query = random.integers(0, 256, (7, 1, SIDE, SIDE), np.uint8)
-        found = bundle.logits(bundle.adapt_arrays(support, labels, ids), query)
+        adapted = bundle.adapt_arrays(support, labels, ids)
+        found = bundle.logits(adapted, query)
         with torch.no_grad():
             state = learner.adapt(torch.from_numpy(support) / 255, *map(torch.from_numpy, (labels, ids)))
             expected = learner.classify(state, torch.from_numpy(query) / 255)
         np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-3)
+        taken = bundle.graphs.embed(query) if learner.takes_features else query
+        for name, values in bundle.graphs.classify(adapted, taken).items():
+            if name in bundle.graphs.gives:
+                np.testing.assert_allclose(bundle.graphs.baked(adapted)(taken)[name], values, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
