@@ -24,7 +24,7 @@ import torch
 from kshot.data.datasets import ClassImages
 from kshot.data.episodes import Shape
 from kshot.export import Facts, export
-from kshot.recipe import PluginSettings, Recipe
+from kshot.recipe import LearnerSettings, PluginSettings, Recipe
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
@@ -62,7 +62,7 @@ def compare(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
         name="bench",
         dataset={"name": "noise"},
         backbone=PluginSettings(name="conv4", width=options.width),
-        learner=PluginSettings(name=name, **LEARNERS[name]),
+        learner=LearnerSettings(name=name, **LEARNERS[name]),
     )
     learner = recipe.build(image).eval()
     random = np.random.default_rng(0)
