@@ -16,7 +16,7 @@ from kshot_plugins.metalstm import preprocessed
 
 
 class MetaNet(FeatureLearner):
-    """Dense layers have slow weights, which meta-training learns, and fast weights, which are generated in each episode.
+    """Dense layers have slow weights, which meta-training learns, and fast weights, generated in each episode.
 
     Two small networks generate them, each from a gradient coordinate by coordinate. `embedding` makes keys: its fast
     weights come from the mean gradient of the support set's representation loss. `base` classifies: each support image
