@@ -308,11 +308,16 @@ class InnerLoop(Learner):
         """The state that `classify` takes; by default the last step's."""
         return state
 
-    def adapt(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None) -> State:
-        """Learn from a support set in `steps` steps, by default as many as `steps_for` says."""
+    def adapt(
+        self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None, *, finish: bool = True
+    ) -> State:
+        """Learn from a support set in `steps` steps, by default as many as `steps_for` says.
+
+        Without `finish`, the state is the last step's: enough for queries that bring their own statistics.
+        """
         steps = self.steps_for(labels.shape[0] / classes.shape[0]) if steps is None else steps
         [last] = deque(self.states(support, labels, classes, steps), maxlen=1)
-        return self.finish(last, support, labels, classes)
+        return self.finish(last, support, labels, classes) if finish else last
 
     def states(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int) -> Iterator[State]:
         """The state before the first of so many steps, and the state after each."""

@@ -50,18 +50,20 @@ class BatchStatisticsNorm(nn.Module):
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Take note of the input's own statistics, over so many values a channel."""
 
-    def scale_and_shift(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C,): the norm of x is x * scale + shift."""
-        scale = self.weight * (var + self.eps).rsqrt()
+    def own(self, x: Tensor, sign: Tensor | None = None) -> Statistics:
+        """The statistics of x (N, C, H, W), the input or, with `sign` (C,), the input times it."""
+        mean, var = moments(x)
+        self.record(mean if sign is None else mean * sign, var, x[:, 0].numel())
+        return mean, var
+
+    def scale_and_shift(self, mean: Tensor, var: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,) that normalise the input, or the input times `sign`, given the statistics of that."""
+        scale = (self.weight if sign is None else self.weight * sign) * (var + self.eps).rsqrt()
         return scale, self.bias - mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W)."""
-        if (statistics := self.given()) is None:
-            statistics = moments(x)
-            self.record(*statistics, x[:, 0].numel())
-        scale, shift = self.scale_and_shift(*statistics)
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        return _affine(x, *self.scale_and_shift(*self.given() or self.own(x)))
 
 
 class SupportNorm(BatchStatisticsNorm):
@@ -132,13 +134,10 @@ def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 
     if (statistics := norm.given()) is not None:
         scale, shift = norm.scale_and_shift(*statistics)
         return _pooled(_scaled(maps, convolution, scale, shift), pool)
-    sign = 1 - 2 * (norm.weight < 0).to(norm.weight.dtype)  # (C,) 1 or -1
+    sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)  # (C,)
     signed = _scaled(maps, convolution, sign)
-    mean, var = moments(signed)
-    norm.record(mean * sign, var, signed[:, 0].numel())
-    scale, shift = norm.scale_and_shift(mean * sign, var)
-    pooled = _pooled(signed, pool)
-    return torch.addcmul(shift[:, None, None], pooled, (scale * sign)[:, None, None])
+    scale, shift = norm.scale_and_shift(*norm.own(signed, sign), sign)
+    return _affine(_pooled(signed, pool), scale, shift)
 
 
 def _scaled(maps: Tensor, convolution: nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -146,7 +145,12 @@ def _scaled(maps: Tensor, convolution: nn.Conv2d, scale: Tensor, shift: Tensor |
     bias = shift
     if convolution.bias is not None:
         bias = convolution.bias * scale if shift is None else shift + convolution.bias * scale
-    return convolution._conv_forward(maps, convolution.weight * scale[:, None, None, None], bias)
+    return convolution._conv_forward(maps, convolution.weight * scale.view(-1, 1, 1, 1), bias)
+
+
+def _affine(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """maps * scale + shift."""
+    return torch.addcmul(shift, maps.movedim(1, -1), scale).movedim(-1, 1)
 
 
 def _pooled(maps: Tensor, size: int) -> Tensor:

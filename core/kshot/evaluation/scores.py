@@ -17,7 +17,7 @@ from kshot.data.datasets import ClassImages
 from kshot.data.embeddings import embedded
 from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episodes
 from kshot.evaluation.statistics import calibration_error, interval
-from kshot.learner import FeatureLearner, Learner, State, over_episodes, without_statistics
+from kshot.learner import FeatureLearner, InnerLoop, Learner, State, over_episodes, without_statistics
 
 AT_ONCE = 8  # episodes sampled together, and answered together where that goes
 
@@ -140,7 +140,10 @@ def answer(
     """
 
     def one(support: Tensor, query: Tensor) -> State:
-        state = learner.adapt(support, labels, classes)
+        if transductive and isinstance(learner, InnerLoop):
+            state = learner.adapt(support, labels, classes, finish=False)
+        else:
+            state = learner.adapt(support, labels, classes)
         if transductive:
             state = without_statistics(state)
         if not (evidence and isinstance(learner, FeatureLearner)):
