@@ -89,8 +89,8 @@ def test_costs_are_those_of_what_is_served(project: Project) -> None:
         assert row.cost.bundle_bytes == sum(file.stat().st_size for file in bundle(project, width).iterdir())
         assert row.cost.adapt_ms > 0
         assert row.cost.classify_ms > 0
-        # Four convolutions 3 x 3 with biases, from one channel to `width`; each followed by a scale and a shift.
-        assert row.cost.parameters == (9 + 3 * 9 * width) * width + 4 * width + 4 * 2 * width
+        # Four convolutions 3 x 3 without biases, from one channel to `width`; each followed by a scale and a shift.
+        assert row.cost.parameters == (9 + 3 * 9 * width) * width + 4 * 2 * width
 
 
 def test_one_mlflow_run_has_the_table_the_picture_and_the_trainings(project: Project) -> None:
