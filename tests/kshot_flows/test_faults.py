@@ -122,6 +122,12 @@ def test_a_training_goes_on_from_the_checkpoint_before_a_torn_one_and_starts_ane
         assert not trained.intact()
         with pytest.raises(KshotError, match=r"learner\.pt is damaged or no learner"):
             learners.read(trained.learner.file)
+    trained.learner.file.write_bytes(whole)
+    held = torch.load(trained.learner.file, weights_only=True)
+    del held["weights"]["backbone.blocks.0.weight"]
+    torch.save(held, trained.learner.file)
+    with pytest.raises(KshotError, match=r"learner\.pt was written by another version of kshot .* Missing key"):
+        learners.load(trained.learner.file)
 
 
 def test_a_project_that_was_moved_finds_its_artifacts_and_its_registry_again(

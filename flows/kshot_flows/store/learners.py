@@ -41,7 +41,13 @@ def load(file: Path) -> Learner:
     learner = Recipe.model_validate(about["recipe"]).build(tuple(about["image"]))
     if about["base_classes"]:  # none where it was taken as built
         learner.prepare(about["base_classes"])
-    learner.load_state_dict(weights)
+    try:
+        learner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise KshotError(
+            f"{file} was written by another version of kshot ({about['kshot']}), with other weights: "
+            f"{' '.join(str(error).split())[:300]}. `kshot run RECIPE` makes it again."
+        ) from None
     return learner.eval()
 
 
