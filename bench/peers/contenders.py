@@ -40,11 +40,13 @@ from kshot_plugins.protonet import ProtoNet
 Step = Callable[[], float]
 RATE = 0.4  # of MAML's inner steps, for all weights
 PEERS: tuple[ModuleType, ...] = ()
+DEVICE = "cpu"
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
-    global PEERS
+    global PEERS, DEVICE
     warnings.simplefilter("ignore")
+    DEVICE = asked.pop("device", DEVICE)
     torch.set_num_threads(1)
     PEERS = import_peers()
     measures = (losses, steps, ablation, memory, evaluation, uncached)
@@ -138,10 +140,10 @@ def evaluation(
         for turn in range(-1, rounds):  # the first, a short one, is to get warm
             parts = (episodes, peer_episodes) if turn >= 0 else (8, 8)
             for name, run in make(images, shape, *parts, turn, **options).items():
-                started = time.process_time()
+                started = clock()
                 accuracy = run()
                 if turn >= 0:
-                    times.setdefault(name, []).append(time.process_time() - started)
+                    times.setdefault(name, []).append(clock() - started)
                     accuracies.setdefault(name, []).append(accuracy)
     return {"accuracies": {name: float(np.mean(found)) for name, found in accuracies.items()}, "times": times}
 
@@ -154,7 +156,7 @@ def contenders(method: str, images: ClassImages, shape: Shape, **options: Any) -
 def ours(method: str, images: ClassImages, shape: Shape, **options: Any) -> tuple[Learner, Episodes]:
     """kshot's learner, and the episodes of a step."""
     batch = sample_episodes(images, shape, options.get("episodes", 1), seed=1, step=0)
-    batch = batch.to("cpu", torch.get_default_dtype())
+    batch = batch.to(DEVICE, torch.get_default_dtype())
     if method == "protonet":
         return build("protonet", images.shape, backbone={"norm": options.get("norm", "running")}), batch
     settings = plain_maml(options["inner"], shape.ways, options["first_order"])
@@ -164,7 +166,9 @@ def ours(method: str, images: ClassImages, shape: Shape, **options: Any) -> tupl
 def protonet(images: ClassImages, shape: Shape, norm: str = "running") -> dict[str, Step]:
     easyfsl, learn2learn, *_ = PEERS
     learner, batch = ours("protonet", images, shape, norm=norm)
-    labels, targets = (torch.arange(shape.ways).repeat_interleave(n) for n in (shape.shots, shape.queries))
+    labels, targets = (
+        torch.arange(shape.ways, device=DEVICE).repeat_interleave(n) for n in (shape.shots, shape.queries)
+    )
     support, query = usual(batch.support[0]), usual(batch.query[0])
     networks = [plain(learner), plain(learner)]
     optimisers = [torch.optim.Adam(network.parameters(), 1e-3) for network in networks]
@@ -262,7 +266,7 @@ def maml_evaluation(
     def by_learn2learn() -> float:
         right = []
         for start in range(0, peer_episodes, 8):
-            batch = sample_episodes(images, shape, 8, seed=turn + 1, step=start // 8, stream="test")
+            batch = sample_episodes(images, shape, 8, seed=turn + 1, step=start // 8, stream="test").to(DEVICE)
             for one in batch.part(0, peer_episodes - start):
                 fast, support, query = model.clone(), usual(one.support), usual(one.query)
                 for _ in range(inner):
@@ -272,7 +276,9 @@ def maml_evaluation(
         return 100 * float(np.mean(right))
 
     def by_kshot() -> float:
-        return 100 * evaluate(learner, images, shape, episodes, seed=turn + 1, transductive=True).accuracy
+        return (
+            100 * evaluate(learner, images, shape, episodes, seed=turn + 1, transductive=True, device=DEVICE).accuracy
+        )
 
     return {"kshot": by_kshot, "learn2learn": by_learn2learn}
 
@@ -301,10 +307,10 @@ def protonet_evaluation(
     loader = torch.utils.data.DataLoader(InMemory(), batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
 
     def by_kshot() -> float:
-        return 100 * evaluate(learner, images, shape, episodes, seed=turn + 1).accuracy
+        return 100 * evaluate(learner, images, shape, episodes, seed=turn + 1, device=DEVICE).accuracy
 
     def by_easyfsl() -> float:
-        return 100 * easyfsl.utils.evaluate(model, loader, device="cpu", use_tqdm=False)
+        return 100 * easyfsl.utils.evaluate(model, loader, device=DEVICE, use_tqdm=False)
 
     return {"kshot": by_kshot, "easyfsl": by_easyfsl}
 
@@ -339,12 +345,13 @@ def build(
     name: str, image: tuple[int, int, int], backbone: dict[str, Any] | None = None, seed: int = 0, **options: Any
 ) -> Learner:
     torch.manual_seed(seed)
-    return Recipe(
+    recipe = Recipe(
         name="bench",
         dataset={"name": "bench"},
         backbone={"name": "conv4", "width": 64, **(backbone or {})},
         learner={"name": name, **options},
-    ).build(image)
+    )
+    return recipe.build(image).to(DEVICE)
 
 
 def plain_maml(inner: int, ways: int, first_order: bool = False) -> dict[str, Any]:
@@ -373,11 +380,11 @@ def plain(learner: Learner, ways: int | None = None) -> nn.Sequential:
             norm.bias.copy_(rest[-(7 - 2 * i) if len(rest) == 8 else 3 * i + 2])
         blocks += [conv, norm, nn.ReLU(), nn.MaxPool2d(2)]
     if ways is None:
-        return nn.Sequential(*blocks, nn.Flatten())
+        return nn.Sequential(*blocks, nn.Flatten()).to(DEVICE)
     head = nn.Linear(learner.backbone.features, ways)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(*blocks, nn.Flatten(), head)
+    return nn.Sequential(*blocks, nn.Flatten(), head).to(DEVICE)
 
 
 def classes(data: str, split: str) -> ClassImages:
@@ -395,9 +402,17 @@ def tuned(whether: bool) -> Iterator[None]:
 
 
 def seconds(step: Step) -> float:
-    started = time.process_time()
+    started = clock()
     step()
-    return time.process_time() - started
+    return clock() - started
+
+
+def clock() -> float:
+    """Seconds: of this process on a CPU; on a GPU, of the clock once the GPU has done what was asked of it."""
+    if DEVICE == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

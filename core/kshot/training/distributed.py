@@ -6,6 +6,7 @@ torchrun starts the ranks, or `launched` does on this machine. Results equal tho
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import multiprocessing
 import os
@@ -81,27 +82,30 @@ class Ranks:
                 )
 
 
-@contextmanager
-def joined(device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks that this process was started among, and the device of this one; without any, one rank on `device`."""
+def join(device: str) -> tuple[Ranks, str]:
+    """The ranks that this process was started among, and the device of this one; without any, one rank on `device`.
+
+    They stay connected until this process ends, or the block of `launched`.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
-        yield Ranks(), device
-        return
+        return Ranks(), device
     if device == "cuda":
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= gpus:
             raise KshotError(f"each rank needs a GPU of its own, and this machine has {gpus}: start as many ranks")
         device = f"cuda:{number}"
         torch.cuda.set_device(device)
-    if ours := not dist.is_initialized():
+    if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=_STARTING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -134,7 +138,12 @@ def launched(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator[
         if any(process.exitcode for process in processes):
             raise KshotError(f"another rank of this training has ended, so all of them end: {error}") from None
         raise
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
     finally:
+        _leave()
         torch.set_num_threads(threads)
         for name in _environment(0, count, port):
             os.environ.pop(name)
@@ -158,3 +167,5 @@ def _work(environment: dict[str, str], threads: int, work: Callable[..., Any], a
         work(*arguments)
     except KshotError:  # which the first rank reports
         raise SystemExit(1) from None
+    except RuntimeError as error:  # most often that the first rank is gone
+        raise SystemExit(f"rank {environment['RANK']} of this training ends: {error}") from None

@@ -25,7 +25,7 @@ from kshot.data.placed import placed
 from kshot.evaluation.scores import evaluate
 from kshot.learner import Learner
 from kshot.training.checkpoint import Run, checkpoint, foreign, resume, save
-from kshot.training.distributed import Ranks, joined
+from kshot.training.distributed import Ranks, join
 from kshot.training.graph import Graphs
 from kshot.training.settings import Training
 from kshot.training.step import learning_rate, make_optimiser, set_rate, update
@@ -79,7 +79,8 @@ def meta_train(
     for shape in settings.shapes:
         check_shape(train, shape)
     check_shape(validation, settings.validation_shape)
-    with joined(device) as (ranks, device), malloc.kept():
+    ranks, device = join(device)
+    with malloc.kept():
         settings.check_parts(type(learner), type(learner.backbone), learner.backbone.norm, ranks.count)
         _prepare(learner, train, seed, device, ranks)
         if learner.backbone.frozen and settings.augment == Augmentation():
@@ -153,10 +154,12 @@ class _Loop:
     def run(self, draw: Callable[[int], Episodes], validation: ClassImages, folder: Path) -> Iterator[Progress]:
         """Take the steps that are left and report each; the learner then holds the best weights."""
         at, settings = self.position, self.settings
-        unread: deque[_Taken] = deque()
+        began, unread = at.step, deque[_Taken]()
         while at.step < settings.steps and not at.exhausted(settings.patience):
             started = time.perf_counter()
             unread.append(self.take(draw(at.step)))
+            if at.step == began + 1:
+                self.ranks.check_alike(self.learner)
             due = at.step % settings.validate_every == 0 or at.step == settings.steps
             reports = [
                 self.report(unread.popleft()) for _ in range(len(unread) - (0 if due else _steps_ahead(self.device)))
