@@ -25,7 +25,7 @@ def hookimpl(function: _Function) -> _Function:
 
 @hookspec
 def kshot_learners() -> Sequence[type[Learner]]:  # type: ignore[empty-body]  # a specification has no body
-    """Algorithms: subclasses of `kshot.Learner`, each with a name of its own."""
+    """Algorithms: subclasses of `kshot.Learner`, each with a unique name."""
 
 
 @hookspec

@@ -66,7 +66,7 @@ class DataSettings(_Settings):
 
 
 class PluginSettings(BaseModel):
-    """A plugin's name, and beside it whatever that plugin's own Config accepts."""
+    """A plugin's name, and the settings that its Config accepts."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -85,7 +85,7 @@ class LearnerSettings(PluginSettings):
     @model_validator(mode="after")
     def _has_settings_of_one(self) -> Self:
         if not self.names or (self.options and len(self.names) > 1):
-            raise ValueError(f"settings beside {len(self.names)} learners: give one learner, or none of its settings")
+            raise ValueError(f"settings for {len(self.names)} learners: name one learner, or give no settings")
         return self
 
     @property
@@ -197,7 +197,7 @@ class Recipe(_Settings):
         return learner
 
     def _refuse_seen(self) -> None:
-        """What is tested must be new: neither trained on, nor what the best weights are chosen on."""
+        """Refuse test splits that are also used for training or for selection."""
         splits = self.dataset
         trained = {"train": splits.train, "unlabelled": splits.unlabelled} if self.training.steps else {}
         tested = _single(splits.test, splits.name)
@@ -205,14 +205,14 @@ class Recipe(_Settings):
             if reference and (both := tested & _single(reference, splits.name)):
                 raise KshotError(
                     f"{min(both)} is in dataset.{what} = {reference!r} and in dataset.test = {splits.test!r}, "
-                    "and what is tested must be new to the learner. Take another split for one of them."
+                    "but test classes must be new to the learner. Use another split for one of them."
                 )
 
     def _learner_config(self) -> Any:
         return _configure(plugins.find().learner(self.learner.one).value.Config, self.learner, "learner")
 
     def _backbone_config(self) -> Any:
-        """The backbone's settings, with the norm that the learner likes best of those that both work with."""
+        """The backbone's settings, with the first norm of the learner's list that both support."""
         learner, backbone = (
             plugins.find().learner(self.learner.one).value,
             plugins.find().backbone(self.backbone.name).value,

@@ -69,8 +69,8 @@ def choose_steps(
     images, found = embedded(learner, classes, device=device), dict[int, list[np.ndarray]]()
     with evaluating(learner):
         for shape in dict.fromkeys(fitting(shape, images) for shape in shapes):
-            played = drawn(images, shape, episodes, seed=seed, stream="val", device=device)
-            found.setdefault(shape.shots, []).extend(_accuracies_by_step(learner, episode) for episode in played)
+            sampled = drawn(images, shape, episodes, seed=seed, stream="val", device=device)
+            found.setdefault(shape.shots, []).extend(_accuracies_by_step(learner, episode) for episode in sampled)
     chosen = {}
     for shots, rows in sorted(found.items()):
         accuracies = np.stack(rows)  # (episodes, steps)

@@ -1,4 +1,4 @@
-"""The errors that are a user's to mend: a command prints their message and no traceback."""
+"""Errors that a user can fix: commands print their message without a traceback."""
 
 
 class KshotError(Exception):

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: bundle.json as a type, and the checks that its files are what it says."""
+"""The manifest of a bundle (bundle.json) as a type, and the checks of its files against it."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class FileFacts(_Part):
 
 
 class Facts(_Part):
-    """What whoever exports a learner knows of it, and the graphs do not tell."""
+    """Facts about a learner that its graphs do not contain."""
 
     learner: Plugin
     backbone: Plugin
@@ -176,7 +176,7 @@ class Facts(_Part):
 
 
 class Manifest(Facts):
-    """bundle.json: all that serving needs to know beside the two graphs, and where they come from."""
+    """bundle.json: everything that serving needs besides the graphs, and the origin of the bundle."""
 
     schema_version: Literal[3] = SCHEMA_VERSION
     norm: str
@@ -186,7 +186,7 @@ class Manifest(Facts):
         "images, where adapting changes what is made of them"
     )
     features: int = Field(ge=1, description="width of the features")
-    steps: int | None = Field(None, description="inner steps unless told; none for a learner that takes none")
+    steps: int | None = Field(None, description="default number of inner steps; none for a learner without inner steps")
     steps_by_shots: dict[int, int] = Field({}, description="the same for numbers of images of each class")
     state: dict[str, TensorSpec]
     parity: Parity
@@ -211,7 +211,7 @@ class Manifest(Facts):
 
     @property
     def id(self) -> str:
-        """A name for exactly these graphs, which a state carries to be told from other bundles' states."""
+        """Identifies exactly these graphs; a state carries it, so that states of other bundles are refused."""
         return hashlib.sha256("".join(self.files[name].sha256 for name in sorted(self.files)).encode()).hexdigest()[:16]
 
     def steps_for(self, shots: float) -> int | None:

@@ -1,4 +1,4 @@
-"""Clustered experts: k-means sorts episodes into kinds, and each kind has an expert of its own.
+"""Clustered experts: k-means clusters episodes, and each cluster has its own expert.
 
 Hard, flat clusters in place of the soft hierarchy of HSML (Yao, Wei, Huang and Li, 2019), around prototypical networks.
 https://arxiv.org/abs/1905.05301
@@ -30,7 +30,7 @@ class Clusters(Learner):
     """The backbone is a generalist: it embeds the support set, and the nearest of k centroids names the expert.
 
     An episode's embedding is the mean of its prototypes, so queries, label names and uneven shots have no say in it.
-    An expert is the generalist plus a difference of its own: from every episode it learns what episodes share, and
+    An expert is the generalist plus its own difference: from every episode it learns what episodes share, and
     from those of its cluster the rest. Where a cluster has too few episodes, the generalist answers.
 
     Good for episodes of plainly different kinds, say scans and photos, whose support sets tell the kind. Where all
@@ -43,7 +43,7 @@ class Clusters(Learner):
     coupled = norms  # k-means moves with every batch
 
     class Config(LearnerConfig):
-        clusters: int = Field(4, ge=1, description="experts beside the generalist, each as large as it")
+        clusters: int = Field(4, ge=1, description="experts in addition to the generalist, each of its size")
         min_share: float = Field(
             0.05, ge=0, le=1, description="share of the window under which a cluster leaves answers to the generalist"
         )
@@ -108,7 +108,7 @@ class Clusters(Learner):
     def cluster(self, embeddings: Tensor) -> None:
         """One step of Lloyd's k-means over the window, which these training episodes' embeddings (E, D) join.
 
-        A centroid that no episode is nearest to splits the largest cluster: it starts anew a little off that one's
+        A centroid without episodes splits the largest cluster: it is moved to a small offset of that one's
         centroid, towards its farthest member.
         """
         size, every = self.config.window, torch.arange(self.config.clusters, device=embeddings.device)

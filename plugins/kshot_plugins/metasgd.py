@@ -1,4 +1,4 @@
-"""Meta-SGD: meta-learn, beside the initialisation, the direction of each inner step: a learning rate for every weight.
+"""Meta-SGD: meta-learn the initialisation and a learning rate for every weight, so also the direction of inner steps.
 
 Li, Zhou, Chen and Li, 2017. https://arxiv.org/abs/1707.09835
 """
@@ -17,7 +17,7 @@ from kshot_plugins.gradient_learner import Descent
 
 
 class MetaSGD(Descent):
-    """Every scalar weight has a rate of its own, of either sign. The head's are one for each feature and one for the
+    """Every scalar weight has its own rate, of either sign. The head's are one for each feature and one for the
     bias, shared by the classes, so that any ways fit.
 
     The paper takes one step. Here the first step moves the head only, whose rows start at zero, so two are the default.

@@ -55,7 +55,7 @@ class Torchvision(PretrainedBackbone):
             for module in inner:
                 hooks.enter_context(module.register_forward_hook(keep))
             made = self.network(self._normalised(images))
-            outputs.append(getattr(made, "logits", made))  # without what GoogLeNet and Inception give beside to train
+            outputs.append(getattr(made, "logits", made))  # without the auxiliary outputs of GoogLeNet and Inception
         return [part for output in outputs for part in _parts(output)]
 
     def train(self, mode: bool = True) -> Self:

@@ -30,7 +30,7 @@ class Ridge(WhitenedSpace):
 
     class Config(WhitenedSpace.Config):
         whiten: bool | None = Field(None, description="regress on whitened features; chosen on validation if unset")
-        regularisation: float = Field(1.0, gt=0, description="beside features of unit length")
+        regularisation: float = Field(1.0, gt=0, description="ridge penalty, for features of unit length")
         scale: float = Field(10.0, gt=0, description="what regression's outputs are multiplied by to become logits")
         learn: bool = Field(False, description="meta-learn regularisation and scale, starting at these")
 

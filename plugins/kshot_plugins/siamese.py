@@ -20,8 +20,8 @@ class Siamese(FeatureLearner):
     Same and different pairs weigh the same in the loss, so a score tells how much likelier the pair is if the class is
     one: of classes with one image each, of which one is right, the softmax of the scores is the probability of each.
 
-    Good for verification, whether two images show one class, beside classification; and for classes that come and go,
-    as each support image counts by itself.
+    Good for verification (whether two images show one class) as well as classification, and for changing sets of
+    classes, as each support image counts by itself.
     """
 
     name = "siamese"

@@ -50,7 +50,7 @@ class WhitenedSpace(FeatureLearner):
         prior: float = Field(
             20.0,
             gt=0,
-            description="support photos that the base classes' scatter is worth beside the support set's own",
+            description="weight of the base classes' scatter, as a number of support photos",
         )
 
     config: Config

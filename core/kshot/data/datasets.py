@@ -207,7 +207,7 @@ class Groups(NamedTuple):
 
 
 class ClassImages:
-    """Some classes as arrays: what episodes are drawn from. A rotated class is a class of its own."""
+    """Classes as arrays, from which episodes are drawn. A rotated class is a separate class."""
 
     def __init__(
         self,

@@ -150,11 +150,11 @@ def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> T
 
 
 def check_shape(images: ClassImages, shape: Shape, settings: tuple[str, str] = ("ways={}", "queries={}")) -> None:
-    """Refuse a shape that cannot be drawn from these classes; an error names the one of `settings` that mends it."""
+    """Refuse a shape that cannot be drawn from these classes; an error names the one of `settings` to change."""
     ways, queries = settings
     if shape.ways > len(images):
-        mend = f"Set {ways.format(len(images))}, or add classes." if len(images) > 1 else "Add classes."
-        raise KshotError(f"{shape.ways} ways need as many classes; this split has {len(images)}. {mend}")
+        remedy = f"Set {ways.format(len(images))}, or add classes." if len(images) > 1 else "Add classes."
+        raise KshotError(f"{shape.ways} ways need as many classes; this split has {len(images)}. {remedy}")
     needed = shape.shots + shape.queries
     short = np.flatnonzero(images.counts < needed)
     if len(short):

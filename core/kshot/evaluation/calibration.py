@@ -1,6 +1,4 @@
-"""How far to trust a learner, from validation episodes: a temperature, thresholds for unknown queries, and when two
-images show one class.
-"""
+"""Calibration on validation episodes: a temperature for the probabilities, and thresholds for unknown queries."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def calibrate(
     seen: Trial | None = None,
     device: str = "cpu",
 ) -> Calibration:
-    """Fit temperature and threshold on `episodes` validation episodes, each with unknown classes beside the known.
+    """Fit temperature and threshold on `episodes` validation episodes, with known and unknown classes in each.
 
     An episode has as many unknown classes as its split allows, up to `shape.ways`: their images are queries only. With
     several trials, say the folds of a cross-validation, each takes its share of the episodes. The threshold is on the

@@ -60,7 +60,7 @@ class Ranks:
         return total[0]
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, on all of them; it runs on no other."""
+        """Call `make` on the first rank only, and return its result on all ranks."""
         if self.count == 1:
             return make()
         held: list[Any] = [make() if self.first else None]

@@ -1,4 +1,4 @@
-"""The outer loop: meta-train a learner on episodes, choose the model on validation episodes, survive being killed."""
+"""The outer loop: meta-train a learner on episodes, select the model on validation episodes, resume after a crash."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _draw(
 
 
 class _Loop:
-    """A training, and how far it has come."""
+    """A training and its position."""
 
     position: Run
 
@@ -144,11 +144,11 @@ class _Loop:
         if held and (differ := foreign(held, self.settings, recipe, self.seed)):
             raise KshotError(
                 f"{folder} has a checkpoint of another run: {differ}. "
-                "Give this run a folder of its own, or delete that one."
+                "Use another folder for this run, or delete that one."
             )
         if held:
             self.position = resume(held, self.learner, self.optimiser)
-        if not self.ranks.first:  # random numbers of its own
+        if not self.ranks.first:  # each rank draws other random numbers
             torch.manual_seed(hash((self.seed, self.position.step, self.ranks.number)))
 
     def run(self, draw: Callable[[int], Episodes], validation: ClassImages, folder: Path) -> Iterator[Progress]:
@@ -185,7 +185,7 @@ class _Loop:
         return _Taken(self.position.step, lr, loss)
 
     def report(self, taken: _Taken) -> Progress:
-        """Where a step led, once its loss is known; a loss that is no number ends the training."""
+        """The progress of a step once its loss is known; a non-finite loss ends the training."""
         at, settings, loss = self.position, self.settings, taken.loss()
         if not math.isfinite(loss):
             raise KshotError(
@@ -216,7 +216,7 @@ class _Loop:
 
 
 class _Taken:
-    """A step that was taken, whose loss is copied to the host while a GPU goes on."""
+    """A step whose loss is copied to the host asynchronously."""
 
     def __init__(self, step: int, lr: float, loss: Tensor) -> None:
         self.step, self.lr = step, lr
@@ -232,7 +232,7 @@ class _Taken:
 
 
 def _steps_ahead(device: torch.device) -> int:
-    """How many steps are taken before a loss is read: a GPU has got that far by then, so nothing waits."""
+    """Number of steps after which a loss is read: by then a GPU has finished the step, so the host does not wait."""
     return 4 if device.type == "cuda" else 0
 
 

@@ -87,11 +87,11 @@ class Training(BaseModel):
         effective: Norm = "group" if issubclass(backbone, PretrainedBackbone) else norm
         if parts and effective in learner.coupled:
             free = [each for each in learner.norms if each in backbone.norms and each not in learner.coupled]
-            mend = f", or set norm to {' or '.join(map(repr, free))} in [backbone]" if free else ""
+            remedy = f", or set norm to {' or '.join(map(repr, free))} in [backbone]" if free else ""
             raise KshotError(
                 f"{learner.name} with norm = {norm!r} learns from all {self.episodes_per_step} episodes of a step "
                 f"together, and {' and '.join(parts)} would make it another algorithm. Take them at once in one "
-                f"process{mend}."
+                f"process{remedy}."
             )
 
     @property
