@@ -50,12 +50,6 @@ class BatchStatisticsNorm(nn.Module):
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Take note of the input's own statistics, over so many values a channel."""
 
-    def own(self, x: Tensor, sign: Tensor | None = None) -> Statistics:
-        """The statistics of x (N, C, H, W), the input or, with `sign` (C,), the input times it."""
-        mean, var = moments(x)
-        self.record(mean if sign is None else mean * sign, var, x[:, 0].numel())
-        return mean, var
-
     def scale_and_shift(self, mean: Tensor, var: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,) that normalise the input, or the input times `sign`, given the statistics of that."""
         scale = (self.weight if sign is None else self.weight * sign) * (var + self.eps).rsqrt()
@@ -63,7 +57,10 @@ class BatchStatisticsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W)."""
-        return _affine(x, *self.scale_and_shift(*self.given() or self.own(x)))
+        if (statistics := self.given()) is None:
+            statistics = moments(x)
+            self.record(*statistics, x[:, 0].numel())
+        return _affine(x, *self.scale_and_shift(*statistics))
 
 
 class SupportNorm(BatchStatisticsNorm):
@@ -126,7 +123,7 @@ def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 
 
     Given statistics become part of the convolution's weights. Of its own statistics, a norm needs all positions, but
     its scale and shift are applied to the pooled ones: that commutes where no scale is negative, so the signs go into
-    the convolution's weights.
+    the convolution's weights. A convolution of few channels into many gets its statistics from its input.
     """
     assert isinstance(convolution, nn.Conv2d)
     if not isinstance(norm, BatchStatisticsNorm):
@@ -136,8 +133,31 @@ def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 
         return _pooled(_scaled(maps, convolution, scale, shift), pool)
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)  # (C,)
     signed = _scaled(maps, convolution, sign)
-    scale, shift = norm.scale_and_shift(*norm.own(signed, sign), sign)
+    if _reads_little(maps, convolution):
+        mean, var = _moments_of_windows(maps, convolution, sign)
+    else:
+        mean, var = moments(signed)
+    norm.record(mean * sign, var, signed[:, 0].numel())
+    scale, shift = norm.scale_and_shift(mean, var, sign)
     return _affine(_pooled(signed, pool), scale, shift)
+
+
+def _reads_little(maps: Tensor, convolution: nn.Conv2d) -> bool:
+    """Whether a convolution makes at least twice as many values of a window as it reads, as a network's first does."""
+    exact = maps.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return exact and convolution.groups == 1 and 2 * convolution.weight[0].numel() <= convolution.out_channels
+
+
+def _moments_of_windows(maps: Tensor, convolution: nn.Conv2d, sign: Tensor) -> Statistics:
+    """`moments` of sign * convolution(maps), from the mean and covariance of the windows (K values) that it reads."""
+    kernel = convolution.weight.flatten(1)  # (C, K)
+    picks = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).view(-1, *convolution.weight.shape[1:])
+    windows = convolution._conv_forward(maps, picks, None).flatten(2)  # (N, K, positions)
+    centre = windows.mean((0, 2))
+    centred = windows - centre[:, None]
+    covariance = (centred @ centred.mT).mean(0) / windows.shape[2]  # (K, K)
+    mean = kernel @ centre if convolution.bias is None else kernel @ centre + convolution.bias
+    return mean * sign, (kernel @ covariance * kernel).sum(1)
 
 
 def _scaled(maps: Tensor, convolution: nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -20,12 +20,12 @@ IMAGES = torch.rand(6, 2, 8, 8, dtype=torch.float64, generator=torch.Generator()
 class Block(nn.Module):
     """One block, by `convolve` or as the definition says, with scales of both signs."""
 
-    def __init__(self, norm: str, pool: int, *, bias: bool = False) -> None:
+    def __init__(self, norm: str, pool: int, *, bias: bool = False, width: int = 4) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.pool = pool
-        self.convolution = nn.Conv2d(2, 4, 3, padding=1, bias=bias)
-        self.norm = make_norm(norm, 4)  # type: ignore[arg-type]
+        self.convolution = nn.Conv2d(2, width, 3, padding=1, bias=bias)
+        self.norm = make_norm(norm, width)  # type: ignore[arg-type]
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
         assert (self.norm.weight < 0).any()
@@ -64,7 +64,8 @@ def objective(block: Block, images: Tensor, plainly: bool, steps: int) -> Callab
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("norm", ["support", "running", "group"])
 def test_a_block_is_its_definition_in_value_and_in_derivatives_of_both_orders(norm, pool):
-    for block in (Block(norm, pool), Block(norm, pool, bias=True).eval()):
+    wide = Block(norm, pool, bias=True, width=36)  # whose own statistics come from those of the images' windows
+    for block in (Block(norm, pool), Block(norm, pool, bias=True).eval(), wide):
         if norm == "running" and block.training:
             block.norm.record = lambda *statistics: None  # functorch forbids to write to what it does not see
         weights = {name: value.detach() for name, value in block.named_parameters()}
