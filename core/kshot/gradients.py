@@ -37,12 +37,11 @@ def value_and_gradient(
         with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order):
             found, value = grad_and_value(loss)(dict(fast))
         return value, found
-    training = torch.is_grad_enabled() and any(value.requires_grad for value in fast.values())
+    keep = torch.is_grad_enabled() and not first_order and any(value.requires_grad for value in fast.values())
     # Leaves of its own: the derivative is partial, though an entry of `fast` was computed from another one.
     leaves = {
-        name: v.view_as(v) if training and v.requires_grad else v.detach().requires_grad_() for name, v in fast.items()
+        name: v.view_as(v) if keep and v.requires_grad else v.detach().requires_grad_() for name, v in fast.items()
     }
-    keep = training and not first_order
     with torch.enable_grad():
         value = loss(leaves)
         grads = torch.autograd.grad(value, list(leaves.values()), create_graph=keep, allow_unused=True)

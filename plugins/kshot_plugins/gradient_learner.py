@@ -134,9 +134,8 @@ class Descent(GradientLearner):
     def first(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
         if not self.closed_form_start:
             return super().first(state, support, labels, classes)
-        gradients = self.head_gradient(state, self.embed(support, state), labels, classes)
-        if self.config.first_order:
-            gradients = {name: value.detach() for name, value in gradients.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.first_order):
+            gradients = self.head_gradient(state, self.embed(support, state), labels, classes)
         return self.descend(state, gradients, classes, labels.new_zeros(()))
 
     def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
@@ -151,5 +150,6 @@ class Descent(GradientLearner):
         for (name, value), rate in zip(state.items(), self.rates_at(i), strict=True):
             if name in gradients:
                 # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.
-                moved[name] = value - rate * (classes.shape[0] if name in HEAD else 1) * gradients[name]
+                share = rate * classes.shape[0] if name in HEAD else rate
+                moved[name] = torch.addcmul(value, share, gradients[name], value=-1)
         return moved
