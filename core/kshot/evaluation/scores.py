@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kshot import malloc
 from kshot.data.datasets import ClassImages
-from kshot.data.embeddings import embedded
+from kshot.data.embeddings import ClassFeatures, embedded
 from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episodes
 from kshot.evaluation.statistics import calibration_error, interval
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State, over_episodes, without_statistics
@@ -115,6 +115,9 @@ def _answered(
 ) -> Iterator[tuple[Episodes, Tensor]]:
     """Batches of evaluation episodes with their logits (E, ways * queries, ways)."""
     images = embedded(learner, images, device=device)
+    draws = episodes * shape.ways * (shape.shots + shape.queries)
+    if isinstance(images, ClassFeatures) and not images.backbone.mirrors and draws > 4 * images.counts.sum():
+        images.complete()  # these draws would miss 2 % of the images, and find the last of them in ever smaller passes
     with evaluating(learner, transductive=transductive), malloc.kept():
         for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
             support, first = batch.support, batch[0]
