@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 import onnx
 import onnx.parser
@@ -55,7 +55,8 @@ def adapt_model(
 ) -> onnx.ModelProto:
     """support, labels and classes in, the wanted state out; with a step also `steps`, the length of its Loop.
 
-    A first step of another form has a Loop of its own, of length 0 or 1.
+    A first step of another form runs in a Loop of its own, of length 0 or 1: alone if there is no other, else with the
+    second, so that what both compute of the initial weights is computed once.
     """
     model = _Model("adapt")
     given = model.inputs(begin, "support")
@@ -63,10 +64,15 @@ def adapt_model(
     specs = begin.outputs
     if step is not None:
         steps = model.input("steps", Spec((), torch.int64))
+        start = 0
         if first is not None:
-            state = model.loop("first", first, model.add(model.with_one("Min", steps)), given, state)
-            steps = model.add(model.with_one("Sub", steps))  # a Loop of length -1 has no iteration
-        state = model.loop("step", step, steps, given, state, after_first=first is not None)
+            only = model.add(ir.node("Cast", [model.add(model.whole("Equal", steps, 1))], {"to": ir.DataType.INT64}))
+            state = model.loop("first", [first], only, given, state, once=True)
+            more = model.add(model.whole("Sub", steps, 1))  # a Loop of length -1 has no iteration
+            both = model.add(model.whole("Min", more, 1))
+            state = model.loop("first_two", [first, step], both, given, state, once=True)
+            start, steps = 2, model.add(model.whole("Sub", steps, 2))
+        state = model.loop("step", [step], steps, given, state, start=start)
     if finish is not None:
         state = model.place("finish", finish, {**given, **state})
         specs = finish.outputs
@@ -121,10 +127,10 @@ class _Model:
         self.graph.append(node)
         return node.outputs[0]
 
-    def with_one(self, operation: str, number: ir.Value) -> ir.Node:
-        """An operation on a whole number and 1."""
-        node = ir.node(operation, [number, self.constant("one", 1)])
-        node.outputs[0].name = f"{number.name}/{operation}"
+    def whole(self, operation: str, value: ir.Value, number: int) -> ir.Node:
+        """An operation on a whole number and a constant one."""
+        node = ir.node(operation, [value, self.constant(str(number), number)])
+        node.outputs[0].name = f"{value.name}/{operation}/{number}"
         return node
 
     def constant(self, name: str, number: float) -> ir.Value:
@@ -135,30 +141,36 @@ class _Model:
     def loop(
         self,
         name: str,
-        piece: Piece,
+        pieces: Sequence[Piece],
         times: ir.Value,
         given: Mapping[str, ir.Value],
         state: Mapping[str, ir.Value],
         *,
-        after_first: bool = False,
+        start: int = 0,
+        once: bool = False,
     ) -> dict[str, ir.Value]:
-        """Add a Loop of `times` steps, each of which maps a state to the next; the last state.
+        """Add a Loop of `times` turns through `pieces`, each of which maps a state to the next; the last state.
 
-        Steps are numbered from 0, or from 1 `after_first`. Tensors that a step does not change are captured from
-        outside the Loop, as are the support set and the weights.
+        Steps are numbered from `start`. Tensors that no step changes are captured from outside the Loop, as are the
+        support set and the weights; in a Loop of one turn at most, `once`, all are, so that weights stay constants.
         """
-        changed = [key for key in piece.outputs if key not in piece.unchanged]
-        number, go_on = _value(f"{name}/i", Spec((), torch.int64)), _value(f"{name}/go_on", Spec((), torch.bool))
-        carried = {key: _value(f"{name}/{key}", piece.outputs[key]) for key in changed}
-        shifted = [self.with_one("Add", number)] if after_first else []
-        i = shifted[0].outputs[0] if shifted else number
-        nodes, outputs = self._take(f"{name}/body", piece, {**given, **state, **carried, "i": i})
+        specs = pieces[0].outputs
+        changed = [key for key in specs if any(key not in piece.unchanged for piece in pieces)]
+        turn, go_on = _value(f"{name}/i", Spec((), torch.int64)), _value(f"{name}/go_on", Spec((), torch.bool))
+        carried = {key: _value(f"{name}/{key}", specs[key]) for key in changed}
+        now = dict(state) if once else {**state, **carried}
+        nodes: list[ir.Node] = []
+        for at, piece in enumerate(pieces, start):
+            nodes.append(shifted := self.whole("Add", turn, at))
+            taken, outputs = self._take(f"{name}/body/{at}", piece, {**given, **now, "i": shifted.outputs[0]})
+            nodes += taken
+            now |= {key: value for key, value in outputs.items() if key not in piece.unchanged}
         still = ir.node("Identity", [go_on])
-        results = [still.outputs[0], *(outputs[key] for key in changed)]
-        for value, spec in zip(results, [Spec((), torch.bool), *(piece.outputs[key] for key in changed)], strict=True):
+        results = [still.outputs[0], *(now[key] for key in changed)]
+        for value, spec in zip(results, [Spec((), torch.bool), *(specs[key] for key in changed)], strict=True):
             _describe(value, spec)
         still.outputs[0].name = f"{name}/still"
-        body = ir.Graph([number, go_on, *carried.values()], results, nodes=[*shifted, *nodes, still], name=name)
+        body = ir.Graph([turn, go_on, *carried.values()], results, nodes=[*nodes, still], name=name)
         loop = ir.node(
             "Loop", [times, None, *(state[key] for key in changed)], {"body": body}, num_outputs=len(changed), name=name
         )
@@ -177,11 +189,11 @@ class _Model:
             self.graph.outputs.append(node.outputs[0])
         model = ir.Model(self.graph, ir_version=10, producer_name="kshot")
         common = ir.passes.common
-        ir.passes.Sequential(
-            common.DeduplicateInitializersPass(size_limit=_NO_SIZE),
-            common.IdentityEliminationPass(),
-            common.RemoveUnusedNodesPass(),
-        )(model)
+        common.DeduplicateInitializersPass(size_limit=_NO_SIZE)(model)
+        common.IdentityEliminationPass()(model)
+        for graph in model.graphs():  # the pass leaves subgraphs out
+            common.CommonSubexpressionEliminationPass()(ir.Model(graph, ir_version=10))
+        common.RemoveUnusedNodesPass()(model)
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
         return proto
@@ -189,8 +201,8 @@ class _Model:
     def _take(
         self, prefix: str, piece: Piece, given: Mapping[str, ir.Value]
     ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
-        """A piece's nodes and outputs, fed with `given`; its weights move here, and names are made unique."""
-        source = piece.graph
+        """A piece's nodes and outputs, fed with `given`; its weights come here, and names are made unique."""
+        source = piece.graph.clone()
         outputs = dict(zip(piece.outputs, list(source.outputs), strict=True))
         nodes = list(source)
         source.outputs.clear()

@@ -55,6 +55,11 @@ def _convolution_backward(
     to_x = to_weight = to_bias = None
     if wanted[0] and transposed:
         to_x = aten.convolution(grad, weight, None, stride, padding, dilation, False, [0, 0], groups)
+    elif wanted[0] and groups == 1 and list(stride) == [1, 1] and padding[0] < kernel[0] and padding[1] < kernel[1]:
+        # A convolution too, which onnxruntime lays out for speed where the weights are constants.
+        around = [dilation[d] * (kernel[d] - 1) - padding[d] for d in range(2)]
+        flipped = weight.transpose(0, 1).flip(2, 3)
+        to_x = aten.convolution(grad, flipped, None, stride, around, dilation, False, [0, 0], groups)
     elif wanted[0]:
         missing = [
             x.shape[2 + d] - ((grad.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + dilation[d] * (kernel[d] - 1) + 1)

@@ -149,7 +149,7 @@ def maml(bundle_of: Callable[[str], tuple[Learner, Report]]) -> tuple[Learner, P
     return learner, report.folder
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_the_number_of_inner_steps_is_an_input(maml: tuple[Learner, Path], steps: int, images: ClassImages) -> None:
     learner, folder = maml
     support = images.gather(np.arange(4), np.zeros(4, int))
@@ -167,7 +167,7 @@ def test_the_file_does_not_grow_with_the_steps_and_holds_each_weight_once(maml: 
     learner, folder = maml
     model = onnx.load(folder / "adapt.onnx")
     loops = [node.name for node in model.graph.node if node.op_type == "Loop"]
-    assert loops == ["first", "step"]
+    assert loops == ["first", "first_two", "step"]
     weights = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer]
     expected = learner.backbone.blocks[4].weight.detach().numpy()
     assert sum(w.shape == expected.shape and np.array_equal(w, expected) for w in weights) == 1
