@@ -13,6 +13,7 @@ import json
 import shlex
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ def _made(project: Path, recipe: Recipe) -> tuple[Path, Recipe]:
 
 def _candidates(recipe: Recipe, made: Recipe) -> list[Recipe]:
     """The recipe, or where it leaves a choice to validation, each choice with the settings that were found for it."""
-    if recipe.training.steps:
-        return [recipe]
     found = {**made.learner.options, "name": made.learner.name}
+    if recipe.training.steps:  # a training leaves only the inner steps by shots to be chosen
+        found = {name: value for name, value in found.items() if name == "eval_steps"}
     return [
         one.model_copy(update={"learner": LearnerSettings(**{**found, **one.learner.model_dump()})})
         for one in recipe.variants()
@@ -169,7 +170,8 @@ def _trained(recipe: Recipe, last: dict[str, Any]) -> str:
 def _episodes(how: Training, steps: int) -> str:
     batches = f"batches of {how.episodes_per_step} episodes" if how.episodes_per_step > 1 else "episodes"
     queries = "1 query" if how.queries == 1 else f"{how.queries} queries"
-    shots = " and ".join(str(shape.shots) for shape in how.shapes)
+    counts = Counter(shape.shots for shape in how.shapes)
+    shots = " and ".join(f"{count} times {shots}" if count > 1 else str(shots) for shots, count in counts.items())
     return f"{how.ways}-way {shots}-shot, {queries}, {steps:,} {batches}"
 
 
