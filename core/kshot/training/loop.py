@@ -144,7 +144,7 @@ class _Loop:
         if held and (differ := foreign(held, self.settings, recipe, self.seed)):
             raise KshotError(
                 f"{folder} has a checkpoint of another run: {differ}. "
-                "Use another folder for this run, or delete that one."
+                "Give this run its own folder, or delete that one."
             )
         if held:
             self.position = resume(held, self.learner, self.optimiser)
