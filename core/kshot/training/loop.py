@@ -143,8 +143,7 @@ class _Loop:
             warnings.warn(f"{file} cannot be read, and is {file.name}.damaged now", stacklevel=3)
         if held and (differ := foreign(held, self.settings, recipe, self.seed)):
             raise KshotError(
-                f"{folder} has a checkpoint of another run: {differ}. "
-                "Give this run its own folder, or delete that one."
+                f"{folder} has a checkpoint of another run: {differ}. Give this run its own folder, or delete that one."
             )
         if held:
             self.position = resume(held, self.learner, self.optimiser)
