@@ -4,7 +4,7 @@
 
 The two take turns within each round, so a busy machine slows both; what counts is the ratio of the round, in CPU time,
 of which the median and the middle half are printed. The graphs run as in the server: memory kept in an arena, and a
-state with weights in a session of its own. Torch runs as it comes, and again inside `kshot.malloc.kept`. Weights are
+state with weights in its own session. Torch runs as it comes, and again inside `kshot.malloc.kept`. Weights are
 untrained, which changes no running time. Writes bench/results/onnx_vs_torch.json.
 """
 

@@ -2,7 +2,7 @@
 
     python bench/performance_page.py
 
-What stands between `<!-- speed -->` and `<!-- end of speed -->`, and between the same for `causes`, is made anew.
+What stands between `<!-- speed -->` and `<!-- end of speed -->`, and between the same for `causes`, is generated.
 """
 
 from __future__ import annotations

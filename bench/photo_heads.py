@@ -127,7 +127,7 @@ class Classes:
         random, split_of = np.random.default_rng(1), {entry.name: entry.split for entry in packed.classes}
         if splits := self.photos.splits:
             parts = [np.flatnonzero([split_of[name] == split for name in every.names]) for split in splits]
-            return tuple(random.permutation(part)[: self.photos.most[0]] for part in parts)  # type: ignore[return-value]
+            return tuple(random.permutation(part)[: self.photos.most[0]] for part in parts)
         order = np.argsort(every.names)[random.permutation(len(every))]
         count = self.photos.base or len(order) // 2
         return order[:count], order[count:]
@@ -197,7 +197,7 @@ def play(head: FeatureLearner, table: Tensor, draws: Sequence[Draw]) -> dict[str
     """What a head answers: the accuracy of each episode, and its scores of known and of unknown queries."""
     if isinstance(head, WhitenedSpace) and getattr(head.config, "whiten", True):  # all rows once, for all episodes
         table, head = head.space(table), copy.copy(head)
-        head.space = lambda rows: rows  # type: ignore[method-assign]
+        head.space = lambda rows: rows
     accuracies, known, unknown, right = [], [], [], []
     for draw in draws:
         labels = torch.from_numpy(draw.labels)

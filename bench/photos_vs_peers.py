@@ -47,7 +47,7 @@ def answer(file: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    held, found = np.load(file), {}  # type: ignore[var-annotated]
+    held, found = np.load(file), {}
     features = held["features"]
     methods = peers(held["centre"])
     for line in sys.stdin:

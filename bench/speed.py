@@ -5,7 +5,7 @@
 Sets up the peers in an environment of their own the first time (bench/peers/environment.py; without a network, give a
 copy of learn2learn's git repository). All contenders have the same network, weights and images; their losses are
 compared before anything is timed. They take turns within each round, in CPU time; a ratio is of one round, of which the
-median counts, and `low` and `high` bound the middle half. "As they come" gives each contender a process of its own,
+median counts, and `low` and `high` bound the middle half. "As they come" runs each contender in a separate process,
 in which the peers' malloc is as Python leaves it.
 
 Writes bench/results/speed.json, docs/performance.md and docs/performance.png; with --quick or --only it only prints.
@@ -157,7 +157,7 @@ def maml(bench: Bench, *, first_order: bool) -> Found:
 
 
 def maml_memory(bench: Bench) -> Found:
-    """Of 16 episodes, second order; each contender in a process of its own."""
+    """Of 16 episodes, second order; each contender in a separate process."""
     case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 16, "inner": 5, "first_order": False}
     peaks: dict[str, list[float]] = {name: [] for name in ("kshot", "learn2learn", "higher", "torchopt")}
     equal(bench.turn("losses", **case))
@@ -217,7 +217,7 @@ def ablation(bench: Bench, cause: str, **case: Any) -> Found:
 
 
 def kept_memory(bench: Bench) -> Found:
-    """A step in which freed memory is kept, beside one with malloc as it comes, each in a process of its own."""
+    """A step in which freed memory is kept, beside one with malloc as it comes, each in a separate process."""
     case = {"method": "protonet", "data": bench.data, "shape": (60, 1, 5), "rounds": 3, "only": "kshot"}
     times: dict[str, list[float]] = {"kshot": [], "without": []}
     for _ in range(bench.rounds(5)):

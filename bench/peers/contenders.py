@@ -101,7 +101,7 @@ WITHOUT: dict[str, tuple[Any, str, Any]] = {
 
 
 def uncached(data: str, rounds: int, episodes: int, some: int) -> dict[str, Any]:
-    """Seconds for so many ProtoNet test episodes on cached features, and for some with each image embedded anew."""
+    """Seconds of `episodes` ProtoNet test episodes on cached features, and of `some` that embed all their images."""
     images, shape = classes(data, "test"), Shape(5, 1, 15)
     times: dict[str, list[float]] = {"kshot": [], "without": []}
     with tuned(True):

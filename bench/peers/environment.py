@@ -3,8 +3,8 @@
     python bench/peers/environment.py [--folder DIR] [--learn2learn SOURCE]
 
 Prints the path of its Python. The environment is layered on the one that runs this script, so that all libraries use
-the same torch. learn2learn is built from its source with C files made anew, because the package does not build on this
-Python; SOURCE is a git repository, by default its public one. In that Python, `import_peers` imports them all.
+the same torch. learn2learn is built from its source with regenerated C files, because the package does not build here;
+SOURCE is a git repository, by default its public one. In that Python, `import_peers` imports them all.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from kshot_runtime.bundle import Bundle, State
 BATCH, WAIT_S = 32, 0.005
 
 
-class Photos(litserve.LitAPI):  # type: ignore[misc]  # LitServe comes without types
+class Photos(litserve.LitAPI):
     """Photos in base64 in, names out; the photos of several requests in one run."""
 
     def __init__(self, bundle: str, state: str, threads: int, photos: int) -> None:
@@ -27,7 +27,7 @@ class Photos(litserve.LitAPI):  # type: ignore[misc]  # LitServe comes without t
         bundle, state = self.paths
         self.bundle, self.state = Bundle.open(bundle, threads=self.threads, arena=True), State.load(state)
 
-    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe takes an annotation for a form's
+    def decode_request(self, request):  # LitServe takes an annotation for a form's
         return list(self.bundle.images([base64.b64decode(photo) for photo in request["photos"]]))
 
     def batch(self, inputs: list[list[Any]]) -> list[list[Any]]:

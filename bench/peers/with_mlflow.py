@@ -10,7 +10,7 @@ import mlflow
 from kshot_runtime.bundle import Bundle, State
 
 
-class Photos(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow exports it without types
+class Photos(mlflow.pyfunc.PythonModel):
     """Photos in base64 in, names out; all photos of a request in one run."""
 
     def load_context(self, context: Any) -> None:

@@ -82,15 +82,36 @@ class Step(Generic[P, R]):
         if again:
             product: R = _recall(key)
         else:
-            from kshot_flows.store.running import run  # brings Prefect, which takes a second
-
             progress.say(f"[bold]{self.name}[/bold]")
             with profiling.measured(self.name):
-                product, again = run(self, key, *args, **kwargs)
+                product, again = _run(self, key, *args, **kwargs)
                 self.shows(product)
         if (done := _journal.get(None)) is not None:
             done.append(Done(self.name, product, again, time.monotonic() - began))
         return product
+
+
+def _run(step: Step[P, R], key: str, *args: P.args, **kwargs: P.kwargs) -> tuple[R, bool]:
+    """Run a step as a Prefect task, under its lock and with its result kept: the product, and whether it is earlier."""
+    import prefect  # here, because it takes a second and an unchanged run needs none of it
+    from prefect.assets import materialize
+    from prefect.cache_policies import CacheKeyFnPolicy
+    from prefect.transactions import IsolationLevel
+
+    from kshot_flows.store.locks import ProcessLocks
+
+    discard_unusable(key)  # now, because Prefect takes an error in a key function for leave to use no result
+    policy = CacheKeyFnPolicy(
+        cache_key_fn=lambda *_: key,
+        isolation_level=IsolationLevel.SERIALIZABLE,
+        lock_manager=ProcessLocks(project.home() / ".kshot" / "locks"),
+    )
+    options = {**step.options, "cache_policy": policy, "result_storage": folder(), "result_serializer": "json"}
+    decorate = materialize(*step.assets(*args, **kwargs), **options) if step.assets else prefect.task(**options)
+    state = decorate(step.fn)(*args, return_state=True, **kwargs)
+    if state.name == "Cached":
+        progress.say("  nothing has changed: the earlier result is used again")
+    return state.result(), state.name == "Cached"
 
 
 def task(
