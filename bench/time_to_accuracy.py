@@ -45,7 +45,7 @@ class Attempt:
 
 
 ATTEMPTS = {
-    "protonet": Attempt("omniglot-protonet", ("training.steps=12000",), {5: 98.4, 20: 94.9}),
+    "protonet": Attempt("omniglot-protonet", (), {5: 98.4, 20: 94.9}),
     "maml": Attempt("omniglot-maml", ("training.steps=2500", "training.validate_every=500"), {5: 97.0}),
 }
 
