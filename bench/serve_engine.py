@@ -25,10 +25,11 @@ import torch
 from serving_load import arguments, build, write
 
 from kshot_runtime.bundle import Bundle
-from kshot_serve.champions import Champion
-from kshot_serve.engine import Engine, cores
+from kshot_serve.inference.engine import Engine
+from kshot_serve.models.champion import Champion
+from kshot_serve.models.cores import cores
+from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import EngineSettings
-from kshot_serve.telemetry import Metrics
 
 LEARNERS: dict[str, dict[str, int]] = {"protonet": {}, "maml": {"steps": 5}}
 WAYS, SHOTS, BATCH, CLIENTS = 5, 5, 32, 96

@@ -56,7 +56,7 @@ from serving_load import (
 
 from kshot_runtime.bundle import Bundle
 from kshot_runtime.images import ImageRule, decode
-from kshot_serve.engine import cores
+from kshot_serve.models.cores import cores
 
 LITSERVE = "0.2.19"
 PEERS = Path(__file__).parent / "peers"

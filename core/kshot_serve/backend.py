@@ -10,16 +10,17 @@ import sys
 from starlette.requests import Request
 
 from kshot_runtime.errors import KshotError
-from kshot_serve.access import Keys
-from kshot_serve.champions import Champions
-from kshot_serve.engine import Engine
-from kshot_serve.filling import Filling
-from kshot_serve.intake import Bodies, read_uploads
-from kshot_serve.problems import Problem
+from kshot_serve.budgets import Bodies
+from kshot_serve.errors import Problem
+from kshot_serve.inference.engine import Engine
+from kshot_serve.models.champions import Champions
+from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
-from kshot_serve.spaces import Spaces
-from kshot_serve.store import Store
-from kshot_serve.telemetry import Metrics
+from kshot_serve.spaces.folders import Filling
+from kshot_serve.spaces.service import Spaces
+from kshot_serve.spaces.uploads import Decoder
+from kshot_serve.storage.keys import Keys
+from kshot_serve.storage.store import Store
 
 log = logging.getLogger("kshot.serve")
 
@@ -40,7 +41,8 @@ class Backend:
         self.settings = settings
         self.metrics = Metrics()
         self.engine = Engine(settings.engine, self.metrics, settings.workers)
-        self.champions = Champions(settings, self.engine, self.metrics)
+        self.champions = Champions(settings, self.engine.open, self.metrics)
+        self.decoder = Decoder(self.engine, settings.image, self.metrics)
         self.store = Store(settings.database_url)
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
         self.keys = Keys(self.store)
@@ -69,7 +71,7 @@ class Backend:
         limits = model.limits.model_dump(include={"ways", "shots", "support"})
         for name, batch in filling.batches(known, **limits, photos=self.settings.photos):
             sound = []
-            for file, upload in zip(batch, await read_uploads(list(batch.values()), self, model.image), strict=True):
+            for file, upload in zip(batch, await self.decoder.read(list(batch.values()), model.image), strict=True):
                 if isinstance(upload, Problem):
                     filling.skipped.append(f"{file}: {upload.message}")
                 else:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kshot_runtime.errors import KshotError
-from kshot_serve.filling import Filling
-from kshot_serve.naming import normal
+from kshot_serve.spaces.folders import Filling
+from kshot_serve.spaces.names import normal
 
 if TYPE_CHECKING:
     import httpx

@@ -14,7 +14,7 @@ import numpy as np
 
 from kshot_runtime.bundle import Bundle, Photo
 from kshot_runtime.errors import KshotError
-from kshot_serve.decisions import by_features, judge, similarity
+from kshot_serve.spaces.decisions import by_features, judge, similarity
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -33,13 +33,14 @@ from kshot_plugins.protonet import ProtoNet
 from kshot_runtime import manifest as manifests
 from kshot_runtime.images import ImageRule, decode
 from kshot_serve.backend import Backend
-from kshot_serve.champions import Champions
-from kshot_serve.engine import Engine
-from kshot_serve.serving import Server
+from kshot_serve.inference.engine import Engine
+from kshot_serve.models.champions import Champions
+from kshot_serve.observe.metrics import Metrics
+from kshot_serve.server.run import Server
 from kshot_serve.settings import EngineSettings, Settings
-from kshot_serve.spaces import Spaces, Upload
-from kshot_serve.store import Store
-from kshot_serve.telemetry import Metrics
+from kshot_serve.spaces.service import Spaces
+from kshot_serve.spaces.uploads import Upload
+from kshot_serve.storage.store import Store
 
 SIDE = 16
 COLOURS = {
@@ -198,7 +199,7 @@ async def _parts(bundle: Path, folder: Path, **settings: Any) -> AsyncIterator[P
     chosen = Settings(source=str(bundle), folder=folder, engine=EngineSettings(threads=1, runners=1), **settings)
     metrics = Metrics()
     engine = Engine(chosen.engine, metrics)
-    champions = Champions(chosen, engine, metrics)
+    champions = Champions(chosen, engine.open, metrics)
     store = Store(chosen.database_url)
     spaces = Spaces(store, engine, champions, chosen, metrics)
     await engine.start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kshot_serve.client import Client, RefusedError
-from kshot_serve.problems import Problem
+from kshot_serve.errors import Problem
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py

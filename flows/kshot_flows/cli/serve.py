@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from kshot_serve.access import Keys
+    from kshot_serve.storage.keys import Keys
 
 # onnxruntime, FastAPI and SQLAlchemy take a second to import: every command imports what it needs.
 
@@ -99,7 +99,7 @@ def serve(
 
     [cyan]kshot serve ./bundle --host 0.0.0.0 --allow-host vision.example.com[/cyan]
     """
-    from kshot_serve import workers as several
+    from kshot_serve.server import workers as several
 
     several.serve(
         _settings(
@@ -198,8 +198,8 @@ def _settings(**given: Any) -> Any:
 
 
 def _keys(folder: Path, database: str) -> Keys:
-    from kshot_serve.access import Keys
-    from kshot_serve.store import Store
+    from kshot_serve.storage.keys import Keys
+    from kshot_serve.storage.store import Store
 
     return Keys(Store(_settings(source="", folder=folder, database=database).database_url))
 

@@ -32,7 +32,7 @@ from kshot_flows.tasks.promote import promote
 from kshot_flows.tasks.register import register
 from kshot_flows.tasks.train import meta_train
 from kshot_flows.tracking import stores
-from kshot_serve.registry import Registry
+from kshot_serve.models.registry import Registry
 
 TEMPLATE, SCRATCH, POINTS = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 CALLS = [name for name in vars(MlflowClient) if not name.startswith("_") and callable(getattr(MlflowClient, name))]

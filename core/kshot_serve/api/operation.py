@@ -1,0 +1,200 @@
+"""What an operation of the API declares, and what its requests go through before the operation's own code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
+
+from kshot_serve.api.bodies import Body
+from kshot_serve.api.schemas import Failure
+from kshot_serve.backend import DEADLINE, Backend
+from kshot_serve.errors import STATUS, Code, Problem
+from kshot_serve.observe import trace
+from kshot_serve.storage import keys as access
+
+_JSON_BYTES = 1_000_000
+_SOON_S = 0.02  # an answer that comes within this is not watched over: a watch costs a fifth of a small request
+_ALWAYS: tuple[Code, ...] = (
+    "bad_request",
+    "key_missing",
+    "key_unknown",
+    "key_not_allowed",
+    "host_not_allowed",
+    "origin_not_allowed",
+    "draining",
+    "internal",
+)
+JSON: tuple[Code, ...] = ("body_too_large", "body_too_slow", "busy")
+"""What can go wrong with a JSON body."""
+_WITH_BODY: tuple[Code, ...] = ("body_too_large", "body_too_slow", "media_type_unknown", "busy")
+_WITH_PHOTOS: tuple[Code, ...] = (
+    "photo_too_large", "not_an_image", "too_many_photos", "no_photos", "not_ready", "too_late",
+)  # fmt: skip
+
+
+def operation(
+    scope: access.Scope,
+    *codes: Code,
+    photos: bool = False,
+    body: dict[str, Any] | None = None,
+    whole: bool = False,
+    cancels: bool = False,
+    failure: type = Failure,
+    answers: dict[int | str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What a route's decorator is told: who may call it, what can go wrong, what its body is.
+
+    `photos`: it works on photos, so it is turned away while the engine is full. `whole`: its body may be a whole label
+    space. `cancels`: it is given up when the client hangs up; only for what changes nothing.
+    """
+    known = {*_ALWAYS, *codes, *(_WITH_BODY if body or photos else ()), *(_WITH_PHOTOS if photos else ())}
+    by_status: dict[int, list[str]] = {}
+    for code in sorted(known):
+        by_status.setdefault(STATUS[code], []).append(code)
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": failure, "description": ", ".join(found)} for status, found in sorted(by_status.items())
+    }
+    extra: dict[str, Any] = {
+        "x-kshot-scope": scope,
+        "x-kshot-photos": photos,
+        "x-kshot-cancels": cancels,
+        "x-kshot-whole": whole,
+    }
+    if body:
+        extra["requestBody"] = {"required": True, "content": body}
+    if photos:
+        extra["parameters"] = [_DEADLINE]
+    return {"responses": responses | (answers or {}), "openapi_extra": extra}
+
+
+_DEADLINE = {
+    "name": DEADLINE,
+    "in": "header",
+    "required": False,
+    "description": "the longest that the answer may take, in milliseconds; past it the request is given up (503)",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
+
+def is_question(route: BaseRoute) -> bool:
+    """Whether a route answers questions about photos, which is what most requests are."""
+    return isinstance(route, APIRoute) and bool((route.openapi_extra or {}).get("x-kshot-cancels"))
+
+
+class Operation(APIRoute):
+    """A route that looks at key and load before it reads a body, and bounds the body while it reads it."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backend: Backend = scope["app"].state.backend
+        declared = self.openapi_extra or {}
+        _authorise(scope, declared.get("x-kshot-scope", "admin"))
+        takes_photos = declared.get("x-kshot-photos")
+        if takes_photos:
+            backend.engine.admit()
+        settings, length = backend.settings, Headers(scope=scope).get("content-length")
+        limit = settings.body_mb * 1_000_000 if declared.get("requestBody") else _JSON_BYTES
+        if declared.get("x-kshot-whole"):
+            limit = max(limit, settings.space_mb * 1_000_000 + _JSON_BYTES)
+        body = Body(receive, backend.bodies, int(length) if length else None, limit, settings.body_s)
+        if takes_photos:
+            body.arrived = backend.engine.expect()
+        try:
+            answer = super().handle(scope, body.receive, send)
+            await (_unless_gone(answer, body, receive) if declared.get("x-kshot-cancels") else answer)
+        finally:
+            body.close()
+
+
+def _authorise(scope: Scope, needed: access.Scope) -> None:
+    """The middleware has found the key, if this server needs any."""
+    key: access.Key | None = scope.get("state", {}).get("key")
+    if key is not None and not key.may(needed):
+        raise Problem("key_not_allowed", f"this key has scope {key.scope}, and this needs {needed}")
+
+
+async def _unless_gone(answer: Awaitable[None], body: Body, receive: Receive) -> None:
+    """Wait for the answer, but give it up once the client hangs up, so that its images leave the queue.
+
+    gh:ray-project/ray#41057
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        await body.complete.wait()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching: list[asyncio.Task[None]] = []
+    soon = asyncio.get_running_loop().call_later(_SOON_S, lambda: watching.append(asyncio.create_task(watch())))
+    try:
+        await answer
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+    finally:
+        soon.cancel()
+        for each in watching:
+            each.cancel()
+
+
+@asynccontextmanager
+async def timely(deadline: float) -> AsyncIterator[None]:
+    """Give up what is not done by the deadline."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise Problem("too_late", "no answer in time; try again", retry_after=1, reason="deadline") from None
+
+
+async def _backend(request: Request) -> Backend:  # FastAPI would call a plain function in a thread
+    return request.app.state.backend
+
+
+Serving = Annotated[Backend, Depends(_backend)]
+SpaceId = Annotated[str, Path(examples=["spc_01jd7x2m9v4k8r3t6w5y0zabcd"])]
+ClassId = Annotated[str, Path(examples=["cls_01jd7x2m9v4k8r3t6w5y0zabcd"])]
+PhotoId = Annotated[str, Path(examples=["pho_01jd7x2m9v4k8r3t6w5y0zabcd"])]
+PageSize = Annotated[int, Query(ge=1, le=1000)]
+
+
+def _parts(photos: dict[str, Any], *texts: str) -> dict[str, Any]:
+    """A multipart body as OpenAPI describes it."""
+    text = {"type": "string", "minLength": 1, "maxLength": 200}
+    properties: dict[str, Any] = {name: text for name in texts}  # noqa: C420
+    return {"schema": {"type": "object", "properties": properties | photos, "required": [*texts, *photos]}}
+
+
+_FILE = {"type": "string", "format": "binary"}
+_FILES = {"photos": {"type": "array", "items": _FILE, "minItems": 1}}
+PHOTOS = {"multipart/form-data": _parts(_FILES)}
+NAMED_PHOTOS = {"multipart/form-data": _parts(_FILES, "name")}
+PAIR = {"multipart/form-data": _parts({"a": _FILE, "b": _FILE})}
+ONE_PHOTO = {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")}
+ZIP = {"application/zip": {"schema": _FILE}}
+
+
+def author(request: Request) -> str:
+    """The name of the key that a write is done with."""
+    key = request.scope.get("state", {}).get("key")
+    return key.name if key else ""
+
+
+def request_id() -> str:
+    request = trace.current.get()
+    return request.id if request else ""

@@ -1,0 +1,132 @@
+"""/v1: the classes of a label space, and their photos."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from kshot_serve.api import schemas
+from kshot_serve.api.forms import read_form
+from kshot_serve.api.operation import (
+    JSON,
+    NAMED_PHOTOS,
+    ONE_PHOTO,
+    PHOTOS,
+    ClassId,
+    Operation,
+    PhotoId,
+    Serving,
+    SpaceId,
+    author,
+    operation,
+)
+from kshot_serve.errors import Code
+from kshot_serve.spaces.service import Written
+from kshot_serve.storage.values import Class
+
+router = APIRouter(route_class=Operation)
+
+
+@router.get("/v1/spaces/{space_id}/classes", tags=["classes"], **operation("read", "space_unknown"))
+async def list_classes(backend: Serving, space_id: SpaceId) -> schemas.ClassList:
+    """List the classes of a label space with their photos."""
+    revision, classes = await backend.spaces.classes(space_id)
+    return schemas.ClassList(revision=revision, classes=[_class(each) for each in classes])
+
+
+_ADDS: tuple[Code, ...] = ("space_unknown", "conflict", "too_many_classes")
+
+
+@router.post(
+    "/v1/spaces/{space_id}/classes", tags=["classes"], status_code=201,
+    **operation("write", *_ADDS, photos=True, body=NAMED_PHOTOS),
+)  # fmt: skip
+async def add_class(request: Request, backend: Serving, space_id: SpaceId) -> schemas.Added:
+    """Add a class and its first photos. All of them, or, if one is no photo, none."""
+    form, champion = await read_form(request, backend, texts=("name",)), backend.champions.current
+    name = form.texts.get("name", "")
+    deadline = backend.deadline(request)
+    with backend.engine.admit(len(form.photos["photos"])):
+        uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
+        written = await backend.spaces.add_class(space_id, name, uploads, who=author(request), deadline=deadline)
+    return _added(written)
+
+
+@router.patch(
+    "/v1/spaces/{space_id}/classes/{class_id}", tags=["classes"],
+    **operation("write", "space_unknown", "class_unknown", "conflict", *JSON),
+)  # fmt: skip
+async def rename_class(
+    request: Request, backend: Serving, space_id: SpaceId, class_id: ClassId, wanted: schemas.NewName
+) -> schemas.Revised:
+    """Give a class another name."""
+    written = await backend.spaces.rename_class(space_id, class_id, wanted.name, who=author(request))
+    return schemas.Revised(revision=written.revision)
+
+
+@router.delete(
+    "/v1/spaces/{space_id}/classes/{class_id}", tags=["classes"],
+    **operation("write", "space_unknown", "class_unknown", "conflict"),
+)  # fmt: skip
+async def delete_class(request: Request, backend: Serving, space_id: SpaceId, class_id: ClassId) -> schemas.Revised:
+    """Delete a class and its photos, in all revisions, for good."""
+    written = await backend.spaces.delete_class(space_id, class_id, who=author(request))
+    return schemas.Revised(revision=written.revision)
+
+
+@router.post(
+    "/v1/spaces/{space_id}/classes/{class_id}/photos", tags=["classes"], status_code=201,
+    **operation("write", *_ADDS, "class_unknown", photos=True, body=PHOTOS | ONE_PHOTO),
+)  # fmt: skip
+async def add_photos(request: Request, backend: Serving, space_id: SpaceId, class_id: ClassId) -> schemas.Added:
+    """Add photos to a class. All of them, or, if one is no photo, none."""
+    form, champion = await read_form(request, backend), backend.champions.current
+    deadline = backend.deadline(request)
+    with backend.engine.admit(len(form.photos["photos"])):
+        uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
+        written = await backend.spaces.add_photos(space_id, class_id, uploads, who=author(request), deadline=deadline)
+    return _added(written)
+
+
+@router.get(
+    "/v1/spaces/{space_id}/photos/{photo_id}", tags=["classes"], response_class=Response,
+    **operation(
+        "read", "space_unknown", "photo_unknown", "not_ready",
+        answers={200: {"content": ONE_PHOTO}, 304: {"description": "unchanged"}},
+    ),
+)  # fmt: skip
+async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
+    """A photo as it came, or, where originals are not kept, as the model sees it."""
+    content, kind, digest = await backend.spaces.photo(space_id, photo_id)
+    headers = {
+        "ETag": f'"{digest}"',
+        "Cache-Control": "private, no-cache",  # so that a deleted photo is gone from a page too
+        "Content-Disposition": "inline",
+    }
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type=kind, headers=headers)
+
+
+@router.delete(
+    "/v1/spaces/{space_id}/photos/{photo_id}", tags=["classes"],
+    **operation("write", "space_unknown", "photo_unknown", "conflict"),
+)  # fmt: skip
+async def delete_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> schemas.Revised:
+    """Delete a photo, in all revisions, for good."""
+    written = await backend.spaces.delete_photo(space_id, photo_id, who=author(request))
+    return schemas.Revised(revision=written.revision)
+
+
+def _class(known: Class) -> schemas.Class:
+    return schemas.Class.model_validate(known, from_attributes=True)
+
+
+def _added(written: Written) -> schemas.Added:
+    assert written.class_ is not None
+    return schemas.Added.model_validate(
+        {
+            "class": _class(written.class_), "photos": written.photos, "revision": written.revision,
+            "notes": written.notes,
+        }
+    )  # fmt: skip

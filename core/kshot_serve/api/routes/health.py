@@ -1,0 +1,85 @@
+"""Whether the server lives and is ready, what it takes, what serves, and its metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from kshot_runtime.images import FORMATS
+from kshot_serve.api.operation import Operation, Serving, operation
+from kshot_serve.api.schemas import AdaptationLimits, Limits, ModelFacts, PhotoLimits, RequestLimits
+from kshot_serve.backend import Backend
+
+router = APIRouter(route_class=Operation, tags=["server"])
+
+
+class Status(BaseModel):
+    status: str
+
+
+def _status(description: str) -> dict[int | str, dict[str, Any]]:
+    return {503: {"model": Status, "description": description}}
+
+
+@router.get("/healthz/live", response_model=Status, **operation("read", answers=_status("stalled")))
+async def live(backend: Serving) -> Response:
+    """The process answers, and no image has been waiting for longer than any deadline."""
+    return _answer("stalled" if stalled(backend) else "live")
+
+
+@router.get("/healthz/ready", response_model=Status, **operation("read", answers=_status("starting, or stopping")))
+async def ready(backend: Serving) -> Response:
+    """A model is loaded, each size of batch has been run, and the server is not stopping."""
+    return _answer("ready" if backend.ready else "stopping" if backend.leaving else "starting")
+
+
+def _answer(status: str) -> Response:
+    return JSONResponse({"status": status}, 200 if status in ("live", "ready") else 503)
+
+
+def stalled(backend: Backend) -> bool:
+    return backend.engine.oldest > backend.settings.stalled_s
+
+
+@router.get("/metrics", response_class=Response, **operation("read", answers={200: {"content": {"text/plain": {}}}}))
+async def metrics(backend: Serving) -> Response:
+    """Prometheus metrics. Where keys are needed, a scraper sends one with scope read."""
+    return Response(backend.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/limits", **operation("read"))
+async def limits(backend: Serving) -> Limits:
+    """What is taken, so that a client need not find out by being refused."""
+    settings = backend.settings
+    adaptation = None
+    if backend.champions.ready:
+        most = backend.champions.current.bundle.manifest.limits
+        adaptation = AdaptationLimits(ways=most.ways, shots=most.shots, support=most.support)
+    return Limits(
+        formats=[name.lower() for name in FORMATS],
+        photo=PhotoLimits(**settings.image.model_dump()),
+        request=RequestLimits(photos=settings.photos, bytes=settings.body_mb * 1_000_000),
+        adaptation=adaptation,
+    )
+
+
+@router.get("/v1/model", **operation("read", "not_ready"))
+async def model(backend: Serving) -> ModelFacts:
+    """The model that serves now, and the accuracy to expect of it."""
+    champion = backend.champions.current
+    manifest = champion.bundle.manifest
+    return ModelFacts(
+        name=champion.name,
+        version=champion.version,
+        bundle=champion.id,
+        learner=manifest.learner.name,
+        backbone=manifest.backbone.name,
+        size=manifest.image.size,
+        channels=manifest.image.channels,
+        takes=manifest.takes,
+        expected=list(manifest.expected),
+        degraded=backend.champions.degraded,
+    )

@@ -1,0 +1,511 @@
+"""Label spaces: the classes that users make of a few photos, and what a champion answers about them.
+
+Each write is a revision, and tells what may be wrong with the photos that came; it never refuses them for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from time import monotonic
+from typing import IO, Final, Literal, ParamSpec, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from kshot_runtime.images import ImageRule
+from kshot_serve.errors import Problem
+from kshot_serve.inference.engine import Engine
+from kshot_serve.models.champion import Champion
+from kshot_serve.models.champions import Champions
+from kshot_serve.observe.metrics import Metrics
+from kshot_serve.settings import Settings
+from kshot_serve.spaces import archive
+from kshot_serve.spaces.decisions import closer, operating, unit
+from kshot_serve.spaces.names import named, normal, numbered
+from kshot_serve.spaces.questions import Answering, Classified, Query, Verified
+from kshot_serve.spaces.states import States, features_of, needed, pixels_by
+from kshot_serve.spaces.uploads import Upload
+from kshot_serve.storage.revision import Write
+from kshot_serve.storage.store import Store
+from kshot_serve.storage.tables import is_id
+from kshot_serve.storage.values import ORIGINAL, Class, Key, Revision, Snapshot, Space, digest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_LACKING_AT_ONCE = 256
+
+
+class Keep:
+    """Leave it as it is: `None` already means the server's own."""
+
+
+KEEP: Final = Keep()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write did."""
+
+    revision: int
+    class_: Class | None = None  # that it was about, as it is now
+    photos: tuple[str, ...] = ()  # ids of those that are new
+    notes: tuple[str, ...] = ()  # what may be wrong with what came, for people
+    gone: tuple[str, ...] = ()  # ids that a rollback could not bring back
+
+
+class Spaces:
+    """All label spaces of a server. No answer about one depends on another."""
+
+    def __init__(
+        self, store: Store, engine: Engine, champions: Champions, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._champions = champions
+        self._settings = settings
+        self._metrics = metrics
+        self._answering = Answering(engine, settings, metrics)
+        self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, settings.image)
+
+    async def start(self) -> None:
+        """Follow the champions."""
+        self._champions.on_change = self.prepare_for
+        self._champions.on_settled = self.settled
+        await self._count()
+
+    # Label spaces ------------------------------------------------------------------------------------------------
+
+    async def create(self, name: str, accept: float | None = None, *, who: str = "") -> Space:
+        name, accept = named(name, "a label space"), _share(accept)
+
+        def write() -> Space:
+            with self._store.creating(name, accept, who, self._settings.spaces) as new:
+                pass
+            return self._store.space(new.space)
+
+        space = await self._write(write)
+        await self._count()
+        return self._shown(space)
+
+    async def list(self, limit: int = 100, after: str = "") -> tuple[list[Space], str | None]:
+        """Label spaces from the oldest to the newest, and the `after` of the next page, if there is one."""
+        if after and not is_id(after):
+            raise Problem("bad_request", "`after` is an id that a page before this one ended with")
+        found = await self._read(self._store.spaces, limit + 1, after)
+        return [self._shown(space) for space in found[:limit]], found[limit - 1].id if len(found) > limit else None
+
+    async def named(self, name: str) -> Space:
+        """The label space of this name; a new one if there is none."""
+        after: str | None = ""
+        while after is not None:
+            found, after = await self.list(1000, after)
+            for space in found:
+                if space.name == normal(name):
+                    return space
+        return await self.create(name, who="--space")
+
+    async def get(self, space: str) -> Space:
+        return self._shown(await self._read(self._store.space, space))
+
+    async def revision(self, space: str) -> int:
+        """The number of its newest revision."""
+        return await self._states.revision(space)
+
+    async def change(
+        self, space: str, *, name: str | Keep = KEEP, accept: float | Keep | None = KEEP, who: str = ""
+    ) -> Space:
+        """Give it another name, another share of known photos to accept (none: the server's own), or both."""
+        name = name if isinstance(name, Keep) else named(name, "a label space")
+        accept = accept if isinstance(accept, Keep) else _share(accept)
+
+        def write() -> Space:
+            with self._store.write(space, "change", who) as change:
+                there = change.snapshot()
+                if not isinstance(name, Keep) and name != there.name:
+                    change.rename(name)
+                if not isinstance(accept, Keep) and accept != there.accept:
+                    change.accept(accept)
+            return self._store.space(space)
+
+        return self._shown(await self._write(write))
+
+    async def delete(self, space: str) -> None:
+        """The label space with all its revisions and photos, for good."""
+        await self._write(partial(self._store.delete, space), dropping=space)
+        await self._count()
+
+    async def revisions(self, space: str, limit: int = 100, before: int | None = None) -> Sequence[Revision]:
+        """The newest first."""
+        return await self._read(self._store.revisions, space, limit, before)
+
+    async def rollback(self, space: str, number: int, *, who: str = "") -> Written:
+        """Make a new revision that equals an old one, but for what was deleted since."""
+
+        def write() -> Written:
+            with self._store.write(space, "rollback", who) as back:
+                gone = back.roll_back(number)
+                self._check(back.snapshot())
+            return Written(back.number, gone=gone)
+
+        return await self._write(write)
+
+    async def export(self, space: str) -> IO[bytes]:
+        """The label space as a zip, in a temporary file that is gone once closed."""
+        champion = self._champions.current
+        snapshot = await self._read(self._store.snapshot, space)
+        rule = champion.bundle.manifest.image
+
+        def photo(id_: str) -> bytes | None:
+            try:
+                return _picture(self._store.photo(space, id_, [ORIGINAL, pixels_by(rule)]), rule)
+            except Problem as problem:
+                if problem.code == "photo_unknown":
+                    return None
+                raise
+
+        model = archive.Model(name=champion.name, version=champion.version, bundle=champion.id, image=rule)
+        return await asyncio.to_thread(archive.pack, snapshot, photo, model)
+
+    async def import_(self, content: bytes, *, who: str = "") -> Space:
+        """A label space from a zip, under new ids; where its name is taken, with a number behind it."""
+        champion = self._champions.current
+        limits = archive.Most(
+            self._settings.image.max_bytes, self._settings.space_mb * 1_000_000, champion.bundle.manifest.limits.support
+        )
+        packed, photos = await self._engine.in_thread(archive.unpack, content, limits)
+        wanted = named(packed.name, "a label space")
+        names = [named(each.name, "a class") for each in packed.classes]
+        if len(set(names)) < len(names):
+            raise Problem("conflict", "two classes in the archive have one name", reason="name")
+        rule = champion.bundle.manifest.image
+        jobs = [
+            self._engine.in_thread(archive.decoded, file, photo, rule, self._settings.image)
+            for file, photo in photos.items()
+        ]
+        uploads = list(map(Upload, photos.values(), await asyncio.gather(*jobs)))
+        kept: dict[str, dict[Key, bytes]] = {}
+        if uploads:
+            query = await self._answering.query(champion, uploads, as_support=True)
+            kept = dict(zip(photos, self._contents(champion, uploads, query), strict=True))
+
+        def write() -> Space:
+            name = next(name for name in numbered(wanted) if not self._store.taken(name))
+            with self._store.creating(name, packed.accept, who, self._settings.spaces, "import") as new:
+                for name, each in zip(names, packed.classes, strict=True):
+                    class_ = new.add_class(name)
+                    for photo in each.photos:
+                        new.add_photo(class_, photo.sha256, kept[photo.file])
+                self._check(new.snapshot(), new)
+            return self._store.space(new.space)
+
+        space = await self._write(write)
+        await self._count()
+        return self._shown(space)
+
+    # Classes and photos ------------------------------------------------------------------------------------------
+
+    async def classes(self, space: str) -> tuple[int, tuple[Class, ...]]:
+        """The revision, and its classes from the oldest to the newest."""
+        snapshot = await self._read(self._store.snapshot, space)
+        return snapshot.revision, snapshot.classes
+
+    async def add_class(
+        self, space: str, name: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        """A class from one photo or more. The next answer knows it."""
+        name = named(name, "a class")
+
+        def place(write: Write, there: Snapshot) -> str:
+            if any(each.name == name for each in there.classes):
+                raise Problem(
+                    "conflict", f"there is a class named {name!r} already: add the photos to it", reason="name"
+                )
+            return write.add_class(name)
+
+        return await self._add(space, "add_class", None, place, uploads, who, deadline)
+
+    async def add_photos(
+        self, space: str, class_id: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        def place(write: Write, there: Snapshot) -> str:
+            return _class_of(there, class_id).id
+
+        return await self._add(space, "add_photos", class_id, place, uploads, who, deadline)
+
+    async def add(
+        self, space: str, name: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
+    ) -> Written:
+        """Photos of the class of this name, which is made if need be."""
+        name = named(name, "a class")
+
+        def place(write: Write, there: Snapshot) -> str:
+            return next((each.id for each in there.classes if each.name == name), None) or write.add_class(name)
+
+        return await self._add(space, "add_photos", None, place, uploads, who, deadline)
+
+    async def rename_class(self, space: str, class_id: str, name: str, *, who: str = "") -> Written:
+        name = named(name, "a class")
+
+        def write() -> Written:
+            with self._store.write(space, "rename_class", who) as change:
+                there = change.snapshot()
+                class_ = _class_of(there, class_id)
+                if any(each.name == name and each.id != class_id for each in there.classes):
+                    raise Problem("conflict", f"another class is named {name!r}", reason="name")
+                if class_.name != name:
+                    change.rename_class(class_id, name)
+            return Written(change.revision, replace(class_, name=name))
+
+        return await self._write(write)
+
+    async def delete_class(self, space: str, class_id: str, *, who: str = "") -> Written:
+        """The class and its photos, in all revisions, for good."""
+
+        def write() -> Written:
+            with self._store.write(space, "delete_class", who) as change:
+                change.delete_class(class_id)
+            return Written(change.revision)
+
+        return await self._write(write, dropping=space)
+
+    async def delete_photo(self, space: str, photo_id: str, *, who: str = "") -> Written:
+        """The photo, in all revisions, for good. Its class stays, also without photos; it is then no answer."""
+
+        def write() -> Written:
+            with self._store.write(space, "delete_photo", who) as change:
+                change.delete_photo(photo_id)
+            return Written(change.revision)
+
+        return await self._write(write, dropping=space)
+
+    async def photo(self, space: str, photo_id: str) -> tuple[bytes, str, str]:
+        """A photo as it came, or as it is seen if that was not kept: the file, its media type and its sha256."""
+        rule = self._champions.current.bundle.manifest.image
+        kept = await self._read(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
+        content = await self._engine.in_thread(_picture, kept, rule)
+        return content, archive.media_type(content), digest(content)
+
+    async def _add(
+        self,
+        space: str,
+        action: Literal["add_class", "add_photos"],
+        class_id: str | None,
+        place: Callable[[Write, Snapshot], str],
+        uploads: Sequence[Upload],
+        who: str,
+        deadline: float | None,
+    ) -> Written:
+        until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
+        champion = self._champions.current
+        await self.revision(space)  # before any work is done for one that is not there
+        query = await self._answering.query(champion, uploads, until, as_support=True)
+        strange = await self._closer(champion, space, class_id, query, until)
+
+        def write() -> Written:
+            with self._store.write(space, action, who) as change:
+                there = change.snapshot()
+                class_ = place(change, there)
+                names = {each.id: each.name for each in there.classes}
+                holders: dict[str, list[str]] = {}  # which classes have a file, by its sha256
+                for photo in there.photos:
+                    holders.setdefault(photo.sha256, []).append(photo.class_id)
+                notes: list[str] = []
+                added: list[str] = []
+                kept = self._contents(champion, uploads, query)
+                for number, (upload, contents, closer) in enumerate(zip(uploads, kept, strange, strict=True), 1):
+                    sha256 = digest(upload.content)
+                    others = holders.setdefault(sha256, [])
+                    if class_ in others:
+                        notes.append(f"photo {number} is in this class already, and was left out")
+                        continue
+                    if others:
+                        notes.append(f"photo {number} is also in class {names[others[0]]!r}")
+                    elif closer:
+                        notes.append(f"photo {number} is closer to class {closer!r}")
+                    added.append(change.add_photo(class_, sha256, contents))
+                    others.append(class_)
+                there = change.snapshot()
+                self._check(there, change)
+            return Written(change.revision, _class_of(there, class_), tuple(added), tuple(notes))
+
+        return await self._write(write)
+
+    def _contents(self, champion: Champion, uploads: Sequence[Upload], query: Query) -> Sequence[dict[Key, bytes]]:
+        """What is kept of each photo."""
+        pixels, features = pixels_by(champion.bundle.manifest.image), features_of(champion)
+        kept = []
+        for i, upload in enumerate(uploads):
+            contents: dict[Key, bytes] = {pixels: query.images[i].tobytes()}
+            if self._settings.keep_photos:
+                contents[ORIGINAL] = upload.content
+            if query.features is not None:
+                contents[features] = query.features[i].tobytes()
+            kept.append(contents)
+        return kept
+
+    def _check(self, there: Snapshot, write: Write | None = None) -> None:
+        """A label space must fit what the bundle adapts to and what the server keeps."""
+        limits = self._champions.current.bundle.manifest.limits
+        if len(there.classes) > limits.ways:
+            raise Problem("too_many_classes", f"this model tells at most {limits.ways} classes apart", reason="ways")
+        shots = max((len(each.photos) for each in there.classes), default=0)
+        if shots > limits.shots:
+            message = f"{shots} photos would be in one class; this model learns from at most {limits.shots}"
+            raise Problem("too_many_photos", message, reason="shots")
+        if len(there.photos) > limits.support:
+            message = f"{len(there.photos)} photos would be in this label space; the model learns from at most "
+            raise Problem("too_many_photos", f"{message}{limits.support}", reason="support")
+        if write is not None and write.stored_bytes() > self._settings.space_mb * 1_000_000:
+            raise Problem(
+                "too_many_photos",
+                f"the photos of one label space, of all its revisions, may take {self._settings.space_mb} MB here: "
+                "delete some, or send smaller ones",
+                reason="bytes",
+            )
+
+    async def _closer(
+        self, champion: Champion, space: str, class_id: str | None, query: Query, until: float
+    ) -> Sequence[str | None]:
+        """For each photo, the name of another class that it is clearly closer to than to its own class's other photos.
+
+        Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
+        a note could take longer than the write.
+        """
+        nothing = [None] * len(query.images)
+        features = query.features
+        try:
+            if features is not None:
+                adapted = await self._states.get(champion, space)
+            elif (at_hand := self._states.at_hand(champion, space, 0)) is not None:
+                adapted = at_hand
+                outputs = await self._engine.classify(champion, adapted.tensors, adapted.key, query.images, until)
+                features = outputs.get("query_features")
+            else:
+                return nothing
+        except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
+            return nothing
+        if features is None or adapted.directions is None:
+            return nothing
+        ends = np.cumsum([len(each.photos) for each in adapted.classes])
+        rows = list(zip(adapted.classes, np.split(adapted.directions, ends[:-1]), strict=True))
+        own = next((part for each, part in rows if each.id == class_id), adapted.directions[:0])
+        others = [(each.name, part) for each, part in rows if each.id != class_id]
+        found = closer(unit(features), own, [part for _, part in others])
+        return [None if i is None else others[i][0] for i in found]
+
+    # Questions ---------------------------------------------------------------------------------------------------
+
+    async def classify(self, space: str, uploads: Sequence[Upload], deadline: float) -> Classified:
+        """What each photo shows, judged by itself.
+
+        The evidence are the support photos that are nearest, by the features that the adapted learner sees; none if
+        it makes none.
+        """
+        champion = self._champions.current
+        adapted = await self._states.get(champion, space)
+        query = await self._answering.query(champion, uploads, deadline)
+        return await self._answering.classify(champion, adapted, query, deadline)
+
+    async def embed(self, uploads: Sequence[Upload], deadline: float) -> tuple[np.ndarray, Champion]:
+        """The photos' features (N, D), each by itself."""
+        champion = self._champions.current
+        return await self._answering.embed(champion, uploads, deadline), champion
+
+    async def verify(self, a: Upload, b: Upload, deadline: float) -> Verified:
+        """Whether two photos show one class; in either order the answer is the same."""
+        return await self._answering.verify(self._champions.current, a, b, deadline)
+
+    # Champions ---------------------------------------------------------------------------------------------------
+
+    async def prepare_for(self, champion: Champion) -> None:
+        """Make what a champion to be needs of every photo, beside what serves; a Problem refuses it.
+
+        Ids sort by time, so photos that come meanwhile are met at the end; one that comes later still is prepared
+        when its label space is next asked.
+        """
+        manifest = champion.bundle.manifest
+        limits = manifest.limits
+        for came, most, what in zip(
+            await self._read(self._store.largest),
+            (limits.ways, limits.shots, limits.support),
+            ("classes", "photos of one class", "photos"),
+            strict=True,
+        ):
+            if came > most:
+                message = f"a label space has {came} {what}, and this bundle adapts to at most {most}"
+                raise Problem("not_supported", message, reason="limits")
+        if await self._read(self._store.lacking, [pixels_by(manifest.image), ORIGINAL], 1):
+            raise Problem(
+                "not_supported",
+                "this bundle takes photos in another size or way than they were kept in, and their originals were not "
+                "kept: serve a bundle with the same image rule, or start afresh and keep photos",
+                reason="image",
+            )
+        after = ""
+        while photos := await self._store.run(self._store.lacking, [needed(champion)], _LACKING_AT_ONCE, after):
+            await self._states.fill(champion, photos)
+            after = photos[-1]
+        await self._states.warm(champion)
+
+    async def settled(self, champion: Champion) -> None:
+        """Forget what only older champions needed."""
+        self._states.keep_only(champion.id)
+        features = features_of(champion) if champion.bundle.manifest.takes == "features" else None
+        await self._store.run_writing(self._store.settle, pixels_by(champion.bundle.manifest.image), features)
+
+    # The store ---------------------------------------------------------------------------------------------------
+
+    async def _read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._metrics.stage("store"):
+            return await self._store.run(function, *args, **kwargs)
+
+    async def _write(self, write: Callable[[], T], dropping: str | None = None) -> T:
+        """A write, which ends even if the caller has gone; then what memory holds of a label space is dropped too."""
+        with self._metrics.stage("store"):
+            task = asyncio.create_task(self._store.run_writing(write))
+            if dropping is not None:
+                task.add_done_callback(lambda _: self._states.drop(dropping))
+            return await asyncio.shield(task)
+
+    async def _count(self) -> None:
+        self._metrics.spaces.set(await self._store.run(self._store.count))
+
+    def _shown(self, space: Space) -> Space:
+        """With what is in force: the share asked for, and what the threshold did on validation at such a size."""
+        space = replace(space, accept=self._settings.accept if space.accept is None else space.accept)
+        if not self._champions.ready:
+            return space
+        manifest, ways = self._champions.current.bundle.manifest, max(1, space.classes)
+        calibration = manifest.calibration_for(ways, space.photos / ways)
+        point = operating(calibration, manifest.verification, ways, space.accept)
+        return replace(space, accepted=point.accepted, false_accepts=point.false_accepts) if point else space
+
+
+def _share(accept: float | None) -> float | None:
+    if accept is not None and not 0.5 <= accept <= 0.999:
+        raise Problem("bad_request", "the share of known photos to accept is between 0.5 and 0.999", reason="accept")
+    return accept
+
+
+def _class_of(there: Snapshot, class_id: str) -> Class:
+    for each in there.classes:
+        if each.id == class_id:
+            return each
+    raise Problem("class_unknown", "this label space has no such class")
+
+
+def _picture(kept: dict[Key, bytes], rule: ImageRule) -> bytes:
+    """A photo as it came, or its pixels as a PNG from which the rule makes the same pixels."""
+    if ORIGINAL in kept:
+        return kept[ORIGINAL]
+    if (content := kept.get(pixels_by(rule))) is None:
+        raise Problem("not_ready", "the photo is being prepared for a new model; try again", retry_after=1)
+    pixels = np.frombuffer(content, np.uint8).reshape(rule.shape).transpose(1, 2, 0)  # (H, W, C)
+    pixels = 255 - pixels if rule.invert else pixels
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if rule.channels == 1 else pixels).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,305 @@
+"""The adapted state of a label space at a revision under a bundle: built once, kept while there is room, dropped.
+
+It is made of what the store keeps of each photo: features where the bundle takes them, else pixels. What a photo lacks,
+because another champion served when it came, is made here and kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from time import monotonic
+
+import numpy as np
+
+from kshot_runtime.bundle import Tensors
+from kshot_runtime.images import ImageError, ImageLimits, ImageRule, decode
+from kshot_runtime.manifest import Manifest
+from kshot_serve.errors import Problem
+from kshot_serve.inference.engine import Engine
+from kshot_serve.models.champion import Champion
+from kshot_serve.observe.metrics import Metrics
+from kshot_serve.spaces.decisions import by_features, unit
+from kshot_serve.storage.store import Store
+from kshot_serve.storage.values import ORIGINAL, Class, Key, Photo, Snapshot
+
+_AT_ONCE = 64  # photos that are decoded and embedded together
+_PATIENCE_S = 300.0  # for what a state needs beside adapting; a request that waits for it has a deadline of its own
+_PHOTO_BYTES = 600  # of memory, roughly, for what a state says of a photo
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A bundle adapted to a label space, and what it takes to explain its answers."""
+
+    space: str
+    revision: int
+    bundle: str
+    accept: float | None
+    tensors: Tensors
+    classes: tuple[Class, ...]  # (W,) in the order of the logits; those with photos
+    photos: tuple[Photo, ...]  # (S,)
+    directions: np.ndarray | None  # (S, D) unit rows, the photos' features as the adapted learner sees them
+    alone: np.ndarray | None  # (S, D) features of images by themselves, if one class is told from all else by them
+
+    @cached_property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Id and name of each class."""
+        return tuple((each.id, each.name) for each in self.classes)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.space, self.bundle, self.revision
+
+    @property
+    def shots(self) -> float:
+        return len(self.photos) / len(self.classes)
+
+    @property
+    def size(self) -> int:
+        arrays = [*self.tensors.values(), self.directions, self.alone]
+        return sum(array.nbytes for array in arrays if array is not None) + _PHOTO_BYTES * len(self.photos)
+
+
+class _Newest:
+    """The newest revisions of label spaces: who asks while others are being answered is answered with the next."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._asked: dict[str, asyncio.Future[int]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def revision(self, space: str) -> int:
+        if (revision := self._store.glance(space)) is not None:
+            return revision
+        answer = self._asked.setdefault(space, asyncio.get_running_loop().create_future())
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+        return await asyncio.shield(answer)
+
+    async def _read(self) -> None:
+        while self._asked:
+            asked, self._asked = self._asked, {}
+            try:
+                found = await self._store.run(self._store.newest, list(asked))
+            except Exception as error:
+                for answer in asked.values():
+                    _fail(answer, error)
+                continue
+            for space, answer in asked.items():
+                if space in found:
+                    answer.set_result(found[space])
+                else:
+                    _fail(answer, Problem("space_unknown", "there is no such label space"))
+        self._reading = None
+
+
+def _fail(answer: asyncio.Future[int], error: Exception) -> None:
+    answer.set_exception(error)
+    answer.exception()  # seen: whoever asked may have gone, and asyncio would log an error that nobody made
+
+
+class States:
+    """Adapted states in memory, the least used of which go when there is no more room."""
+
+    def __init__(self, store: Store, engine: Engine, metrics: Metrics, room: int, limits: ImageLimits) -> None:
+        self._store = store
+        self._newest = _Newest(store)
+        self._engine = engine
+        self._metrics = metrics
+        self._room = room
+        self._limits = limits
+        self._kept: OrderedDict[tuple[str, str], Adapted] = OrderedDict()  # by space and bundle, the least used first
+        self._used = 0
+        self._building: dict[tuple[str, str, int], asyncio.Task[Adapted]] = {}
+
+    async def revision(self, space: str) -> int:
+        """The newest revision of a label space."""
+        try:
+            with self._metrics.stage("store"):
+                return await self._newest.revision(space)
+        except Problem as problem:
+            if problem.code == "space_unknown":
+                self.drop(space)  # another replica deleted it
+            raise
+
+    async def get(self, champion: Champion, space: str) -> Adapted:
+        """The state of a label space as it is now. Many may ask: it is built once."""
+        revision = await self.revision(space)
+        if adapted := self.at_hand(champion, space, revision):
+            return adapted
+        key = space, champion.id, revision
+        if key not in self._building:
+            self._building[key] = task = asyncio.create_task(self._made(champion, key))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # all who asked may have gone
+        return await asyncio.shield(self._building[key])
+
+    def at_hand(self, champion: Champion, space: str, revision: int) -> Adapted | None:
+        """The state of this revision or a later one, if it need not be built."""
+        adapted = self._kept.get((space, champion.id))
+        if adapted is None or adapted.revision < revision:
+            return None
+        self._kept.move_to_end((space, champion.id))
+        return adapted
+
+    async def warm(self, champion: Champion) -> None:
+        """Build the states of a champion to be, of the label spaces in use, in half of the room."""
+        size = 0
+        for space in list(dict.fromkeys(space for space, _ in reversed(self._kept))):
+            try:
+                size += (await self.get(champion, space)).size
+            except Problem:  # it was deleted meanwhile, or emptied
+                continue
+            if size > self._room / 2:
+                break
+
+    def drop(self, space: str) -> None:
+        """Forget a label space, also where it is being adapted to."""
+        for key in [key for key in self._kept if key[0] == space]:
+            self._forget(key)
+        for building in [key for key in self._building if key[0] == space]:
+            del self._building[building]
+
+    def keep_only(self, bundle: str) -> None:
+        """Forget the states of other bundles."""
+        for key in [key for key in self._kept if key[1] != bundle]:
+            self._forget(key)
+
+    async def fill(self, champion: Champion, photos: Sequence[str]) -> None:
+        """Make what adapting needs of these photos, and keep it."""
+        manifest = champion.bundle.manifest
+        for i in range(0, len(photos), _AT_ONCE):
+            pixels = await self._pixels(manifest.image, photos[i : i + _AT_ONCE])
+            if pixels and manifest.takes == "features":
+                vectors = await self._engine.embed_support(champion, np.stack(list(pixels.values())))
+                features = dict(zip(pixels, map(np.ndarray.tobytes, vectors), strict=True))
+                await self._store.run_writing(self._store.keep, features_of(champion), features)
+
+    async def _pixels(self, rule: ImageRule, photos: Sequence[str]) -> dict[str, np.ndarray]:
+        """The photos by this rule, decoded again if that is not how they are kept."""
+        key = pixels_by(rule)
+        pixels = {
+            photo: np.frombuffer(content, np.uint8).reshape(rule.shape)
+            for photo, content in (await self._store.run(self._store.contents, photos, key)).items()
+        }
+        if lacking := [photo for photo in photos if photo not in pixels]:
+            originals = await self._store.run(self._store.contents, lacking, ORIGINAL)
+            jobs = [self._engine.in_thread(_decoded, content, rule, self._limits) for content in originals.values()]
+            again = dict(zip(originals, await asyncio.gather(*jobs), strict=True))
+            contents = {photo: image.tobytes() for photo, image in again.items()}
+            await self._store.run_writing(self._store.keep, key, contents)
+            pixels |= again
+        return pixels
+
+    async def _made(self, champion: Champion, key: tuple[str, str, int]) -> Adapted:
+        try:
+            adapted = await self._build(champion, key[0])
+            if self._building.get(key) is asyncio.current_task():  # else it was dropped meanwhile
+                self._keep(adapted)
+            return adapted
+        finally:
+            if self._building.get(key) is asyncio.current_task():
+                del self._building[key]
+
+    async def _build(self, champion: Champion, space: str) -> Adapted:
+        manifest = champion.bundle.manifest
+        if (before := self._kept.get((space, champion.id))) is not None:
+            snapshot = await self._store.run(self._store.snapshot, space)
+            if _support(snapshot.classes) == _support(before.classes):  # names and the like changed, no more
+                classes = tuple(each for each in snapshot.classes if each.photos)
+                return replace(before, revision=snapshot.revision, accept=snapshot.accept, classes=classes)
+        snapshot, support = await self._support(champion, space)
+        classes = tuple(each for each in snapshot.classes if each.photos)
+        if not classes:
+            raise Problem("too_few_classes", "this label space has no class with photos yet: add one")
+        photos = tuple(photo for each in classes for photo in each.photos)
+        rows = np.stack([support[photo.id] for photo in photos])
+        labels = np.repeat(np.arange(len(classes)), [len(each.photos) for each in classes])
+        tensors = await self._engine.adapt(champion, rows, labels, np.arange(len(classes)))
+        seen: np.ndarray | None = rows  # if these are features
+        alone = rows
+        if manifest.takes == "images":
+            until, key = monotonic() + _PATIENCE_S, (space, champion.id, snapshot.revision)
+            seen = (await self._engine.classify(champion, tensors, key, rows, until)).get("query_features")
+            if by_features(manifest.verification, len(classes)):
+                alone = await self._engine.embed(champion, rows, until)
+        return Adapted(
+            space,
+            snapshot.revision,
+            champion.id,
+            snapshot.accept,
+            tensors,
+            classes,
+            photos,
+            None if seen is None else unit(seen),
+            alone if by_features(manifest.verification, len(classes)) else None,
+        )
+
+    async def _support(self, champion: Champion, space: str) -> tuple[Snapshot, dict[str, np.ndarray]]:
+        """A label space, and of each photo what adapting takes."""
+        key = needed(champion)
+        for _ in range(3):  # a photo may be added meanwhile, by a server that has another champion
+            snapshot, contents = await self._store.run(self._store.support, space, key)
+            lacking = [photo.id for photo in snapshot.photos if photo.id not in contents]
+            if not lacking:
+                return snapshot, {photo: _array(champion, content) for photo, content in contents.items()}
+            await self.fill(champion, lacking)
+        raise Problem(
+            "not_supported",
+            "some photos of this label space cannot be prepared for the model that serves, because it takes them in "
+            "another size or way and their originals were not kept: add them again",
+        )
+
+    def _keep(self, adapted: Adapted) -> None:
+        key = adapted.space, adapted.bundle
+        if key in self._kept:
+            if self._kept[key].revision > adapted.revision:
+                return
+            self._forget(key)
+        self._kept[key] = adapted
+        self._used += adapted.size
+        while self._used > self._room and len(self._kept) > 1:
+            self._forget(next(iter(self._kept)))
+        self._metrics.state_bytes.set(self._used)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        adapted = self._kept.pop(key)
+        self._engine.forget(adapted.key)
+        self._used -= adapted.size
+        self._metrics.state_bytes.set(self._used)
+
+
+def _support(classes: Sequence[Class]) -> list[tuple[str, list[str]]]:
+    return [(each.id, [photo.id for photo in each.photos]) for each in classes if each.photos]
+
+
+def pixels_by(rule: ImageRule) -> Key:
+    return "pixels", hashlib.sha256(rule.model_dump_json().encode()).hexdigest()[:16]
+
+
+def features_of(champion: Champion) -> Key:
+    return "features", champion.id
+
+
+def needed(champion: Champion) -> Key:
+    """What adapting takes of a photo."""
+    manifest = champion.bundle.manifest
+    return features_of(champion) if manifest.takes == "features" else pixels_by(manifest.image)
+
+
+def _array(champion: Champion, content: bytes) -> np.ndarray:
+    manifest: Manifest = champion.bundle.manifest
+    if manifest.takes == "features":
+        return np.frombuffer(content, np.float32)
+    return np.frombuffer(content, np.uint8).reshape(manifest.image.shape)
+
+
+def _decoded(content: bytes, rule: ImageRule, limits: ImageLimits) -> np.ndarray:
+    try:
+        return decode(content, rule, limits)
+    except ImageError as error:
+        raise Problem("not_supported", f"a photo that was taken once is refused now: {error}") from None

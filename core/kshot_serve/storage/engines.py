@@ -1,0 +1,120 @@
+"""The databases that label spaces may be stored in: SQLite in a folder, or Postgres."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, insert, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+
+from kshot_runtime.errors import KshotError
+from kshot_serve.errors import Problem
+from kshot_serve.storage.tables import METADATA, SCHEMA
+
+THREADS = 8  # that may ask a database at once
+
+_VERSION = 1  # of these tables
+_WAIT_S = 10.0  # for others' writes
+
+log = logging.getLogger(__name__)
+
+
+READING: dict[str, dict[str, Any]] = {
+    "sqlite": {"reading": True},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+"""By dialect, the execution options of transactions that only read, and see one state of the database."""
+
+
+def opened(address: str) -> Engine:
+    """A database with our tables in it. Transactions on it may write, unless they have the options READING."""
+    try:
+        url = make_url(address)
+        if url.drivername in ("postgresql", "postgres"):
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() not in READING:
+            raise KshotError(f"label spaces lie in SQLite or in Postgres, not in {url.get_backend_name()}")
+        database = _postgres(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
+        with database.begin() as connection:
+            _prepare(connection)
+    except ArgumentError:
+        raise KshotError(
+            "the database's address is no SQLAlchemy URL; such are sqlite:///spaces.db and "
+            "postgresql://user:password@host/name"
+        ) from None
+    except (ImportError, NoSuchModuleError):
+        raise KshotError("Postgres needs its driver: pip install 'kshot[postgres]'") from None
+    except OSError as error:
+        raise KshotError(f"no label spaces can lie at {url.database}: {error.strerror}") from None
+    except DBAPIError as error:
+        raise KshotError(f"the label spaces' database cannot be used: {error.orig}") from None
+    return database
+
+
+def _postgres(url: URL) -> Engine:
+    return create_engine(url, pool_size=THREADS, pool_pre_ping=True)
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database in (None, "", ":memory:"):
+        raise KshotError("label spaces need a file: sqlite:///spaces.db")
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # photos are their owner's affair
+    database = create_engine(url, pool_size=THREADS, connect_args={"timeout": _WAIT_S, "check_same_thread": False})
+    event.listen(database, "connect", _sqlite_connected)
+    event.listen(database, "begin", _sqlite_begins)
+    return database
+
+
+def _sqlite_connected(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # BEGIN is said below, and not by the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begins(connection: Connection) -> None:
+    # A writer takes the lock at once: one that first reads and then writes could be refused in between.
+    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reading") else "BEGIN IMMEDIATE")
+
+
+def create(connection: Connection, tables: MetaData) -> None:
+    """Make those of the tables that are not there. Replicas that start together do so one after the other."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(7165)"))
+    tables.create_all(connection)
+
+
+def _prepare(connection: Connection) -> None:
+    create(connection, METADATA)
+    version = connection.execute(select(SCHEMA.c.version)).scalar()
+    if version is None:
+        connection.execute(insert(SCHEMA).values(version=_VERSION))
+    elif version != _VERSION:
+        raise KshotError(
+            f"the label spaces were written by another kshot (schema {version}; this one reads {_VERSION}): "
+            "use that one, export them, and import them here"
+        )
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tells of a database that is busy or away, as a Problem; what else it raises is a mistake of ours."""
+    try:
+        yield
+    except DBAPIError as error:
+        operational = isinstance(error, OperationalError)
+        if operational and "locked" in str(error.orig):
+            message = "the label spaces are being written by others; try again"
+            raise Problem("busy", message, retry_after=1, reason="database") from None
+        if operational or error.connection_invalidated:
+            log.error("the database: %s", error.orig)
+            message = "the label spaces' database does not answer; try again"
+            raise Problem("not_ready", message, retry_after=5, reason="database") from None
+        raise

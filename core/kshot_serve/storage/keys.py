@@ -1,0 +1,136 @@
+"""API keys and their scopes; only hashes of keys are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from sqlalchemy import Column, Double, LargeBinary, MetaData, RowMapping, String, Table, insert, select, update
+
+from kshot_runtime.errors import KshotError
+from kshot_serve.errors import Problem
+from kshot_serve.storage.engines import create
+from kshot_serve.storage.store import Store
+from kshot_serve.storage.values import when
+
+Scope = Literal["read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+"""Each may do what those before it may."""
+
+OPEN = frozenset({"/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/health/ready"})
+"""The paths that never need a key: these, letter by letter, and no others that merely end like them."""
+
+_KEY = re.compile(r"kshot_([0-9a-z]{10})_([0-9a-f]{64})")
+_REMEMBERED_S = 5.0  # a revoked key may live on for so long
+
+_metadata = MetaData()
+_keys = Table(
+    "keys",
+    _metadata,
+    Column("id", String(10), primary_key=True),
+    Column("name", String(200), nullable=False),
+    Column("scope", String(10), nullable=False),
+    Column("hash", LargeBinary(32), nullable=False),
+    Column("created", Double, nullable=False),  # seconds since 1970, as in the other tables
+    Column("revoked", Double),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key: everything but its secret."""
+
+    id: str
+    name: str
+    scope: Scope
+    created: datetime
+    revoked: datetime | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+class Keys:
+    """The keys in a database.
+
+    A key is `kshot_ID_SECRET`, and the secret is 256 random bits. Nobody can guess those, so a plain SHA-256 keeps
+    them as safe as a slow hash would, which is made for passwords that people choose, and costs a request nothing.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._known: dict[bytes, tuple[Key, float]] = {}  # valid keys, by their hash, and until when to trust that
+        with store.writing() as connection:
+            create(connection, _metadata)
+
+    def new(self, name: str, scope: Scope) -> tuple[Key, str]:
+        """Make a key. Its text is given once, here, and kept nowhere."""
+        if not 1 <= len(name) <= 200 or not name.isprintable():
+            raise KshotError(f"{name!r} cannot name a key: give it 1 to 200 printable characters")
+        alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
+        secret = secrets.token_hex(32)
+        key = Key("".join(secrets.choice(alphabet) for _ in range(10)), name, scope, datetime.now(UTC))
+        row = {"id": key.id, "name": name, "scope": scope, "hash": _hash(secret), "created": key.created.timestamp()}
+        with self._store.writing() as connection:
+            connection.execute(insert(_keys).values(row))
+        return key, f"kshot_{key.id}_{secret}"
+
+    def all(self) -> list[Key]:
+        """Every key, revoked ones too, from the oldest to the newest."""
+        with self._store.reading() as connection:
+            rows = connection.execute(select(_keys).order_by(_keys.c.created, _keys.c.id)).mappings()
+            return [_key(row) for row in rows]
+
+    def revoke(self, key: str) -> Key:
+        """Make a key worthless. It stays in the list, with the time."""
+        with self._store.writing() as connection:
+            row = connection.execute(select(_keys).where(_keys.c.id == key)).mappings().first()
+            if row is None:
+                raise KshotError(f"there is no key {key!r}; `kshot keys list` shows their ids")
+            if row["revoked"] is None:
+                connection.execute(update(_keys).where(_keys.c.id == key).values(revoked=time.time()))
+        self._known.clear()
+        return next(each for each in self.all() if each.id == key)
+
+    async def check(self, text: str | None) -> Key:
+        """The key that this text is, or a refusal."""
+        if not text:
+            raise Problem(
+                "key_missing", "this server needs an API key: send it as `Authorization: Bearer kshot_…`, or X-API-Key"
+            )
+        whole = _hash(text)
+        if (known := self._known.get(whole)) is not None and self._clock() < known[1]:
+            return known[0]
+        self._known.pop(whole, None)
+        key = await self._store.run(self._find, text)
+        if key is None:
+            raise Problem("key_unknown", "this API key is not valid: it is unknown or was revoked")
+        self._known[whole] = key, self._clock() + _REMEMBERED_S
+        return key
+
+    def _find(self, text: str) -> Key | None:
+        parts = _KEY.fullmatch(text)
+        if parts is None:
+            return None
+        with self._store.reading() as connection:
+            row = connection.execute(select(_keys).where(_keys.c.id == parts[1])).mappings().first()
+        if row is None or not hmac.compare_digest(row["hash"], _hash(parts[2])) or row["revoked"] is not None:
+            return None
+        return _key(row)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
+
+def _key(row: RowMapping) -> Key:
+    revoked = None if row["revoked"] is None else when(row["revoked"])
+    return Key(row["id"], row["name"], row["scope"], when(row["created"]), revoked)
