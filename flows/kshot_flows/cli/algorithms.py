@@ -1,4 +1,4 @@
-"""The command `algorithms`: what is installed, and what each algorithm is, takes, is good for and has reached."""
+"""The command `algorithms`: lists installed algorithms, and describes one: idea, paper, settings, accuracy."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def algorithms(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Explain this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this one.", show_default=False)] = None,
 ) -> None:
-    """List the algorithms and backbones that are installed, or explain one: idea, paper, settings, figures.
+    """List the installed algorithms and backbones, or describe one: idea, paper, settings, accuracy.
 
     [cyan]kshot algorithms[/cyan]
 
@@ -89,18 +89,18 @@ def _about(one: Provided) -> Iterator[Text]:
 
 
 def about(one: Provided) -> list[str]:
-    """The paragraphs of its module, which name the paper, then of its class; what it is good for comes last."""
+    """Paragraphs of the module's docstring (idea, paper), then of the class's; "Good for" comes last."""
     told = [*_paragraphs(_module(one.value)), *_paragraphs(one.value.__doc__ or "")]
     return sorted(dict.fromkeys(told), key=lambda paragraph: paragraph.startswith("Good for"))
 
 
 def _module(value: type) -> str:
-    """What the module of a plugin says of it; where it says nothing, what the class does."""
+    """The docstring of a plugin's module, or of its class if the module has none."""
     return sys.modules[value.__module__].__doc__ or value.__doc__ or "(it says nothing of itself)"
 
 
 def _paragraphs(text: str) -> list[str]:
-    """A docstring's paragraphs, each in one line to be broken anew; what is indented or listed keeps its lines."""
+    """A docstring's paragraphs, each unwrapped to one line; indented text and lists keep their lines."""
     parts = re.split(r"\n\s*\n", cleandoc(text).strip())
     return [
         part if re.search(r"^(\s|[-*] )|\S {3,}\S", part, re.MULTILINE) else " ".join(part.split()) for part in parts
@@ -119,7 +119,7 @@ def _table(one: Provided, section: str) -> Table:
 
 
 def settings(config: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """Each setting's name, its default, what it may be, and what it does."""
+    """Name, default, allowed values and description of each setting."""
     for name, field in config.model_fields.items():
         # A field that only changes the default of an inherited one means what that one means.
         fields = (getattr(kind, "model_fields", {}) for kind in config.__mro__)
@@ -129,7 +129,7 @@ def settings(config: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _default(field: FieldInfo) -> str:
-    """As one would write it in a recipe."""
+    """A value as written in a TOML recipe."""
     if field.is_required():
         return "(needed)"
     value = field.get_default(call_default_factory=True, validated_data={})
@@ -137,7 +137,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def takes(annotation: Any, constraints: list[Any]) -> str:
-    """What a setting may be, as one reads it: `int, 1 to 4`, `number > 0 or unset`, `"pool" or "stride"`."""
+    """Allowed values of a setting in words: `int, 1 to 4`, `number > 0 or unset`, `"pool" or "stride"`."""
     parts = get_args(annotation)
     if hasattr(annotation, "__metadata__"):
         own = [inner for given in annotation.__metadata__ for inner in (given, *getattr(given, "metadata", ()))]
@@ -157,7 +157,7 @@ def takes(annotation: Any, constraints: list[Any]) -> str:
 
 
 def _range(constraints: list[Any]) -> str:
-    """Of pydantic's constraints: ` > 0`, `, 1 to 4`, ` ≥ 0 and < 1`."""
+    """Pydantic's constraints in words: ` > 0`, `, 1 to 4`, ` ≥ 0 and < 1`."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "multiple_of": "a multiple of"}
     limits = {
         name: getattr(given, name) for given in constraints for name in signs if getattr(given, name, None) is not None
@@ -173,7 +173,7 @@ def _either(choices: list[str]) -> str:
 
 
 def _figures(learner: str) -> Iterator[Any]:
-    """Its committed figures beside the published ones, a table for each training."""
+    """Committed accuracies of an algorithm beside published ones, one table per training."""
     from rich.markup import escape
 
     from kshot_flows.report import figures
@@ -196,7 +196,7 @@ def _figures(learner: str) -> Iterator[Any]:
 
 
 def recipes_of(learner: str) -> list[str]:
-    """The recipes that come along and use it."""
+    """The bundled recipes that use an algorithm."""
     from kshot_flows import recipes
 
     files = {name: tomllib.loads(path.read_text()) for name, path in recipes.recipes().items()}

@@ -1,4 +1,4 @@
-"""The commands around data: import, list, show, verify, commit, remove, push, pull."""
+"""The `kshot data` commands: import, list, show, verify, commit, remove, push, pull."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Bring images in, look at them, keep their versions.
+    help="""Import images as data sets, inspect them, and version them with DVC.
 
     A data set is a folder under [bold]data/[/bold] of the project (or under $KSHOT_DATA): all its images in one file,
-    and an index of classes, splits and files. [bold]data.dvc[/bold], which git keeps, names the version of each.
+    and an index of classes, splits and files. [bold]data.dvc[/bold], committed to git, names the version of each.
     """,
 )
 
@@ -39,65 +39,68 @@ def data() -> None:
 @app.command(name="import")
 def import_(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder, a zip, or a source by name.", show_default=False)
+        str, typer.Argument(metavar="SOURCE", help="A folder, a zip, or a named source.", show_default=False)
     ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call the data set.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the data set.", show_default=False)],
     from_dir: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="Where a named source's archives lie.", show_default=False),
+        typer.Option("--from", metavar="DIR", help="Folder with a named source's archives.", show_default=False),
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the packed images, in pixels.", show_default=False)] = None,
-    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for colour.", show_default=False)] = None,
+    channels: Annotated[int | None, typer.Option(help="Channels: 1 is grey, 3 colour.", show_default=False)] = None,
     resize: Annotated[
-        str | None, typer.Option(help="Filter: lanczos, bicubic, bilinear, box, nearest.", show_default=False)
+        str | None, typer.Option(help="Resize filter: lanczos, bicubic, bilinear, box, nearest.", show_default=False)
     ] = None,
     fit: Annotated[
-        str | None, typer.Option(help="What is not square: squash it, crop it, or pad it.", show_default=False)
+        str | None, typer.Option(help="How to make images square: squash, crop or pad.", show_default=False)
     ] = None,
     invert: Annotated[
-        bool | None, typer.Option("--invert/--no-invert", help="Make dark ink bright.", show_default=False)
+        bool | None,
+        typer.Option("--invert/--no-invert", help="Invert brightness, so that dark ink is bright.", show_default=False),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="One of the source's splits; for folders train/val/test shares.", show_default=False),
+        typer.Option(help="A split of the named source; for folders, shares of train/val/test.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of a random split.")] = 0,
-    min_images: Annotated[int, typer.Option(help="Leave out classes with fewer.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of a random split.")] = 0,
+    min_images: Annotated[int, typer.Option(help="Skip classes with fewer images.", min=1)] = 2,
     group_by: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="What photos belong together: folder, or {visit}_* of file names.", show_default=False
+            metavar="SPEC", help="Group photos by folder, or by a file name pattern: {visit}_*.", show_default=False
         ),
     ] = None,
-    allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Take equal files in two splits.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace the data set of that name.")] = False,
+    allow_leaks: Annotated[
+        bool, typer.Option("--allow-leaks", help="Accept identical files in different splits.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing data set of this name.")] = False,
 ) -> None:
-    """Pack images into a data set.
+    """Import images as a data set.
 
-    Your own photos, [bold]a folder for each class[/bold], or train/, val/ and test/ with such folders in them; or a
-    zip of that. Classes are split 0.6/0.2/0.2 into train, val and test unless you say otherwise:
+    Your own photos: a folder or zip with [bold]one folder per class[/bold], optionally inside train/, val/ and test/.
+    Unsplit classes are split into train, val and test by --split, 0.6/0.2/0.2 by default:
 
     [cyan]kshot data import ./photos pets[/cyan]
 
     [cyan]kshot data import ./photos pets --size 64 --fit crop --split 0.8/0.1/0.1[/cyan]
 
-    Photos of one visit, camera or patient resemble each other, which flatters accuracy. Say which belong together, by
-    folders in those of the classes (photos/cats/visit1/a.jpg) or by a part of the file names, and a recipe with
-    [bold]dataset.across_groups=true[/bold] takes the support and the queries of a class from different groups:
+    Photos of one visit, camera or patient look alike, which inflates accuracy. Group them by subfolder
+    (photos/cats/visit1/a.jpg) or by a part of the file name; a recipe with [bold]dataset.across_groups=true[/bold]
+    then draws the support and the queries of a class from different groups:
 
     [cyan]kshot data import ./photos pets --group-by folder[/cyan]
 
     [cyan]kshot data import ./photos pets --group-by "{visit}_*"[/cyan]
 
-    A source by name, from its official archives or from a folder that has them ([cyan]kshot data sources[/cyan]
-    lists the names; KSHOT_MIRROR may name a folder that holds a folder for each of them):
+    A named source, downloaded or from a folder with its archives ([cyan]kshot data sources[/cyan] lists the names;
+    KSHOT_MIRROR may name a folder with a subfolder per source):
 
     [cyan]kshot data import omniglot omniglot --split vinyals[/cyan]
 
     [cyan]kshot data import omniglot omniglot --from ~/downloads/omniglot[/cyan]
 
-    Files that cannot be used are listed with the reason. If anything fails, nothing is left behind. In a DVC
-    repository the data set is recorded in data.dvc as well, as by [cyan]kshot data commit[/cyan].
+    Unusable files are listed with the reason. A failed import leaves nothing behind. In a DVC repository the data set
+    is also recorded in data.dvc, as by [cyan]kshot data commit[/cyan].
     """
     from kshot.data.importing import import_dataset
     from kshot_flows.data import versioning
@@ -116,7 +119,7 @@ def import_(
 
 @app.command()
 def sources() -> None:
-    """List the sources that have a name, with their splits."""
+    """List the named sources, with their splits and licences."""
 
     from kshot import plugins
 
@@ -129,9 +132,9 @@ def sources() -> None:
 
 @app.command(name="list")
 def list_(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the data sets of this project, and whether data.dvc names them as they are."""
+    """List the data sets of this project, and whether data.dvc records their present versions."""
 
     from kshot.data.datasets import ImageSet
     from kshot_flows.data import versioning
@@ -177,8 +180,10 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", show_default=False)]) -> None:
-    """Show what is in a data set, and where its contact sheet lies."""
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the data set.", show_default=False)],
+) -> None:
+    """Show the classes, images, source, licence and version of a data set, and the path of its contact sheet."""
 
     from kshot.data.datasets import SHEET, ImageSet
     from kshot_flows.data.versioning import data_root
@@ -211,9 +216,11 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Which one.", 
 
 @app.command()
 def verify(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this one.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Only this data set.", show_default=False)
+    ] = None,
 ) -> None:
-    """Read every byte of the images again, and compare them with the index, and that with data.dvc."""
+    """Compare every byte of the images with the index, and the index with data.dvc; exit status 1 on damage."""
 
     from kshot.data.datasets import ImageSet
     from kshot_flows.data import versioning
@@ -242,19 +249,19 @@ Names = Annotated[
 
 @app.command()
 def commit(names: Names = None) -> None:
-    """Record data sets in data.dvc as they are now: all that are here, or some.
+    """Record the present versions of data sets in data.dvc: all data sets here, or those named.
 
-    Each is verified first, and copied into DVC's cache. A data set that data.dvc names and that is not here stays in
-    it. Then commit data.dvc with git, and [cyan]kshot data push[/cyan].
+    Each is verified first and copied into DVC's cache. Entries of data sets that are not here stay. Afterwards commit
+    data.dvc with git, and [cyan]kshot data push[/cyan].
     """
     _record(*names or ())
 
 
 @app.command()
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Which ones.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of data sets.", show_default=False)],
 ) -> None:
-    """Take data sets out of data.dvc. Their files stay in the data folder, and former versions in git and DVC."""
+    """Remove data sets from data.dvc. Their files stay in the data folder, and earlier versions in git and DVC."""
     from kshot_flows.data import versioning
 
     root = versioning.data_root()
@@ -264,9 +271,9 @@ def remove(
 
 @app.command()
 def push(names: Names = None) -> None:
-    """Copy the recorded data to the DVC remote, and look whether it arrived.
+    """Copy recorded data sets to the DVC remote, and verify that they arrived.
 
-    Set one up once, for example in a bucket: [cyan]dvc remote add -d store s3://bucket/path[/cyan]
+    To set up a remote: [cyan]dvc remote add -d store s3://bucket/path[/cyan]
     """
     from kshot_flows.data import versioning
 
@@ -284,9 +291,9 @@ def push(names: Names = None) -> None:
 
 @app.command()
 def pull(names: Names = None) -> None:
-    """Make data sets what data.dvc names, from DVC's cache or its remote: all of them, or some.
+    """Fetch the versions of data sets that data.dvc names, from DVC's cache or remote: all, or those named.
 
-    One that was damaged is mended. What no version records is never overwritten.
+    Damaged data sets are replaced. An unrecorded version is never overwritten.
     """
     from kshot_flows.data import versioning
 
@@ -314,7 +321,7 @@ def _record(*names: str) -> None:
 
 
 def watch(events: Iterator[Progress | ImportReport], name: str) -> ImportReport:
-    """Let an import run, with a progress bar in a terminal."""
+    """Run an import to its end, with a progress bar in a terminal, and return its report."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

@@ -1,4 +1,4 @@
-"""The command `kshot learn`: a folder of photos in, a model that is served in one more command out."""
+"""The command `kshot learn`: from a folder of photos to a registered model, without training."""
 
 from __future__ import annotations
 
@@ -21,61 +21,62 @@ def learn(
         str,
         typer.Argument(
             metavar="FOLDER",
-            help="A folder or zip with a folder for each class, or a data set's name.",
+            help="A folder or zip with one folder per class, or the name of an imported data set.",
             show_default=False,
         ),
     ],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Single values of the recipe to change.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to override, such as seed=2.", show_default=False),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the data set and the model; the folder's name if unset.", show_default=False)
+        str | None,
+        typer.Option(help="Name of the data set and the model; by default the folder's.", show_default=False),
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(help="Which to choose among, such as plda,whitened.", show_default=False)
+        str | None, typer.Option(help="Candidate heads, comma-separated: plda,whitened.", show_default=False)
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Such as timm/vit_small_patch14_dinov2.", show_default=False)
+        str | None, typer.Option(help="Backbone, such as timm/vit_small_patch14_dinov2.", show_default=False)
     ] = None,
     group_by: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="What photos belong together: folder, or {visit}_* of file names.", show_default=False
+            metavar="SPEC", help="Group photos by folder, or by a file name pattern: {visit}_*.", show_default=False
         ),
     ] = None,
-    size: Annotated[int, typer.Option(help="Pixels a side that photos are packed at.", min=16)] = 224,
+    size: Annotated[int, typer.Option(help="Side in pixels that photos are resized to.", min=16)] = 224,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the recipe there, and stop.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Write the recipe to this file and exit.", show_default=False)
     ] = None,
     fill: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="Then make a label space with these photos at that server.", show_default=False
+            metavar="URL", help="Then create a label space with these photos on this server.", show_default=False
         ),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(envvar="KSHOT_KEY", help="For --fill, where the server asks for one.", show_default=False),
+        typer.Option(envvar="KSHOT_KEY", help="API key of the --fill server.", show_default=False),
     ] = None,
 ) -> None:
-    """Learn to tell similar things apart from a few photos of each: minutes on a laptop, and no training.
+    """Make a few-shot classifier from a folder of photos: no training, minutes on a laptop.
 
     [cyan]kshot learn ./photos[/cyan]
 
-    Imports the photos, embeds each once with a frozen pretrained backbone, chooses a head by cross-validation over
-    classes, says how good it is on classes that took part in no choice, exports it, registers it, and says how to
-    serve it. What was done before is used again.
+    Imports the photos, embeds each once with a frozen pretrained backbone, selects a head by cross-validation over
+    classes, reports accuracy on held-out classes, exports to ONNX and registers the model. Unchanged steps are reused.
 
-    Photos of one visit, camera or patient flatter accuracy; say which belong together, and the figures keep them apart:
+    Photos of one visit, camera or patient look alike, which inflates accuracy. Group them, and support and query
+    photos come from different groups:
 
     [cyan]kshot learn ./photos --group-by "{visit}_*"[/cyan]
 
-    A page that knows your classes, in two commands:
+    Then serve a web page that knows your classes:
 
-    [cyan]kshot learn ./photos[/cyan] and then [cyan]kshot serve models:/photos@production --space ./photos[/cyan]
+    [cyan]kshot serve models:/photos@production --space ./photos[/cyan]
 
-    The same every night: write the recipe out, and schedule it.
+    To repeat it every night, write the recipe to a file and schedule it:
 
     [cyan]kshot learn ./photos --recipe photos.toml[/cyan]
 

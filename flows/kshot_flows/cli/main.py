@@ -1,4 +1,4 @@
-"""The command line: one word for everything that kshot does, and messages instead of tracebacks."""
+"""The `kshot` command line: its subcommands, and error messages instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ORDER = (
 
 
 class _Group(TyperGroup):
-    """Commands in the order in which one meets them, with a guess at what an unknown one was meant to be."""
+    """Lists commands in the order a new user needs them, and suggests the closest name for an unknown command."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         known = super().list_commands(ctx)
@@ -71,13 +71,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Few-shot image classification, from versioned data to a served model.
 
-    [bold]Your own photos[/bold], a folder for each class, to a page that knows them:
+    [bold]With your own photos[/bold], one folder per class, served on a web page:
 
     [cyan]kshot learn ./photos[/cyan]
 
     [cyan]kshot serve models:/photos@production --space ./photos[/cyan]
 
-    [bold]Without photos[/bold], data and all, in about three minutes: [cyan]kshot run glyphs-protonet[/cyan]
+    [bold]Without photos[/bold], on generated images, in one to three minutes: [cyan]kshot run glyphs-protonet[/cyan]
     """,
 )
 app.add_typer(data.app, name="data")
@@ -102,19 +102,17 @@ def _version(asked: bool) -> None:
 @app.callback()
 def kshot(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="KSHOT_DEBUG", help="Show the traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar="KSHOT_DEBUG", help="Print tracebacks of errors.")] = False,
 ) -> None:
     if debug:
         os.environ["KSHOT_DEBUG"] = "1"
 
 
 def main() -> None:
-    """The entry point: an error becomes a sentence and exit status 1; with --debug its traceback comes too."""
-    # Threads of a math library that wait in a busy loop take the cores from each other.
+    """The entry point: prints an error as one message and exits with status 1; `--debug` adds the traceback."""
+    # Idle OpenMP threads that spin would take CPU time from busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
@@ -126,4 +124,4 @@ def main() -> None:
         typer.secho(sentence(error), fg="red", err=True)
         sys.exit(1)
     finally:
-        gc.freeze()  # at exit Python looks through a million live objects for garbage, for two seconds
+        gc.freeze()  # skips the garbage collection at exit, which takes two seconds on a million live objects

@@ -1,4 +1,4 @@
-"""The commands around the registry: models, promote, rollback, history, trace."""
+"""The commands for the registry: models, promote, rollback, history, trace."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ if TYPE_CHECKING:
 
 # MLflow takes seconds to import, and `kshot --help` must not wait for it: every command imports what it needs.
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name: its recipe's.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="The model's name, which is its recipe's.", show_default=False)
+]
 Number = Annotated[int, typer.Argument(metavar="VERSION", help="The version's number.", show_default=False)]
-Why = Annotated[str, typer.Option(help="The reason. It is kept with the move.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for programs.")]
+Why = Annotated[str, typer.Option(help="Reason, recorded in the audit log.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _VERSION = (
-    "A version in JSON has name, version, stage (none, staging, production, archived), aliases, registered, accuracy "
-    "and margin (shares of 1), gate (passed, failed, or null if it was never judged), gate_report, warnings, recipe, "
-    "data, data_sha256, other_data_sha256, git_commit, git_dirty, mlflow_run, prefect_run, source, sha256 (by file)."
+    "JSON fields of a version: name, version, stage (none, staging, production, archived), aliases, registered, "
+    "accuracy and margin (shares of 1), gate (passed, failed, or null if not evaluated), gate_report, warnings, "
+    "recipe, data, data_sha256, other_data_sha256, git_commit, git_dirty, mlflow_run, prefect_run, source, "
+    "sha256 (by file)."
 )
 _MOVE = (
-    "A move in JSON has number, when, version, from, to, archived (the version that it displaced), who, why, "
-    "gate_report, rollback, adopted (it was made in MLflow), refused (why it did not count)."
+    "JSON fields of a move: number, when, version, from, to, archived (the version that it displaced), who, why, "
+    "gate_report, rollback, adopted (true if made in MLflow), refused (why it did not count)."
 )
 _TIMES = "Times are ISO 8601."
 
 
 def add_commands(app: typer.Typer) -> None:
     """Make these functions commands of `app`."""
-    lists = "List models and their versions: stage, accuracy, data, when."
-    moves = "List every move of a model's versions: who, when, why, from, to."
-    traces = "Show what led to a version: data, code, recipe, runs, files, gate, and its moves."
+    lists = "List models and their versions: stage, accuracy, data, date."
+    moves = "List every stage change of a model's versions: who, when, why, from, to."
+    traces = "Show the provenance of a version: data, code, recipe, runs, files, gate report, stage changes."
     helps: dict[Callable[..., None], str | None] = {
         models: f"{lists}\n\n{_VERSION} {_TIMES}",
         promote: None,
         rollback: None,
         history: f"{moves}\n\n{_MOVE} {_TIMES}",
-        trace: f"{traces}\n\n{_VERSION} It has its moves as history. {_MOVE} {_TIMES}",
+        trace: f"{traces}\n\n{_VERSION} Its moves are in the field history. {_MOVE} {_TIMES}",
     }
     for command, text in helps.items():
         app.command(help=text)(command)
@@ -99,10 +102,10 @@ def promote(
     why: Why = "",
     force: Annotated[
         bool,
-        typer.Option("--force", help="Pass by the gate, or take the champion out of production; needs --why."),
+        typer.Option("--force", help="Bypass the gate, or take the champion out of production; needs --why."),
     ] = False,
 ) -> None:
-    """Move a version to a stage. Into production only with a gate report that passed, unless forced."""
+    """Move a version to a stage. Production requires a passed gate report, unless forced."""
     from kshot_flows import registry
 
     _settle(name, needed=True)
@@ -113,7 +116,7 @@ def promote(
 
 
 def rollback(name: Name, why: Why = "rolled back by hand") -> None:
-    """Give production back to the version that served before."""
+    """Return production to the previous version."""
     from kshot_flows import registry
 
     _settle(name, needed=True)
@@ -122,7 +125,7 @@ def rollback(name: Name, why: Why = "rolled back by hand") -> None:
 
 def history(
     name: Name,
-    refused: Annotated[bool, typer.Option("--refused", help="Also show moves that came too late.")] = False,
+    refused: Annotated[bool, typer.Option("--refused", help="Also show moves that lost to a concurrent one.")] = False,
     as_json: Json = False,
 ) -> None:
     from kshot_flows import registry
@@ -152,7 +155,7 @@ def trace(name: Name, version: Number, as_json: Json = False) -> None:
 
 
 def _settle(name: str, *, needed: bool = False) -> None:
-    """Let the audit, the stages and the aliases agree, and say what did not; on standard error, beside any JSON."""
+    """Reconcile audit log, stages and aliases, and report what disagreed on standard error (JSON stays clean)."""
     from kshot_flows import registry
 
     try:
@@ -197,7 +200,7 @@ def _moves(title: str, entries: Sequence[Audit]) -> Table:
 
 
 def _tell(audit: Audit) -> None:
-    """All that a move did."""
+    """Print what a move changed."""
     emptied = audit.came_from == "Production" != audit.stage
     said = f"{audit.name}: version {audit.version} {audit.stage.said} now" + " and no longer in production" * emptied
     if audit.displaced is not None:

@@ -1,4 +1,4 @@
-"""The commands for authors of plugins: new, check."""
+"""The commands for plugin authors: new, check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Write an algorithm of your own, as a plugin, and see whether it keeps the contract.
+    help="""Create a plugin with your own algorithm, and check it against the learner contract.
 
     [cyan]kshot plugin new mine[/cyan]  writes a small project that works as it is; then change its algorithm.
     """,
@@ -31,10 +31,10 @@ def plugin() -> None:
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call the algorithm.", show_default=False)],
-    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="Where to make its folder.")] = Path(),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the algorithm.", show_default=False)],
+    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="Parent folder of the project.")] = Path(),
 ) -> None:
-    """Write a project with one algorithm, its tests and a recipe, to install and to change.
+    """Create a plugin project: a working algorithm to change, its tests and a recipe.
 
     [cyan]kshot plugin new mine[/cyan]
     """
@@ -54,10 +54,10 @@ def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An installed algorithm.", show_default=False)],
     setting: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Check it with this setting. May be repeated.", show_default=False),
+        typer.Option(metavar="KEY=VALUE", help="Override a setting of the algorithm; repeatable.", show_default=False),
     ] = None,
 ) -> None:
-    """Check that an algorithm keeps every promise of the contract, on a toy problem; ends with 1 if it does not.
+    """Check an algorithm against every promise of the contract, on a toy problem; exit status 1 if any fails.
 
     [cyan]kshot plugin check protonet[/cyan]
 
@@ -108,7 +108,7 @@ def check(
 
 
 def _line(promise: str, outcome: Outcome, again: bool) -> Any:
-    """One check: how it went, how long it took, the promise, and under it what went wrong."""
+    """Print one check: its outcome, its duration, the promise, and the problem found."""
     from rich.table import Table
     from rich.text import Text
 

@@ -18,15 +18,15 @@ from kshot_flows.console.tables import console, table
 
 Recipe = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe that comes along.", show_default=False),
+    typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a bundled recipe.", show_default=False),
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Single values to change.", show_default=False),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to override.", show_default=False),
 ]
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -36,14 +36,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def prepare_prefect() -> None:
-    """Have Prefect quiet in this process, and give a server that is away seconds: before it is imported."""
+    """Silence Prefect's console logging and shorten its timeouts; to be called before Prefect is imported."""
     for name, value in _PREFECT.items():
         os.environ.setdefault(name, value)
-    logging.raiseExceptions = False  # or it prints what it could not send
+    logging.raiseExceptions = False  # else it prints log records that it could not send
 
 
 _PREFECT = {
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the tasks speak for themselves
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # kshot's tasks print their own progress
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "PREFECT_CLIENT_MAX_RETRIES": "2",
     "PREFECT_API_REQUEST_TIMEOUT": "15",
@@ -59,16 +59,16 @@ def run(
     recipe: Recipe,
     changes: Changes = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show where time and memory went, and trace some training and evaluation.")
+        bool, typer.Option("--profile", help="Report time and memory per step, and trace torch operations.")
     ] = False,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that share the episodes of each training step.", show_default="1"),
+        typer.Option(min=1, help="Training processes that share each step's episodes.", show_default="1"),
     ] = None,
 ) -> None:
-    """Take images to a promoted model: data, meta-training, evaluation, ONNX, registry, gate.
+    """Run a recipe: version the data, meta-train, evaluate, export to ONNX, register, promote.
 
-    What has not changed since an earlier run is used again, and a run that was cut off goes on where it was:
+    Unchanged steps are reused from earlier runs, and an interrupted training resumes from its last checkpoint:
 
     [cyan]kshot run glyphs-protonet[/cyan]
 
@@ -76,7 +76,7 @@ def run(
 
     [cyan]kshot run my-recipe.toml learner.name=maml[/cyan]
 
-    Where the time goes, as a table, and as traces of torch's operations for Perfetto or chrome://tracing:
+    Show time and memory per step as a table, and trace torch's operations for Perfetto or chrome://tracing:
 
     [cyan]kshot run glyphs-protonet seed=2 --profile[/cyan]
     """
@@ -103,17 +103,17 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RECIPE|KEY=VALUE",
-            help="Recipes, and values to change in all of them; in quotes, a recipe with changes of its own.",
+            help="Recipes, and values to override in all of them; quote a recipe with its own overrides.",
             show_default=False,
         ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Set recipes side by side on the same test episodes: accuracy, paired differences, times, sizes.
+    """Compare recipes on the same test episodes: accuracy, paired differences, times, sizes.
 
-    Each is trained, evaluated and exported, or used again where it is unchanged; nothing is registered.
+    Each is trained, evaluated and exported, unless an unchanged result exists; nothing is registered.
 
-    Differences are to the first of them:
+    Differences are relative to the first recipe:
 
     [cyan]kshot compare omniglot-protonet omniglot-maml[/cyan]
 
@@ -126,7 +126,7 @@ def compare(
         from kshot_flows.run import start
 
         if as_json:
-            with redirect_stdout(sys.stderr):  # which gets the lines that say how far it is
+            with redirect_stdout(sys.stderr):  # progress lines
                 found = start.compare(recipes)
             about = {"folder": str(found.folder), "mlflow_run": found.run}
             typer.echo(json.dumps({**found.standings.to_dict(), **about}, indent=2))
@@ -137,14 +137,13 @@ def compare(
 
 
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to make your own of it.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that come along, or print one.
+    """List the bundled recipes, or print one.
 
-    Make your own of one: [cyan]kshot recipes photos-finetune > my.toml[/cyan], and then [cyan]kshot run my.toml[/cyan]
+    To write your own, start from a copy: [cyan]kshot recipes photos-finetune > my.toml[/cyan], then
+    [cyan]kshot run my.toml[/cyan]
     """
 
     from kshot_flows import recipes

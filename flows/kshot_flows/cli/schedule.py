@@ -1,4 +1,4 @@
-"""The commands around schedules: schedule; schedules with pause, resume, remove and watch."""
+"""The commands for schedules: `schedule`, and `schedules` with pause, resume, remove and watch."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ def schedule(
     recipe: Recipe,
     changes: Changes = None,
     cron: Annotated[
-        str | None, typer.Option(help="When: minute, hour, day, month, weekday.", show_default=False, metavar="EXPR")
+        str | None,
+        typer.Option(help="Cron expression: minute hour day month weekday.", show_default=False, metavar="EXPR"),
     ] = None,
     every: Annotated[
         str | None,
-        typer.Option(help="Or how often, such as 6h, counted from midnight.", show_default=False, metavar="DURATION"),
+        typer.Option(help="Or an interval from midnight, such as 6h.", show_default=False, metavar="DURATION"),
     ] = None,
-    timezone: Annotated[str, typer.Option(help="In which these are meant.")] = "UTC",
+    timezone: Annotated[str, typer.Option(help="Time zone of --cron and --every.")] = "UTC",
     notify: Notify = None,
 ) -> None:
-    """Run a recipe again and again, one run at a time, for as long as this command lives.
+    """Run a recipe on a schedule, one run at a time, for as long as this command runs.
 
-    Every night at three, from the data and the recipe as they are then:
+    Every night at three, with the data and the recipe file as they are then:
 
     [cyan]kshot schedule glyphs-protonet --cron "0 3 * * *"[/cyan]
 
     [cyan]kshot schedule my-recipe.toml training.lr=0.01 --every 6h --notify https://example.com/hook[/cyan]
 
-    It takes the place of an earlier schedule of the recipe; slots that were missed give one run. A run on unchanged
-    data and recipe uses everything again and takes seconds. For several machines, see docs/schedules.md.
+    It replaces an earlier schedule of the recipe. Missed runs are made up for by one. A run on unchanged data and
+    recipe reuses every step and takes seconds. For several machines, see docs/schedules.md.
     """
     prepare_prefect()
     from kshot_flows.run import scheduler
@@ -56,10 +57,8 @@ def schedule(
 
 
 @schedules.callback(invoke_without_command=True)
-def list_(
-    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False
-) -> None:
-    """List schedules: what runs when, and how it went; or pause, resume and remove one.
+def list_(context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List schedules: when each runs, and how its last run ended; or pause, resume and remove one.
 
     In JSON: name, recipe, changes, when, timezone, status (active, paused, or stopped: no process serves it), next,
     last (how the last run ended), ended (when), page. Times are ISO 8601.
@@ -92,7 +91,7 @@ def list_(
 
 @schedules.command()
 def pause(name: Name) -> None:
-    """Let a schedule start nothing until it is resumed; a run that goes on comes to its end."""
+    """Start no runs of a schedule until it is resumed; a run in progress finishes."""
     from kshot_flows.run import schedules
 
     schedules.pause(name)
@@ -101,7 +100,7 @@ def pause(name: Name) -> None:
 
 @schedules.command()
 def resume(name: Name) -> None:
-    """Let a paused schedule go on, at its next time."""
+    """Resume a paused schedule at its next scheduled time."""
     from kshot_flows.run import schedules
 
     schedules.resume(name)
@@ -110,7 +109,7 @@ def resume(name: Name) -> None:
 
 @schedules.command()
 def remove(name: Name) -> None:
-    """Forget a schedule. The process that serves it ends, with a run that goes on; earlier runs stay on record."""
+    """Remove a schedule and end its process, including a run in progress. Earlier runs stay recorded."""
     from kshot_flows.run import schedules
 
     schedules.remove(name)
@@ -119,11 +118,11 @@ def remove(name: Name) -> None:
 
 @schedules.command()
 def watch(notify: Notify = None) -> None:
-    """For runs of workers: have the Prefect server mark those that died as crashed, and report those that fail.
+    """For Prefect workers: have the server mark dead runs as crashed, and notify about failed ones.
 
     [cyan]kshot schedules watch --notify https://example.com/hook[/cyan]
 
-    Once for each server; again, it changes the address. Schedules of `kshot schedule` have it already.
+    Run it once per Prefect server; again to change the address. `kshot schedule` does it for its own schedules.
     """
     from kshot_flows.run import schedules
 

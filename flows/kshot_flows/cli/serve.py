@@ -1,4 +1,4 @@
-"""The commands around the server: serve, and keys new, list and revoke."""
+"""The commands for the server: `serve`, and `keys` with new, list and revoke."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 # onnxruntime, FastAPI and SQLAlchemy take a second to import: every command imports what it needs.
 
-Folder = Annotated[Path, typer.Option(help="Where label spaces, keys and the last good bundle lie.")]
+Folder = Annotated[Path, typer.Option(help="Folder for label spaces, keys and the last good bundle.")]
 Database = Annotated[
     str,
     typer.Option(
         metavar="URL", envvar="KSHOT_DATABASE", show_envvar=True,
-        help="SQLAlchemy URL of the label spaces; else SQLite in the folder.",
+        help="SQLAlchemy URL for label spaces and keys; by default SQLite in the folder.",
     ),
 ]  # fmt: skip
 
-keys = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make, list and revoke the server's API keys.")
+keys = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Create, list and revoke the server's API keys.")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -34,68 +34,67 @@ def serve(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A bundle, folder or zip; or models:/NAME@production.", show_default=False
+            metavar="SOURCE", help="A bundle (folder or zip), or models:/NAME@production.", show_default=False
         ),
     ],
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine's.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
     workers: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Processes that share the port: for small photos, one a core.")
+        int, typer.Option(min=1, metavar="N", help="Processes that share the port; for small photos, one per core.")
     ] = 1,
     space: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="CLASSES",
-            help="A folder or zip of class folders, as a label space from the start; repeatable.",
+            help="Create a label space from a folder or zip with one folder per class; repeatable.",
             show_default=False,
         ),
     ] = None,
     folder: Folder = Path("serve"),
     database: Database = "",
     device: Annotated[
-        Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Where the model runs. A missing device is an error.")
+        Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Device for the model; a missing one is an error.")
     ] = "cpu",
     keep_photos: Annotated[
-        Literal["yes", "no"], typer.Option(help="Keep photos as they came, or only what adapting needs.")
+        Literal["yes", "no"], typer.Option(help="Store original photos, or only what adapting needs.")
     ] = "yes",
     keys: Annotated[
-        Literal["auto", "required", "off"], typer.Option(help="API keys: auto needs them beyond this machine.")
+        Literal["auto", "required", "off"],
+        typer.Option(help="API keys: auto requires them unless only this machine can connect."),
     ] = "auto",
     exposed: Annotated[
-        bool, typer.Option("--exposed", help="Beyond this machine without keys: whoever comes may do everything.")
+        bool, typer.Option("--exposed", help="Allow other machines without keys: anyone who connects may do anything.")
     ] = False,
     origin: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="A web origin whose pages may call (CORS); repeatable.")
+        list[str] | None, typer.Option(metavar="URL", help="Web origin allowed by CORS; repeatable.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A further name that this server goes by; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Additional host name to accept in requests; repeatable.")
     ] = None,
     accept: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Known photos to let pass, 0.5 to 0.995; by default both errors are balanced.",
+            help="Share of known photos to accept, 0.5 to 0.995; by default both errors are balanced.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Serve a bundle: a page for people at /, an API for programs at /v1, the Open Inference Protocol at /v2.
+    """Serve a bundle over HTTP: a web page at /, a REST API at /v1, the Open Inference Protocol at /v2.
 
-    A bundle that you have, and then the page at the address that it prints:
+    A local bundle; then open the printed address:
 
     [cyan]kshot serve ./bundle[/cyan]
 
-    The same with a label space named fruit, whose classes are the folders in that folder:
+    With a label space named fruit, one class per subfolder:
 
     [cyan]kshot serve ./bundle --space ./fruit[/cyan]
 
-    The model that is in production, now and after every promotion, without a restart:
+    The production version, followed through promotions without a restart:
 
     [cyan]kshot serve models:/glyphs-protonet@production[/cyan]
 
-    For others on the network, who then need a key (`kshot keys new NAME`):
+    For clients on the network, which need an API key (`kshot keys new NAME`):
 
     [cyan]kshot serve ./bundle --host 0.0.0.0 --allow-host vision.example.com[/cyan]
     """
@@ -124,15 +123,15 @@ def serve(
 
 @keys.command("new")
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, or what for.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Owner or purpose of the key.", show_default=False)],
     scope: Annotated[
         Literal["read", "write", "admin"],
-        typer.Option(help="read: ask; write: also change label spaces; admin: also export, import and delete them."),
+        typer.Option(help="read: classify; write: also change label spaces; admin: also export, import, delete them."),
     ] = "read",
     folder: Folder = Path("serve"),
     database: Database = "",
 ) -> None:
-    """Make a key and print it, once: only its hash is kept.
+    """Create an API key and print it once; only its hash is stored.
 
     [cyan]kshot keys new shop-website --scope read[/cyan]
 
@@ -147,7 +146,7 @@ def new(
 
 @keys.command("list")
 def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
-    """List the keys: ids, names and scopes, never the keys themselves.
+    """List the ids, names and scopes of API keys; the keys themselves are not stored.
 
     [cyan]kshot keys list[/cyan]
     """
@@ -174,7 +173,7 @@ def revoke(
     folder: Folder = Path("serve"),
     database: Database = "",
 ) -> None:
-    """Make a key worthless. Running servers take up to five seconds to notice.
+    """Revoke an API key. Running servers apply it within five seconds.
 
     [cyan]kshot keys revoke 3f8k2m1q0z[/cyan]
     """
@@ -205,7 +204,7 @@ def _keys(folder: Path, database: str) -> Keys:
 
 
 def _registry(source: str) -> str:
-    """The project's own store, where a registry is followed and none is named; nothing if there is none either."""
+    """The project's own MLflow store, if a registry is followed and no other store is set; None if there is none."""
     import os
 
     if not source.startswith("models:") or os.environ.get("MLFLOW_TRACKING_URI"):

@@ -1,4 +1,4 @@
-"""The commands that keep a project in order: doctor, gc."""
+"""The maintenance commands: doctor, gc."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def add_commands(app: typer.Typer) -> None:
     app.command("gc")(collect)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Look at all that kshot stands on here: libraries, devices, disk, MLflow, registry, Prefect, data, leftovers.
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check the installation and the project: libraries, devices, disk, MLflow, registry, Prefect, data, leftovers.
 
     Exit status 1 if anything is wrong.
     """
@@ -46,17 +46,17 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 
 def collect(
-    yes: Annotated[bool, typer.Option("--yes", help="Do it without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without confirmation.")] = False,
     also: Annotated[
         list[Extra] | None,
         typer.Option(
-            help="Besides: unfinished trainings with their checkpoints; stored embeddings; Prefect's embedded records; "
-            "runs deleted in MLflow (mlflow gc); data that no commit names (dvc gc).",
+            help="Also remove: unfinished trainings with their checkpoints; stored embeddings; Prefect's embedded "
+            "records; runs deleted in MLflow (mlflow gc); data that no commit names (dvc gc).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Remove what faults left behind: temporary files, orphans, runs of dead processes, versions that are there twice.
+    """Remove leftovers of interrupted work: temporary files, orphans, dead MLflow runs, duplicate versions.
 
     It lists them first, and asks.
     """
