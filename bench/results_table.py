@@ -2,7 +2,7 @@
 
     python bench/results_table.py
 
-What stands between `<!-- figures: DATA -->` and `<!-- end of figures -->` is made anew; everything else stays.
+Replaces the text between `<!-- figures: DATA -->` and `<!-- end of figures -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def rewritten(text: str, known: Figures) -> str:
-    """A document with every block of figures made from these."""
+    """The page with every block of figures regenerated; SystemExit if a data set has no block."""
     places = [data for _, data, _ in _BLOCK.findall(text)]
     if without := [data for data in known.data if data not in places]:
         raise SystemExit(f"docs/results.md has no place for {without}: add <!-- figures: {without[0]} --> and its end")
@@ -35,7 +35,7 @@ def rewritten(text: str, known: Figures) -> str:
 
 
 def tables(known: Figures, data: str) -> str:
-    """What is known of one data set: figures, how they were trained, and where the others come from."""
+    """The tables of one data set: accuracies, training, calibration, and the sources of published figures."""
     rows = list(known.rows(data=data))
     runs = [run for run in known.runs if run.data == data]
     if not rows:
@@ -48,15 +48,15 @@ def tables(known: Figures, data: str) -> str:
             _table(("learner", "trained", "time", "memory", "recorded at"), trained),
             *(
                 [
-                    "Calibration and unknown classes, in %. Known queries that pass and unknown ones let in are a "
-                    "pair, at a threshold from validation episodes: in rows near 95 it lets 95 % of the known pass, in "
-                    "others it balances both errors.",
+                    "Calibration and rejection of unknown classes, in %. *Known that pass* and *unknown let in* are "
+                    "measured at one threshold, chosen on validation episodes: older rows (known near 95) accept 95 % "
+                    "of the known, newer ones balance both errors.",
                     trust,
                 ]
                 if (trust := _trust(runs))
                 else []
             ),
-            *(["Beside ours stand:", "\n".join(sources)] if sources else []),
+            *(["Sources of the other figures:", "\n".join(sources)] if sources else []),
         ]
     )
 
@@ -92,7 +92,7 @@ def _beside(entry: Published | None, shape: str) -> str:
 
 def _which(entry: Published) -> str:
     what = "published" if entry.code is None else "run by others"
-    return what + ("" if entry.verified else " (from memory: nobody of us has read it there)")
+    return what + ("" if entry.verified else " (not checked against the paper)")
 
 
 def _memory(run: Run) -> str:
