@@ -2,7 +2,7 @@
 
     python bench/results_table.py
 
-Replaces the text between `<!-- figures: DATA -->` and `<!-- end of figures -->`; the rest of the page is written by hand.
+Replaces the text between `<!-- figures: DATA -->` and `<!-- end of figures -->`; the rest of the page is hand-written.
 """
 
 from __future__ import annotations
