@@ -1,7 +1,7 @@
-"""Pages of the site that are made from the code: learners, recipes, the API, and files that other pages link to.
+"""MkDocs hooks that generate pages from the code: learners, recipes, the API, and linked source files.
 
-Pages of docs/ link to files of the repository by relative paths, which work wherever the repository is shown. Here such
-a link leads to a page with the file's text.
+Pages of docs/ link to files of the repository by relative paths. On the site such a link leads to a generated page with
+the file's text.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kshot_flows.registry.gate import GateSettings
 from kshot_flows.report import figures
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {  # files outside docs/ that are pages of their own
+ELSEWHERE = {  # files outside docs/ that become pages
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "bench/LEADERBOARD.md": "leaderboard.md",
 }
 API = {
-    "kshot": "What a plugin's author imports.",
+    "kshot": "What plugin authors import.",
     "kshot.data": "",
     "kshot.training": "",
     "kshot.evaluation": "",
@@ -61,7 +61,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that no file in docs/ is."""
+    """Add the pages that are not files in docs/."""
 
     def add(path: str, text: str) -> None:
         files.append(File.generated(config, path, content=text))
@@ -76,13 +76,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     add("style.css", "td:first-child code { white-space: nowrap; }\n")
     linked = {target for file in files.documentation_pages() for target in outside(file.content_string, file.src_uri)}
     for path in sorted(linked):
-        if (ROOT / path).is_file():  # else the link stays as it is, and a strict build says so
+        if (ROOT / path).is_file():  # else the link is left broken, which a strict build reports
             add(f"source/{path}.md", source_page(path))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as the site needs them, and tables of recipes and learners in their places."""
+    """Rewrite links for the site, and insert the tables of recipes and learners."""
     uri = page.file.src_uri
     for marker, made in {"<!-- learners -->": learner_table, "<!-- recipes -->": recipe_list}.items():
         if marker in markdown:
@@ -119,7 +119,7 @@ def site_path(path: str) -> str:
 
 
 def source_page(path: str) -> str:
-    """A file as a page; the search leaves it out."""
+    """A source file as a page, excluded from search."""
     kind = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".json": "json", ".md": "markdown"}
     language = kind.get(Path(path).suffix, "text")
     text = (ROOT / path).read_text()
@@ -127,22 +127,22 @@ def source_page(path: str) -> str:
 
 
 def api_page(name: str) -> str:
-    """A module, or the modules of a package that offers nothing itself."""
+    """The API page of a module, or of all modules of a package that exports nothing itself."""
     parts = [f"{name}.{module}" for module in MODULES[name]] if name in MODULES else [name]
     options = "    options:\n      heading_level: 2\n      show_root_full_path: true\n"
     return f"# {name}\n\n{API[name]}\n\n" + "\n".join(f"::: {part}\n{options}" for part in parts)
 
 
 def learner_page(one: Provided) -> str:
-    """What an algorithm is, its settings, its recipes and its figures."""
+    """The page of an algorithm: description, settings, recipes, figures and code."""
     file = Path(str(one.value.__module__).replace(".", "/")).with_suffix(".py")
     parts = [f"# {one.name}", *about(one)]
-    parts += ["## Settings", settings_table(one.value.Config), "Of the backbone's normalisations it takes " +
-              ", ".join(f"`{norm}`" for norm in one.value.norms) + "; the first is its default."]  # fmt: skip
+    parts += ["## Settings", settings_table(one.value.Config), "Supported normalisations of the backbone: " +
+              ", ".join(f"`{norm}`" for norm in one.value.norms) + "; the first is the default."]  # fmt: skip
     parts += ["## Recipes", listed(recipes_of(one.name))] if recipes_of(one.name) else []
     if rows := list(figures.load().rows(learner=one.name)):
-        parts += ["## Figures", "Accuracy in % over test episodes, with its 95 % interval; how it was measured and "
-                  "what the signs mean is in [Results](../results.md)."]  # fmt: skip
+        parts += ["## Figures", "Accuracy in % over test episodes, with its 95 % interval; [Results](../results.md) "
+                  "explains the protocol and the signs."]  # fmt: skip
         for run, of_run in groupby(rows, key=lambda row: row.run):
             columns = ("episodes", "ours", "transductive", "published", "difference")
             lines = [
@@ -159,7 +159,7 @@ def learner_page(one: Provided) -> str:
 
 
 def learner_table() -> str:
-    """All algorithms: idea, and accuracy on Omniglot where there is one."""
+    """A table of all algorithms: idea, and accuracy on Omniglot if recorded."""
     reached = {(row.run.method, row.shape): row.ours for row in figures.load().rows(data="omniglot")}
     lines = [
         (f"[{one.name}](learners/{one.name}.md)", about(one)[0], *(str(reached.get((one.name, shape), "")) for shape in
@@ -170,11 +170,11 @@ def learner_table() -> str:
 
 
 def recipe_list() -> str:
-    """The settings of each section, then every recipe that comes along."""
+    """The settings of each section, then every bundled recipe."""
     parts = ["## Settings"]
     for section, config in SECTIONS.items():
         parts += [f"### `[{section}]`", settings_table(config)]
-    parts.append("## The recipes that come along")
+    parts.append("## Bundled recipes")
     for name, path in recipes.recipes().items():
         parts += [f"### {name}", f"```toml\n{path.read_text().strip()}\n```"]
     return "\n\n".join(parts)
