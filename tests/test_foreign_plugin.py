@@ -78,8 +78,8 @@ def run(folder: Path, command: str, *more: str) -> str:
 def test_it_is_listed_with_its_distribution_and_version(project: Path) -> None:
     [line] = [line for line in run(project, "kshot algorithms").splitlines() if "kshot-nearest" in line]
     assert "0.1.0" in line
-    assert "points its way" in line
-    assert "what cosines are multiplied by" in run(project, readme(project.parent, "kshot algorithms"))
+    assert "by cosine similarity" in line
+    assert "logits per unit of cosine similarity" in run(project, readme(project.parent, "kshot algorithms"))
 
 
 def test_it_keeps_every_promise(project: Path) -> None:

@@ -1,6 +1,6 @@
-"""Cosines to class means: a query belongs to the class whose mean feature points its way.
+"""Nearest class mean by cosine similarity: a query belongs to the class whose mean feature is most similar.
 
-`kshot algorithms` shows these sentences, and the class's: change them first. Here belongs the paper, with a link.
+Replace this docstring first: `kshot algorithms` shows it. Describe your idea, and link the paper.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ from kshot import FeatureLearner, Learner, LearnerConfig, State, class_means, ho
 class Nearest(FeatureLearner):
     """A class is the mean direction of its images' features, and logits are cosines to it.
 
-    Good for a first look at new data: it trains in a minute or two, and has one setting only.
+    Good for a first baseline on new data: it trains in a minute or two and has one setting.
     """
 
     name = "nearest"  # in a recipe: [learner] name = "nearest"
 
-    class Config(LearnerConfig):  # what may stand beside the name; add yours, each with a default and a range
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+    class Config(LearnerConfig):  # settings of [learner]; give each a default and a range
+        scale: float = Field(10.0, gt=0, description="logits per unit of cosine similarity")
 
     config: Config
 
-    # Of S support images, Q queries, W ways and D features. Nothing is remembered from one call to the next.
+    # S support images, Q queries, W ways, D features. Keep no state in self between calls.
 
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """From features (S, D), their labels (S,) and the ids of the classes (W,), all that `logits` needs."""
+        """The state that `logits` needs, from support features (S, D), labels (S,) and class ids (W,)."""
         return {"means": class_means(unit(features), labels, classes)}  # (W, D)
 
     def logits(self, state: State, features: Tensor) -> Tensor:
-        """Logits (Q, W) of features (Q, D)."""
+        """Logits (Q, W) of query features (Q, D)."""
         return self.config.scale * unit(features) @ unit(state["means"]).t()
 
-    # Training minimises the queries' cross-entropy. If yours is another loss: def episode_loss.
+    # Training minimises the cross-entropy of the queries; override `episode_loss` for another loss.
 
 
 @hookimpl
-def kshot_learners() -> Sequence[type[Learner]]:  # kshot calls it: the entry point in pyproject.toml names this module
+def kshot_learners() -> Sequence[type[Learner]]:  # called by kshot through the entry point in pyproject.toml
     return [Nearest]

@@ -1,4 +1,4 @@
-"""`nearest` keeps kshot's contract, and does its arithmetic: run `pytest`."""
+"""Tests of `nearest`: kshot's contract, and the algorithm's arithmetic."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from kshot_nearest import Nearest
 
 from kshot.testing import CHECKS, Pixels, Subject
 
-torch.set_num_threads(1)  # small tensors are faster so
+torch.set_num_threads(1)  # faster for small tensors
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -18,7 +18,7 @@ def test_it_keeps_the_contract(check: Callable[[Subject], None], tmp_path: Path)
 
 
 def test_a_query_belongs_to_the_class_that_it_points_to() -> None:
-    """With an image's pixels as its features, the logits can be worked out by hand."""
+    """The features are the two pixels, so the expected logits are computed by hand."""
     settings = Nearest.Config(scale=2)
     learner = Nearest(Pixels(image=(1, 1, 2)), settings)  # images of two pixels
     images = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 1, 1, 2)
