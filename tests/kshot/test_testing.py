@@ -91,7 +91,7 @@ class ReturnsNothing(Means):
         return None  # type: ignore[return-value]  # the mutation
 
 
-@breaks("state_is_flat_and_logits_are_finite", "these are none: {'classes': 'a dict'}")
+@breaks("state_is_flat_and_logits_are_finite", "these entries are not tensors: {'classes': 'a dict'}")
 class NestsItsState(Means):
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         return {"classes": super().fit(features, labels, classes)}  # type: ignore[dict-item]  # the mutation
@@ -154,7 +154,7 @@ class CountsItsCalls(Means):
         return super().fit(features, labels, classes)
 
 
-@breaks("adapting_leaves_the_learner_as_it_was", "changed what an earlier state answers")
+@breaks("adapting_leaves_the_learner_as_it_was", "changed the logits of an earlier state")
 class Remembers(Means):
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         self.last = super().fit(features, labels, classes)
@@ -164,7 +164,7 @@ class Remembers(Means):
         return super().logits(self.last, features)
 
 
-@breaks("adapting_leaves_the_learner_as_it_was", "the same episode twice gave two answers")
+@breaks("adapting_leaves_the_learner_as_it_was", "the same episode gave other logits the second time")
 class Draws(Means):
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         means = class_means(features, labels, classes)
@@ -241,12 +241,12 @@ class TakesANumber(Means):
         return {"means": class_means(features, labels, classes) * (1 + 0 * features.sum().item())}
 
 
-@breaks("a_batch_may_be_split_unless_coupled", "norm = 'running' is not in `coupled`, and .* otherwise than")
+@breaks("a_batch_may_be_split_unless_coupled", "norm = 'running' is not in `coupled`, but .* changes the outer step")
 class SaysThatABatchMayBeSplit(Means):
     coupled = ()
 
 
-@breaks("a_batch_may_be_split_unless_coupled", "norm = 'support' is in `coupled`, and .* train as all at once")
+@breaks("a_batch_may_be_split_unless_coupled", "norm = 'support' is in `coupled`, but .* not change the outer step")
 class SaysThatNoBatchMayBeSplit(Means):
     coupled = FeatureLearner.norms
 
@@ -285,7 +285,7 @@ class TakesAnyKey(Means):
         model_config = ConfigDict(extra="ignore")
 
 
-@breaks("config_round_trips", "settings that went through JSON are others")
+@breaks("config_round_trips", "a round trip through JSON changed the settings")
 class HasSettingsThatAreNoJSON(Means):
     class Config(LearnerConfig):
         pair: Any = Field((1, 2), description="a list, after JSON")
@@ -307,7 +307,7 @@ class IsSecretlyFirstOrder(Descent):
         return {"head": state["head"] - slopes["head"].detach()}
 
 
-@breaks("learns_a_toy_problem", "4 outer steps lift accuracy from")
+@breaks("learns_a_toy_problem", "4 outer steps change accuracy from")
 class LearnsNothing(Means):
     def meta_loss(self, episodes: Episodes) -> Tensor:
         return 0 * super().meta_loss(episodes)
@@ -339,7 +339,7 @@ class LearnsTheLastClass(Centred):
         return super().logits(state, features) * self.centre.square().sum()
 
 
-@breaks("learns_a_toy_problem", "made the buffer centre infinite, or NaN")
+@breaks("learns_a_toy_problem", "set the buffer centre to infinity or NaN")
 class LearnsInfinity(Centred):
     def learn_statistics(self, base: Any) -> None:
         self.centre = self.centre / 0
@@ -352,7 +352,7 @@ class LearnsAParameter(Centred):
             next(self.backbone.parameters()).add_(1)
 
 
-@breaks("learns_a_toy_problem", "unseen classes should not lose")
+@breaks("learns_a_toy_problem", "should not lower it on unseen classes")
 class LosesByItsStatistics(Centred):
     def logits(self, state: State, features: Tensor) -> Tensor:
         blind = self.centre.abs().sum() > 0

@@ -79,7 +79,7 @@ def _explained(error: BaseException, check: Check, learner: type[Learner]) -> Fa
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     advice = " ".join(_paragraphs(check)[1:])
     said = "; ".join([str(error), *getattr(error, "__notes__", [])])
-    if isinstance(error, AssertionError) and innermost.f_globals["__name__"] == testing.__name__:
+    if isinstance(error, AssertionError) and innermost.f_globals["__package__"] == testing.__name__:
         return Failure(said, advice=advice)
     where = plugins.place(error, learner.__module__)
     if isinstance(error, KshotError):  # it says what to do

@@ -195,8 +195,8 @@ def test_a_sound_learner_passes_with_a_line_for_each_promise_in_words(
     shown = kshot("check", "mine")
     assert shown.exit_code == 0
     assert shown.output.count("passed") == len(QUICK) - 1
-    assert "A query alone gets the logits that it gets in a batch." in shown.output
-    assert "`batched` says that its episodes take turns" in shown.output
+    assert "A query gets the same logits alone as in a batch." in shown.output
+    assert "`batched = False`: its episodes run one by one" in shown.output
     assert f"mine keeps {len(QUICK) - 1} promises, and is exempt from 1." in shown.output
 
 
@@ -220,14 +220,14 @@ BROKEN_PROMISES = {
     "it remembers": (
         [(RETURN, f"self.means = class_means(features, labels, classes); {RETURN}"), ('state["means"]', "self.means")],
         "adapting_leaves_the_learner_as_it_was",
-        "adapting to another episode changed what an earlier state answers",
+        "adapting to another episode changed the logits of an earlier state",
         "nothing else may pass from `adapt` to `classify`",
     ),
     "it draws": (
         [(RETURN, f"features = features + torch.randn_like(features); {RETURN}")],
         "adapting_leaves_the_learner_as_it_was",
-        "the same episode twice gave two answers",
-        "Draw nothing at random",
+        "the same episode gave other logits the second time",
+        "Use no random numbers",
     ),
     "its ways are five": (
         [("class_means(features, labels, classes)", "class_means(features, labels, torch.arange(5))")],
@@ -239,7 +239,7 @@ BROKEN_PROMISES = {
         [(RETURN, f"features = features * torch.linspace(0, 1, len(features))[:, None]; {RETURN}")],
         "order_of_the_support_set_does_not_matter",
         "another support order: logits differ by",
-        "sums, means, largest values",
+        "sums, means, maxima",
     ),
     "the first class is its favourite": (
         [(LOGITS, f"{LOGITS} - torch.arange(len(state['means']))")],
@@ -359,8 +359,8 @@ BROKEN_STATISTICS = {
         "base classes in another order: logits differ by",
     ),
     "they are drawn": ("torch.rand(self.backbone.features)", "base classes in another order: logits differ by"),
-    "they are no numbers": ("self.scale.log() / 0", "learn_statistics made the buffer scale infinite, or NaN"),
-    "they cost accuracy": ("0 * self.scale", "unseen classes should not lose"),
+    "they are no numbers": ("self.scale.log() / 0", "learn_statistics set the buffer scale to infinity or NaN"),
+    "they cost accuracy": ("0 * self.scale", "should not lower it on unseen classes"),
     "they are parameters": (
         "next(self.backbone.parameters()).data.add_(1).sum() * self.scale",
         "learn_statistics changed the parameter backbone.blocks.0.weight",
@@ -390,7 +390,7 @@ def test_a_head_that_cannot_be_batched_may_say_so(installed: Callable[..., Path]
     number = "features = features * features.mean().item(); "
     installed((FIT, number + FIT), ('name = "mine"', 'name = "mine"; batched = False'), source=HEAD)
     outcome = plugin_check.run(batch, plugin_check.subject("mine", [], tmp_path))
-    assert (outcome.failure, outcome.exempt) == (None, "`batched` says that its episodes take turns")
+    assert (outcome.failure, outcome.exempt) == (None, "`batched = False`: its episodes run one by one")
     outcome = plugin_check.run(batch, plugin_check.subject("baselinepp", [], tmp_path))
     assert (outcome.failure, outcome.exempt) == (None, None)
 
