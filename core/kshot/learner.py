@@ -1,9 +1,13 @@
-"""The contract of an algorithm: a learner adapts to a support set and then classifies, and remembers nothing between.
+"""The interface of learners: adapt to a support set, then classify queries with the resulting state.
 
-Most learners are heads on features (`FeatureLearner`): an author writes `fit` and `logits`, or for a head that is
-fitted in steps (`FeatureLoop`) `start`, `update` and `logits`. One that changes the backbone in steps (`InnerLoop`) has
-`begin`, `step` and `classify`; any other (`Learner`) `adapt` and `classify`. Training, evaluation, ONNX export, serving
-and the conformance kit follow.
+Which methods an author writes depends on the base class:
+
+FeatureLearner   a head on features: `fit` and `logits`
+FeatureLoop      a head on features that is fitted in steps: `start`, `update` and `logits`
+InnerLoop        an inner loop that changes the backbone: `begin`, `step` and `classify`
+Learner          anything else: `adapt` and `classify`
+
+Training, evaluation, ONNX export, serving and the conformance kit work with any of them.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class LearnerConfig(BaseModel):
 
 
 class Learner(nn.Module, ABC):
-    """A backbone, and a way to turn a support set into a classifier. Holds no memory between calls.
+    """A backbone, and a way to turn a support set into a classifier. Calls do not change it.
 
     Images are float, (count, channels, height, width), in 0..1. Labels are int64 ids; `classes` (W,) lists the ids
     in the order of the logits, and is a tensor so that the number of ways stays free in the exported graph.
@@ -51,17 +55,15 @@ class Learner(nn.Module, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
     norms: ClassVar[tuple[Norm, ...]] = ("running", "support", "batch", "group")
-    """The backbone's normalisations that it works with; the first is the default."""
+    """The supported norms of the backbone; the first is the default."""
     coupled: ClassVar[tuple[Norm, ...]] = ()
-    """Norms under which `meta_loss` of a batch is not the mean over its episodes, one by one: the batch is then never
-    split into parts or over ranks."""
+    """Norms under which `meta_loss` of a batch is not the mean over its episodes, so that a batch cannot be split."""
     prefers: ClassVar[Sequence[str]] = ("last",)
-    """The kinds of features of a pretrained backbone to choose among where a recipe says `features = "auto"`."""
+    """The kinds of features of a pretrained backbone that `features = "auto"` in a recipe chooses from."""
     batched: ClassVar[bool] = True
-    """Whether its methods run under `torch.func.vmap`; if not, the episodes of a batch take turns."""
+    """Whether its methods run under `torch.func.vmap`; if not, the episodes of a batch run one by one."""
     transductive = False
-    """Whether it is being evaluated with queries normalised by their own batch, so that `adapt` need not measure the
-    support set's statistics."""
+    """Whether queries are now normalised by their own batch, so that `adapt` need not measure support statistics."""
 
     def __init__(self, backbone: Backbone, config: LearnerConfig) -> None:
         super().__init__()
@@ -76,12 +78,12 @@ class Learner(nn.Module, ABC):
     def classify(self, state: State, query: Tensor) -> Tensor:
         """Logits (Q, W) for query (Q, C, H, W), each row independent of the others.
 
-        A learner sees the query through `embed` only, which also lets features (Q, D) pass.
+        Uses the query through `embed` only, which returns features (Q, D) unchanged.
         """
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """The loss of the outer loop over a batch of episodes: a scalar, by default the queries' cross-entropy."""
-        first = episodes[0]  # labels are the same in every episode of a batch
+        """The outer loss of a batch of episodes, a scalar: by default the cross-entropy of the queries."""
+        first = episodes[0]  # whose labels all episodes of a batch share
 
         def loss(support: Tensor, query: Tensor, source: Tensor) -> Tensor:
             return self.query_loss(replace(first, support=support, query=query, source=source))
@@ -98,58 +100,59 @@ class Learner(nn.Module, ABC):
         return cross_entropy(self.classify(state, episode.query), targets)
 
     def together(self, images: Tensor) -> bool:
-        """Whether the backbone runs on the images (E, ...) of a batch of episodes under `torch.func.vmap`.
+        """Whether to run all episodes of a batch under `torch.func.vmap`, for images (E, ...), or one by one.
 
-        On a CPU a loop is faster and holds the graph of one episode. Running averages cannot be kept under vmap.
+        On a CPU a loop is faster and keeps the graph of one episode only. Running averages cannot be updated under
+        vmap.
         """
         averages = self.backbone.norm == "running" and self.backbone.training
         return self.batched and images.device.type != "cpu" and not averages
 
     def stepped(self) -> None:
-        """Called after each outer step, which may take several calls of `meta_loss`, for learners that count steps."""
+        """Called after each outer step, which may call `meta_loss` several times, for learners that count steps."""
 
     @property
     def stage(self) -> int:
-        """The stage of training, for learners whose `meta_loss` is another one after some outer steps."""
+        """The stage of training, for learners whose `meta_loss` changes after some outer steps."""
         return 0
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """Called before meta-training, to make what only training needs, such as a head over all base classes.
+        """Called before meta-training, to create what only training needs, such as a head over all base classes.
 
-        `classes` counts them: a number for each data set that the training split joins (most often one).
+        `classes` holds the number of training classes from each data set of the split, most often of one.
         """
 
     @property
     def surrogate(self) -> bool:
-        """Whether the gradient of `meta_loss` is the outer update's direction, but not the slope of a loss.
+        """Whether the gradient of `meta_loss` gives the outer update but is not the exact gradient of a loss.
 
-        True of first-order approximations, of Reptile, and of the two sides of an adversarial game. The conformance
-        kit then does not compare that gradient with finite differences.
+        True for first-order approximations, Reptile and adversarial games; the conformance kit then does not compare
+        it with finite differences.
         """
         return False
 
     @property
     def takes_features(self) -> bool:
-        """Whether `adapt` and `classify` take features (N, D) in the place of images, each image's by itself."""
+        """Whether `adapt` and `classify` also take features (N, D) in place of images."""
         return False
 
     def embed(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features (N, D) of images (N, C, H, W); features (N, D) are returned as they are.
+        """Features (N, D) of images (N, C, H, W); features (N, D) are returned unchanged.
 
-        Weights and support statistics that `state` holds take the place of the backbone's own.
+        Weights and support statistics in `state` override those of the backbone.
         """
         if images.dim() == 2:
             return images
-        held = {
+        overrides = {
             name.removeprefix(prefix): value
             for name, value in (state or {}).items()
             for prefix in _PREFIXES
             if name.startswith(prefix)
         }
-        return functional_call(self.backbone, held, (images,)) if held else self.backbone(images)
+        return functional_call(self.backbone, overrides, (images,)) if overrides else self.backbone(images)
 
     def measure(self, images: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
-        """Features (N, D) of a support set, and its statistics as state entries; none unless the norm needs them."""
+        """Features (N, D) of a support set, and its statistics as state entries, if the norm uses them."""
         if images.dim() == 2:
             return images, {}
         with recorded(self.backbone) as statistics:
@@ -161,8 +164,8 @@ class Learner(nn.Module, ABC):
     def embed_episodes(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Features of the support sets (E, S, D) and of the queries (E, Q, D) of a batch of episodes.
 
-        One pass of the backbone over all images where each image's features are its own; batch statistics are then of
-        all of them.
+        If features do not depend on other images, the backbone runs once over all images of the batch; in training,
+        norm `running` then normalises by the statistics of all of them.
         """
         if self.backbone.norm in BY_ITSELF:
             images = torch.cat([episodes.support, episodes.query], 1)  # (E, S + Q, ...)
@@ -171,25 +174,25 @@ class Learner(nn.Module, ABC):
 
         def embed(support: Tensor, query: Tensor) -> State:
             features, statistics = self.measure(support)
-            given = None if self.backbone.norm == "batch" else statistics
-            return {"support": features, "query": self.embed(query, given)}
+            state = None if self.backbone.norm == "batch" else statistics
+            return {"support": features, "query": self.embed(query, state)}
 
-        made = over_episodes(embed, episodes.support, episodes.query, together=self.together(episodes.support))
-        return made["support"], made["query"]
+        found = over_episodes(embed, episodes.support, episodes.query, together=self.together(episodes.support))
+        return found["support"], found["query"]
 
     def weights(self) -> State:
-        """The backbone's parameters as state entries: what an inner loop changes."""
+        """The backbone's parameters as state entries, for an inner loop to change."""
         return {_WEIGHTS + name: parameter for name, parameter in self.backbone.named_parameters()}
 
 
 class FeatureLearner(Learner):
-    """A head on features: `fit` makes a state from a support set's features, `logits` classifies with it.
+    """A head on features: `fit` makes a state from support features, and `logits` classifies query features with it.
 
     If the features of an image do not depend on other images (norm `running` or `group`), they are computed once and
-    cached: in evaluation, in training on a frozen backbone, and at the server, which stores those of support photos.
+    cached: in evaluation, in training on a frozen backbone, and by the server, for support photos.
     """
 
-    coupled: ClassVar[tuple[Norm, ...]] = ("running",)  # batch statistics are of all episodes in one pass
+    coupled: ClassVar[tuple[Norm, ...]] = ("running",)  # all episodes are normalised in one pass
 
     @abstractmethod
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
@@ -200,20 +203,21 @@ class FeatureLearner(Learner):
         """Logits (Q, W) of query features (Q, D), each row independent of the others."""
 
     def evidence(self, state: State, features: Tensor) -> State:
-        """Other scores (Q,) by name that a query belongs to any class: `ratio`, a log-likelihood ratio, or `nearest`.
+        """More scores (Q,) that a query belongs to a known class: `ratio`, a log-likelihood ratio, or `nearest`.
 
-        Calibration compares them with the largest logit and with the softmax, and takes what tells unknown best.
+        Calibration compares them with those computed from the logits, and takes the one that detects unknown queries
+        best.
         """
         return {}
 
     def learn_statistics(self, base: Iterable[Tensor]) -> None:
-        """Closed-form training: set buffers from the features (N, D) of each base class, by the settings in `config`.
+        """Closed-form training: set buffers from the features (N, D) of each base class.
 
-        `base` gives the classes one by one, and may be iterated again.
+        `base` yields one class at a time, and can be iterated more than once.
         """
 
     def choices(self) -> Sequence[Mapping[str, Any]]:
-        """Values of settings that the config leaves open, to choose from on validation episodes; the default first."""
+        """Values for the settings that the config leaves open; validation episodes decide. The default comes first."""
         return [{}]
 
     @property
@@ -222,7 +226,7 @@ class FeatureLearner(Learner):
 
     @property
     def closed_form(self) -> bool:
-        """Whether it learns statistics of the base classes."""
+        """Whether it learns statistics of the base classes instead of being trained by gradients."""
         return type(self).learn_statistics is not FeatureLearner.learn_statistics
 
     def adapt(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
@@ -234,7 +238,7 @@ class FeatureLearner(Learner):
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
         """The mean of `episode_loss` over a batch of episodes."""
-        first = episodes[0]  # labels are the same in every episode of a batch
+        first = episodes[0]  # whose labels all episodes of a batch share
 
         def loss(support: Tensor, query: Tensor) -> Tensor:
             return self.episode_loss(support, first.support_labels, query, first.query_labels, first.classes)
@@ -250,41 +254,41 @@ class FeatureLearner(Learner):
         return cross_entropy(logits, one_hot(query_labels, classes))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Statistics have the sizes of what they were learned from."""
+        """Resize buffers to the loaded ones: the sizes of statistics depend on the data they were learned from."""
         for name, buffer in self.named_buffers(recurse=False):
-            held = state_dict.get(prefix + name)
-            if isinstance(held, Tensor) and held.shape != buffer.shape:
-                setattr(self, name, buffer.new_empty(held.shape, dtype=held.dtype))
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(loaded.shape, dtype=loaded.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class InnerLoop(Learner):
-    """A learner that adapts in steps: `adapt` is `begin`, then `first`, then `step` for each step more, then `finish`.
+    """A learner that adapts in steps: `adapt` calls `begin`, `first`, `step` for each further step, and `finish`.
 
-    The exporter traces `begin` and one `step`, and wraps the step in an ONNX Loop: the number of steps stays free.
-    Gradients come from `kshot.gradient` only.
+    The exporter traces one `step` and runs it in an ONNX Loop, so the number of steps is an input of the graph. Compute
+    gradients with `kshot.gradient` only.
     """
 
     @property
     @abstractmethod
     def steps(self) -> int:
-        """The default number of inner steps: while meta-training, and afterwards (`self.training`)."""
+        """The default number of inner steps; it may differ in training mode (`self.training`)."""
 
     @property
     def steps_by_shots(self) -> Mapping[int, int]:
-        """Inner steps for numbers of images of each class, where they were chosen; `steps` goes for all without any."""
+        """Inner steps by shots, where they were chosen on validation episodes; if empty, `steps` holds for all."""
         return {}
 
     @property
     def most_steps(self) -> int:
-        """Up to how many inner steps to try on validation episodes, to choose them by shots; 0 if settings fix them.
+        """The largest number of inner steps to try on validation episodes; 0 if the settings fix the number.
 
-        The choice becomes the setting `eval_steps`.
+        The choice, by shots, becomes the setting `eval_steps`.
         """
         return 0
 
     def steps_for(self, shots: float) -> int:
-        """Inner steps for so many images of each class, on average."""
+        """Inner steps for a support set with `shots` images of each class, on average."""
         return nearest_shots(self.steps_by_shots, shots, self.steps)
 
     @abstractmethod
@@ -293,34 +297,34 @@ class InnerLoop(Learner):
 
     @abstractmethod
     def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
-        """The state after one more step, with the same names and shapes; `i` is the step's number, int64 ()."""
+        """The state after one more step, with the same names and shapes; `i` is the step's number from 0, int64 ()."""
 
     @property
     def closed_form_start(self) -> bool:
-        """Whether `first` takes the first step with less work than `step`."""
+        """Whether `first` computes the first step in closed form, at less cost than `step`."""
         return False
 
     def first(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """The state after the first step, the same that `step` gives with i = 0."""
+        """The state after the first step: the same as `step` with i = 0."""
         return self.step(state, support, labels, classes, torch.zeros((), dtype=torch.int64, device=support.device))
 
     def finish(self, state: State, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """The state that `classify` takes; by default the last step's."""
+        """The state for `classify`, from that of the last step; by default the same."""
         return state
 
     def adapt(
         self, support: Tensor, labels: Tensor, classes: Tensor, steps: int | None = None, *, finish: bool = True
     ) -> State:
-        """Learn from a support set in `steps` steps, by default as many as `steps_for` says.
+        """Learn from a support set in `steps` inner steps, by default `steps_for` its shots.
 
-        Without `finish`, the state is the last step's: enough for queries that bring their own statistics.
+        Without `finish` the state is that of the last step, which is enough for queries normalised by their own batch.
         """
         steps = self.steps_for(labels.shape[0] / classes.shape[0]) if steps is None else steps
         [last] = deque(self.states(support, labels, classes, steps), maxlen=1)
         return self.finish(last, support, labels, classes) if finish else last
 
     def states(self, support: Tensor, labels: Tensor, classes: Tensor, steps: int) -> Iterator[State]:
-        """The state before the first of so many steps, and the state after each."""
+        """The state before the first of `steps` inner steps, and the state after each."""
         state, given = self.begin(support, labels, classes), (support, labels, classes)
         yield state
         for number, i in enumerate(torch.arange(steps, device=support.device)):
@@ -329,7 +333,7 @@ class InnerLoop(Learner):
 
 
 class FeatureLoop(InnerLoop, FeatureLearner):
-    """A head on features that is fitted in steps, say by gradient descent: `start`, then `update` for each step."""
+    """A head on features that is fitted in steps, such as by gradient descent: `start`, then `update` for each step."""
 
     @abstractmethod
     def start(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
@@ -346,7 +350,7 @@ class FeatureLoop(InnerLoop, FeatureLearner):
         return state
 
     def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
-        features, statistics = self.measure(support)  # carried along, so that the backbone runs once
+        features, statistics = self.measure(support)  # part of the state, so that the backbone runs once
         return {"features": features, **self.start(features, labels, classes), **statistics}
 
     def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
@@ -356,25 +360,25 @@ class FeatureLoop(InnerLoop, FeatureLearner):
         return {name: value for name, value in state.items() if name != "features"}
 
 
-Made = TypeVar("Made", Tensor, State)
+Result = TypeVar("Result", Tensor, State)
 
 
-def over_episodes(function: Callable[..., Made], *parts: Tensor, together: bool) -> Made:
-    """A function of each episode's parts, for parts (E, ...) of E episodes: its results stacked.
+def over_episodes(function: Callable[..., Result], *parts: Tensor, together: bool) -> Result:
+    """Apply a function to each of E episodes, given as parts (E, ...), and stack the results.
 
-    `together` calls it once, under `torch.func.vmap`; otherwise episodes take turns.
+    `together` calls it once, under `torch.func.vmap`; otherwise once for each episode.
     """
     if together:
         return vmap(function, randomness="different")(*parts)
-    made = [function(*episode) for episode in zip(*parts, strict=True)]
-    if isinstance(made[0], Tensor):
-        return torch.stack(made)
-    return {name: torch.stack([one[name] for one in made]) for name in made[0]}
+    results = [function(*episode) for episode in zip(*parts, strict=True)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def without_statistics(state: State) -> State:
-    """The state without its support statistics: queries are then normalised by their own batch, as papers often do.
+    """The state without support statistics: queries are then normalised by their own batch (transductive).
 
-    An answer then depends on the other queries, so this is for comparing with published figures, never for serving.
+    Logits then depend on the other queries, so use it to compare with published figures only, never for serving.
     """
     return {name: value for name, value in state.items() if not name.startswith(_STATISTICS)}

@@ -1,7 +1,7 @@
-"""A bidirectional LSTM over any number of items: torch's in training, and the ONNX operator in exported graphs.
+"""A bidirectional LSTM over any number of items: `nn.LSTM` in training, and ONNX's LSTM in exported graphs.
 
-A Python loop over a free number of items cannot be traced. This is one operation to the tracer, and
-`kshot.export.ops` says how ONNX spells it.
+A Python loop over a dynamic number of items cannot be traced. A custom operation can, and `kshot.export.ops` translates
+it to ONNX.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 def bidirectional_lstm(lstm: nn.LSTM, items: Tensor) -> Tensor:
-    """The outputs of a bidirectional LSTM of one layer for items (S, D): (S, 2, hidden), a row for each direction."""
-    # The operation has no gradient, so it is for when none is wanted: evaluation, and the exporter's tracing.
-    read = lstm(items)[0] if torch.is_grad_enabled() else _bidirectional_lstm(items, list(lstm.parameters()))
-    return read.unflatten(1, (2, lstm.hidden_size))
+    """Outputs (S, 2, hidden) of a bidirectional one-layer LSTM for items (S, D), one row for each direction."""
+    # The custom operation has no gradient, so it is used only in evaluation and export.
+    outputs = lstm(items)[0] if torch.is_grad_enabled() else _bidirectional_lstm(items, list(lstm.parameters()))
+    return outputs.unflatten(1, (2, lstm.hidden_size))
 
 
 @torch.library.custom_op("kshot::bidirectional_lstm", mutates_args=())
 def _bidirectional_lstm(items: Tensor, weights: list[Tensor]) -> Tensor:
-    """(S, 2 * hidden) of items (S, D); the weights are those of a bidirectional nn.LSTM, in its order."""
+    """Outputs (S, 2 * hidden) for items (S, D); weights as a bidirectional nn.LSTM orders them."""
     start = items.new_zeros(2, 1, weights[1].shape[1])
-    read: Tensor = torch.lstm(items[:, None], (start, start), weights, True, 1, 0.0, False, True, False)[0]
-    return read.squeeze(1)
+    outputs: Tensor = torch.lstm(items[:, None], (start, start), weights, True, 1, 0.0, False, True, False)[0]
+    return outputs.squeeze(1)
 
 
 @_bidirectional_lstm.register_fake

@@ -370,13 +370,13 @@ class ForgetsToDivideByTheShots(Means):
 # Export
 
 
-@breaks("onnx_agrees_with_torch", "holds for one number of ways")
+@breaks("onnx_agrees_with_torch", "works for one number of ways")
 class BakesInTheWays(Means):
     def logits(self, state: State, features: Tensor) -> Tensor:
         return super().logits(state, features) / int(state["means"].shape[0])
 
 
-@breaks("onnx_agrees_with_torch", "turns a tensor's value into a number")
+@breaks("onnx_agrees_with_torch", "converts a tensor's value to a number")
 class BakesInAValue(Means):
     def fit(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         means = class_means(features, labels, classes)

@@ -1,4 +1,4 @@
-"""From a learner to a bundle: traced to ONNX, written, and compared with torch before it is called one."""
+"""Exports a learner as a bundle of ONNX graphs, and compares these with torch."""
 
 from kshot.export.exporting import ExportError, Facts, Report, export
 

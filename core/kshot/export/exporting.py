@@ -1,4 +1,4 @@
-"""From a learner to a bundle: traced, written, and checked against torch before it is called one."""
+"""Exports a learner as a bundle: traces it, checks the graphs against torch, and writes the files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from kshot_runtime.manifest import ADAPT, CLASSIFY, EMBED, MANIFEST, VIEWS, Fact
 
 __all__ = ["ExportError", "Facts", "Report", "export"]
 
-_TAKEN = {"support", "labels", "classes", "steps", "query", "query_features", "logits", "ratio", "nearest", "i"}
+_RESERVED = {"support", "labels", "classes", "steps", "query", "query_features", "logits", "ratio", "nearest", "i"}
 _TYPES = {torch.float32: "float32", torch.int64: "int64"}
-_INT = torch.int64
+_INT64 = torch.int64
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished bundle, and how it compared with torch."""
+    """A finished bundle, and its agreement with torch."""
 
     folder: Path
     manifest: Manifest
@@ -45,8 +45,8 @@ class Report:
     def __str__(self) -> str:
         found, size = self.manifest.parity, sum(file.size for file in self.manifest.files.values())
         return (
-            f"{self.folder}: {size / 1000:,.0f} kB, torch's answer to {100 * found.agreement:.2f} % of the queries of "
-            f"{found.episodes} episodes, logits at most {found.logit_difference:.1g} apart ({self.seconds:.0f} s)"
+            f"{self.folder}: {size / 1000:,.0f} kB, agrees with torch on {100 * found.agreement:.2f} % of the queries "
+            f"of {found.episodes} episodes, logits differ by up to {found.logit_difference:.1g} ({self.seconds:.0f} s)"
         )
 
 
@@ -61,10 +61,10 @@ def export(
     episodes: int = 100,
     store: Path | None = None,
 ) -> Report:
-    """Write `learner` as a bundle to `folder`, which appears only if all checks pass, in the place of an older bundle.
+    """Write `learner` as a bundle to `folder`, replacing an older bundle, if all checks pass; else an ExportError.
 
-    The checks take `episodes` episodes of `shape` from the classes in `data`. Features of images that lie in the
-    embedding store `store` are not computed again.
+    The graphs are compared with torch on `episodes` episodes of `shape` from the classes in `data`. Features of images
+    are cached in the embedding store `store`.
     """
     started, folder = time.perf_counter(), Path(folder)
     learner = deepcopy(learner).to("cpu", torch.float32).eval()
@@ -72,9 +72,9 @@ def export(
     if not facts.image.shape == image == data.shape:
         raise ExportError(
             f"the learner takes images {image}, the image rule makes {facts.image.shape} and the data are "
-            f"{data.shape}: they must be one"
+            f"{data.shape}: all three must be equal"
         )
-    with _appearing(folder) as staging:
+    with _replacing(folder) as staging:
         contents = {}
         if learner.backbone.norm in BY_ITSELF:
             contents[EMBED] = _embed(learner, image, store)
@@ -104,33 +104,33 @@ def export(
         )
         for name, content in {**contents, MANIFEST: manifest.to_bytes()}.items():
             (staging / name).write_bytes(content)
-        Bundle.open(staging)  # as a server will
+        Bundle.open(staging)  # validates it as a server does
     return Report(folder, manifest, time.perf_counter() - started)
 
 
 def _embed(learner: Learner, image: tuple[int, int, int], store: Path | None) -> bytes:
-    """The graph that embeds images: traced, or taken from the embedding store if it was traced for this backbone."""
+    """The graph that embeds images: traced, or read from the embedding store if it holds that of this backbone."""
     kind = getattr(learner.backbone, "selected", "")
-    kept = store / f"{backbone_key(learner.backbone)[:24]}-{kind}-{torch.__version__}.onnx" if store else None
-    if kept and kept.is_file():
-        return kept.read_bytes()
+    cached = store / f"{backbone_key(learner.backbone)[:24]}-{kind}-{torch.__version__}.onnx" if store else None
+    if cached and cached.is_file():
+        return cached.read_bytes()
     images = {"images": Spec(("Q", *image))}
     piece = trace(learner, "embed", lambda given: {"features": learner.embed(given["images"])}, images)
     content = _serialised(embed_model(piece), EMBED)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
+    if cached:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(content)
-        unfinished.replace(kept)
+        unfinished.replace(cached)
     return content
 
 
 def _models(
     learner: Learner, image: tuple[int, int, int], scores: Sequence[str]
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, Spec]]:
-    """Adapting and classifying, and the shapes of the state between them; `scores` are asked of a query."""
-    each = (learner.backbone.features,) if learner.takes_features else image
-    episode = {"support": Spec(("S", *each)), "labels": Spec(("S",), _INT), "classes": Spec(("W",), _INT)}
+    """The models that adapt and classify, and the specs of the state; `scores` names the `evidence` to export."""
+    item = (learner.backbone.features,) if learner.takes_features else image
+    episode = {"support": Spec(("S", *item)), "labels": Spec(("S",), _INT64), "classes": Spec(("W",), _INT64)}
     if isinstance(learner, InnerLoop):
         pieces = _inner_loop(learner, episode)
     else:
@@ -140,18 +140,18 @@ def _models(
     classify = trace(
         learner,
         "classify",
-        lambda given: _classified(learner, _only(given, state), given["query"], scores),
-        {**state, "query": Spec(("Q", *each))},
+        lambda given: _classify(learner, _entries(given, state), given["query"], scores),
+        {**state, "query": Spec(("Q", *item))},
     )
     if (logits := classify.outputs["logits"].shape) != ("Q", "W"):
-        raise ExportError(f"classify of {learner.name!r} gives logits {_spelt(logits)}; they must be (Q, W)")
+        raise ExportError(f"classify of {learner.name!r} gives logits {_shape_text(logits)}; they must be (Q, W)")
     used = classify.used()
     models = {ADAPT: adapt_model(**pieces, wanted=used), CLASSIFY: classify_model(classify)}
     return models, {name: spec for name, spec in state.items() if name in used}
 
 
-def _classified(learner: Learner, state: State, query: Tensor, scores: Sequence[str]) -> State:
-    """Logits, the features of images, and of what else the learner says of a query the scores that are asked for."""
+def _classify(learner: Learner, state: State, query: Tensor, scores: Sequence[str]) -> State:
+    """The logits, the features if the query is images, and those of the learner's `evidence` that `scores` names."""
     features = learner.embed(query, state)
     found = {"logits": learner.classify(state, features)}
     if features is not query:
@@ -162,19 +162,19 @@ def _classified(learner: Learner, state: State, query: Tensor, scores: Sequence[
 
 
 def _inner_loop(learner: InnerLoop, episode: Mapping[str, Spec]) -> dict[str, Piece]:
-    """begin, the first step if it has a form of its own, step and finish."""
+    """The traced pieces: begin, the first step if it has a closed form, step, and finish."""
     begin = trace(learner, "begin", lambda given: learner.begin(*_episode(given)), episode)
     state = begin.outputs
     _check_state("begin", learner, state)
     calls: dict[str, Call] = {
-        "step": lambda given: learner.step(_only(given, state), *_episode(given), given["i"]),
-        "finish": lambda given: learner.finish(_only(given, state), *_episode(given)),
+        "step": lambda given: learner.step(_entries(given, state), *_episode(given), given["i"]),
+        "finish": lambda given: learner.finish(_entries(given, state), *_episode(given)),
     }
     if learner.closed_form_start:
-        calls = {"first": lambda given: learner.first(_only(given, state), *_episode(given)), **calls}
+        calls = {"first": lambda given: learner.first(_entries(given, state), *_episode(given)), **calls}
     inputs = {**episode, **state}
     pieces = {
-        name: trace(learner, name, call, {**inputs, "i": Spec((), _INT)} if name == "step" else inputs)
+        name: trace(learner, name, call, {**inputs, "i": Spec((), _INT64)} if name == "step" else inputs)
         for name, call in calls.items()
     }
     for name in pieces.keys() - {"finish"}:
@@ -186,23 +186,23 @@ def _episode(given: State) -> tuple[Tensor, Tensor, Tensor]:
     return given["support"], given["labels"], given["classes"]
 
 
-def _only(given: State, names: Mapping[str, object]) -> State:
+def _entries(given: State, names: Mapping[str, object]) -> State:
     return {name: given[name] for name in names}
 
 
 def _check_state(what: str, learner: Learner, state: Mapping[str, Spec]) -> None:
     whose = f"{what} of {learner.name!r} gives"
     if not state:
-        raise ExportError(f"{whose} an empty state: classify would know nothing of the classes")
+        raise ExportError(f"{whose} an empty state; classify needs to know the classes")
     for name, spec in state.items():
-        if name in _TAKEN:
-            raise ExportError(f"{whose} a tensor named {name!r}, as an input of the graphs is: give it another name")
+        if name in _RESERVED:
+            raise ExportError(f"{whose} a tensor named {name!r}, which the graphs reserve: give it another name")
         if spec.dtype not in _TYPES:
             raise ExportError(f"{whose} {name!r} as {spec.dtype}; a state holds float32 or int64")
         if odd := [size for size in spec.shape if isinstance(size, str) and size not in ("S", "W")]:
             raise ExportError(
-                f"{whose} {name!r} of shape {_spelt(spec.shape)}; a size is a fixed number, the number of ways W or of "
-                f"support images S, and {odd[0]} is none of these. Give the tensor another shape, or more dimensions."
+                f"{whose} {name!r} of shape {_shape_text(spec.shape)}; a size must be constant, the number of ways W "
+                f"or of support images S, and {odd[0]} is not. Give the tensor another shape, or more dimensions."
             )
 
 
@@ -211,17 +211,17 @@ def _check_step(what: str, learner: Learner, begin: Piece, step: Piece) -> None:
     if names := set(before) ^ set(after):
         raise ExportError(
             f"begin and {what} of {learner.name!r} give different states: only one has {', '.join(sorted(names))}. "
-            "A step hands on every tensor, under its name."
+            "A step must return every tensor of the state, under its name."
         )
     for name, spec in before.items():
         if after[name] != spec:
             raise ExportError(
-                f"{what} of {learner.name!r} turns {name!r} from {_spelt(spec.shape)} {spec.dtype} into "
-                f"{_spelt(after[name].shape)} {after[name].dtype}; a step keeps shapes and types"
+                f"{what} of {learner.name!r} changes {name!r} from {_shape_text(spec.shape)} {spec.dtype} to "
+                f"{_shape_text(after[name].shape)} {after[name].dtype}; a step must keep shapes and types"
             )
 
 
-def _spelt(shape: tuple[int | str, ...]) -> str:
+def _shape_text(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
@@ -234,13 +234,13 @@ def _serialised(model: onnx.ModelProto, name: str) -> bytes:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes the place of `folder` if the block ends well, and vanishes if it does not."""
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `folder` if the block succeeds, and is deleted otherwise."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} is in the way: it is no bundle. Remove it, or export to another folder.")
+        raise ExportError(f"{folder} exists and is not a bundle. Remove it, or export to another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         staging = Path(scratch) / "new"
         staging.mkdir()
         yield staging
-        atomic.replace(folder, staging)  # the old one goes with the scratch folder
+        atomic.replace(folder, staging)  # the old one is deleted with the scratch folder

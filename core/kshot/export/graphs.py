@@ -1,4 +1,4 @@
-"""ONNX models out of traced pieces: photos go in as bytes, and the one traced step runs in a Loop."""
+"""Builds ONNX models from traced pieces: images are uint8 inputs, and the traced step runs in a Loop."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TYPES = {
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
 }
-_NO_SIZE = 1 << 40
+_NO_SIZE_LIMIT = 1 << 40
 
 
 def embed_model(embed: Piece) -> onnx.ModelProto:
-    """images in, features out."""
+    """The model that maps uint8 images to features."""
     model = _Model("embed")
-    return model.finish(model.place("embed", embed, model.inputs(embed, "images")), embed.outputs)
+    return model.finish(model.insert("embed", embed, model.inputs(embed, "images")), embed.outputs)
 
 
 def views_model(image: tuple[int, int, int]) -> onnx.ModelProto:
-    """images in, the views of each out: itself and its mirror image."""
+    """The model that maps images to their views (N, 2, C, H, W): each image and its mirror image."""
     size = ", ".join(map(str, image))
     model: onnx.ModelProto = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {OPSET}]>
@@ -53,55 +53,56 @@ def adapt_model(
     first: Piece | None = None,
     wanted: Container[str],
 ) -> onnx.ModelProto:
-    """support, labels and classes in, the wanted state out; with a step also `steps`, the length of its Loop.
+    """The model that maps support, labels and classes (and `steps`, if there is a step) to the `wanted` state.
 
-    A first step of another form runs in a Loop of its own, of length 0 or 1: alone if there is no other, else with the
-    second, so that what both compute of the initial weights is computed once.
+    A `first` step in closed form runs in a separate Loop of length 0 or 1: alone if `steps` is 1, else together with
+    the second step, so that what both compute from the initial weights is computed once.
     """
     model = _Model("adapt")
     given = model.inputs(begin, "support")
-    state = model.place("begin", begin, given)
+    state = model.insert("begin", begin, given)
     specs = begin.outputs
     if step is not None:
         steps = model.input("steps", Spec((), torch.int64))
         start = 0
         if first is not None:
-            only = model.add(ir.node("Cast", [model.add(model.whole("Equal", steps, 1))], {"to": ir.DataType.INT64}))
-            state = model.loop("first", [first], only, given, state, once=True)
-            more = model.add(model.whole("Sub", steps, 1))  # a Loop of length -1 has no iteration
-            both = model.add(model.whole("Min", more, 1))
-            state = model.loop("first_two", [first, step], both, given, state, once=True)
-            start, steps = 2, model.add(model.whole("Sub", steps, 2))
+            is_one = model.add(model.integer_node("Equal", steps, 1))
+            one_step = model.add(ir.node("Cast", [is_one], {"to": ir.DataType.INT64}))
+            state = model.loop("first", [first], one_step, given, state, once=True)
+            further = model.add(model.integer_node("Sub", steps, 1))  # a Loop of length -1 has no iteration
+            two_steps = model.add(model.integer_node("Min", further, 1))
+            state = model.loop("first_two", [first, step], two_steps, given, state, once=True)
+            start, steps = 2, model.add(model.integer_node("Sub", steps, 2))
         state = model.loop("step", [step], steps, given, state, start=start)
     if finish is not None:
-        state = model.place("finish", finish, {**given, **state})
+        state = model.insert("finish", finish, {**given, **state})
         specs = finish.outputs
     return model.finish({name: value for name, value in state.items() if name in wanted}, specs)
 
 
 def classify_model(classify: Piece) -> onnx.ModelProto:
-    """query and the state in; logits out, the query's features where images came in, and scores for unknown."""
+    """The model that maps query and state to logits, the query's features (if it takes images) and evidence scores."""
     model = _Model("classify")
-    outputs = model.place("classify", classify, model.inputs(classify, "query", classify.used()))
+    outputs = model.insert("classify", classify, model.inputs(classify, "query", classify.used()))
     return model.finish(outputs, classify.outputs)
 
 
 class _Model:
-    """A model that grows piece by piece."""
+    """An ONNX model under construction."""
 
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
 
-    def inputs(self, piece: Piece, photos: str, wanted: Container[str] | None = None) -> dict[str, ir.Value]:
-        """Inputs of the model for the wanted of a piece's, of which `photos` takes images or their features."""
-        image = len(piece.inputs[photos].shape) > 2
-        first = self.input(photos, Spec(piece.inputs[photos].shape, torch.uint8 if image else torch.float32))
+    def inputs(self, piece: Piece, images: str, wanted: Container[str] | None = None) -> dict[str, ir.Value]:
+        """Add the piece's `wanted` inputs to the model; the input named `images` takes uint8 images or features."""
+        is_image = len(piece.inputs[images].shape) > 2
+        first = self.input(images, Spec(piece.inputs[images].shape, torch.uint8 if is_image else torch.float32))
         others = {
             name: self.input(name, spec)
             for name, spec in piece.inputs.items()
-            if name != photos and (wanted is None or name in wanted)
+            if name != images and (wanted is None or name in wanted)
         }
-        return {photos: self.scaled(first) if image else first, **others}
+        return {images: self.scaled(first) if is_image else first, **others}
 
     def input(self, name: str, spec: Spec) -> ir.Value:
         value = _value(name, spec)
@@ -109,17 +110,17 @@ class _Model:
         return value
 
     def scaled(self, images: ir.Value) -> ir.Value:
-        """Bytes as floats in 0..1, by the very division that made the training images."""
+        """uint8 images as float32 in 0..1, by the same division as in training."""
         floats = ir.node("Cast", [images], {"to": ir.DataType.FLOAT})
-        scaled = ir.node("Div", [floats.outputs[0], self.constant("most", 255.0)])
+        scaled = ir.node("Div", [floats.outputs[0], self.constant("max", 255.0)])
         for name, node in (("as_floats", floats), ("in_0_to_1", scaled)):
             node.outputs[0].name = name
             self.add(node)
         return scaled.outputs[0]
 
-    def place(self, name: str, piece: Piece, given: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-        """Add a piece, fed with `given`; its outputs."""
-        nodes, outputs = self._take(name, piece, given)
+    def insert(self, name: str, piece: Piece, given: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+        """Add a piece with the inputs `given`, and return its outputs."""
+        nodes, outputs = self._copy(name, piece, given)
         self.graph.extend(nodes)
         return outputs
 
@@ -127,8 +128,8 @@ class _Model:
         self.graph.append(node)
         return node.outputs[0]
 
-    def whole(self, operation: str, value: ir.Value, number: int) -> ir.Node:
-        """An operation on a whole number and a constant one."""
+    def integer_node(self, operation: str, value: ir.Value, number: int) -> ir.Node:
+        """A node with an integer value and an integer constant as inputs."""
         node = ir.node(operation, [value, self.constant(str(number), number)])
         node.outputs[0].name = f"{value.name}/{operation}/{number}"
         return node
@@ -149,10 +150,11 @@ class _Model:
         start: int = 0,
         once: bool = False,
     ) -> dict[str, ir.Value]:
-        """Add a Loop of `times` turns through `pieces`, each of which maps a state to the next; the last state.
+        """Add a Loop of `times` iterations of `pieces`, each of which maps a state to the next; return the last state.
 
-        Steps are numbered from `start`. Tensors that no step changes are captured from outside the Loop, as are the
-        support set and the weights; in a Loop of one turn at most, `once`, all are, so that weights stay constants.
+        Steps are numbered from `start`. Tensors that no step changes, the support set and the weights are captured
+        from outside the Loop; in a Loop of at most one iteration (`once`) the whole state is, so that weights are
+        constants.
         """
         specs = pieces[0].outputs
         changed = [key for key in specs if any(key not in piece.unchanged for piece in pieces)]
@@ -161,8 +163,8 @@ class _Model:
         now = dict(state) if once else {**state, **carried}
         nodes: list[ir.Node] = []
         for at, piece in enumerate(pieces, start):
-            nodes.append(shifted := self.whole("Add", turn, at))
-            taken, outputs = self._take(f"{name}/body/{at}", piece, {**given, **now, "i": shifted.outputs[0]})
+            nodes.append(shifted := self.integer_node("Add", turn, at))
+            taken, outputs = self._copy(f"{name}/body/{at}", piece, {**given, **now, "i": shifted.outputs[0]})
             nodes += taken
             now |= {key: value for key, value in outputs.items() if key not in piece.unchanged}
         still = ir.node("Identity", [go_on])
@@ -180,7 +182,7 @@ class _Model:
         return {**state, **dict(zip(changed, loop.outputs, strict=True))}
 
     def finish(self, outputs: Mapping[str, ir.Value], specs: Mapping[str, Spec]) -> onnx.ModelProto:
-        """The model with these outputs, valid to the checker; an error of onnx if it is not."""
+        """The model with these outputs, simplified; raises onnx's error if it is not valid."""
         for name, value in outputs.items():
             node = ir.node("Identity", [value], name=name)
             self.graph.append(node)
@@ -189,19 +191,19 @@ class _Model:
             self.graph.outputs.append(node.outputs[0])
         model = ir.Model(self.graph, ir_version=10, producer_name="kshot")
         common = ir.passes.common
-        common.DeduplicateInitializersPass(size_limit=_NO_SIZE)(model)
+        common.DeduplicateInitializersPass(size_limit=_NO_SIZE_LIMIT)(model)
         common.IdentityEliminationPass()(model)
-        for graph in model.graphs():  # the pass leaves subgraphs out
+        for graph in model.graphs():  # the pass does not enter subgraphs
             common.CommonSubexpressionEliminationPass()(ir.Model(graph, ir_version=10))
         common.RemoveUnusedNodesPass()(model)
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
         return proto
 
-    def _take(
+    def _copy(
         self, prefix: str, piece: Piece, given: Mapping[str, ir.Value]
     ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
-        """A piece's nodes and outputs, fed with `given`; its weights come here, and names are made unique."""
+        """Nodes and outputs of a copy of a piece with the inputs `given`; its weights are added to this graph."""
         source = piece.graph.clone()
         outputs = dict(zip(piece.outputs, list(source.outputs), strict=True))
         nodes = list(source)
@@ -209,7 +211,7 @@ class _Model:
         source.remove(nodes)
         for value in list(source.inputs):
             assert value.name is not None
-            if value.name not in given:  # nothing uses it
+            if value.name not in given:  # an unused input
                 continue
             ir.convenience.replace_all_uses_with(value, given[value.name])
         for value in list(source.initializers.values()):
@@ -220,8 +222,8 @@ class _Model:
         for node in nodes:
             node.name = f"{prefix}/{node.name}"
             for value in node.outputs:
-                value.name = f"{prefix}/{value.name}:0"  # a weight may be named like an operation, say `mean`
-                value.shape = value.type = None  # in the exporter's names for sizes; onnxruntime infers its own
+                value.name = f"{prefix}/{value.name}:0"  # a weight may have an operation's name, such as `mean`
+                value.shape = value.type = None  # they use the exporter's names for sizes; onnxruntime infers them
         return nodes, outputs
 
 

@@ -1,9 +1,9 @@
-"""The backward pass in ops that ONNX has: what autograd emits for common layers, rewritten for the exporter.
+"""Decompositions of backward ops, such as those of convolutions and poolings, into ops that ONNX has.
 
-Forward ops are left to the exporter. An op that is missing here makes the export fail by that op's name.
+The exporter translates forward ops itself. If a backward op is missing here, the export fails and names that op.
 """
 
-# No lazy annotations here: the exporter reads the types of TRANSLATIONS off the functions themselves.
+# No `from __future__ import annotations`: the exporter reads the type annotations of the functions in TRANSLATIONS.
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
@@ -15,16 +15,16 @@ from onnxscript import opset20 as op
 from torch import Tensor
 from torch._decomp import decomposition_table, get_decompositions
 
-import kshot.recurrence  # noqa: F401  (it registers the operation that is translated below)
+import kshot.recurrence  # noqa: F401  (registers the operation that is translated below)
 
 aten = torch.ops.aten
 
-_FEW = 8  # channels
+_JOINED_CHANNELS = 8  # largest number for which _weight_gradient computes one product over all kernel positions
 
 
 @cache
 def backward_ops() -> dict[Any, Callable[..., Any]]:
-    """The table for `make_fx`: torch's decompositions of backward ops, and ours where torch has none that exports."""
+    """The table for `make_fx`: torch's decompositions of backward ops, and ours where torch's cannot be exported."""
     table = {o: f for o, f in decomposition_table.items() if "backward" in str(o)}
     table |= get_decompositions([aten.nll_loss_forward, aten.native_group_norm])
     table |= {
@@ -56,7 +56,7 @@ def _convolution_backward(
     if wanted[0] and transposed:
         to_x = aten.convolution(grad, weight, None, stride, padding, dilation, False, [0, 0], groups)
     elif wanted[0] and groups == 1 and list(stride) == [1, 1] and padding[0] < kernel[0] and padding[1] < kernel[1]:
-        # A convolution too, which onnxruntime lays out for speed where the weights are constants.
+        # As a plain convolution, which onnxruntime optimises if the weights are constants.
         around = [dilation[d] * (kernel[d] - 1) - padding[d] for d in range(2)]
         flipped = weight.transpose(0, 1).flip(2, 3)
         to_x = aten.convolution(grad, flipped, None, stride, around, dilation, False, [0, 0], groups)
@@ -83,12 +83,12 @@ def _weight_gradient(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """A product of two matrices for each position in the kernel: gradients, and the pixels that it was laid on.
+    """The gradient of the kernel: for each kernel position, the product of the gradients and its input pixels.
 
-    Few channels go in one product over all positions, which would each read the gradient again.
+    With few channels one product covers all positions, so that the gradients are read once.
     """
     (out, height, width), inner = grad.shape[1:], x.shape[1]
-    x = x.permute(0, 2, 3, 1)  # (N, H, W, in): with channels last, slices need no copy to become matrices
+    x = x.permute(0, 2, 3, 1)  # (N, H, W, in): with channels last, slices reshape to matrices without a copy
     if any(padding):
         x = aten.constant_pad_nd(x, [0, 0, padding[1], padding[1], padding[0], padding[0]])
     rows = grad.permute(1, 0, 2, 3).reshape(out, -1)  # (out, N * h * w)
@@ -100,7 +100,7 @@ def _weight_gradient(
         ].reshape(-1, *((groups, inner // groups) if groups > 1 else (inner,)))  # (N * h * w, in)
         for i, j in product(range(kernel[0]), range(kernel[1]))
     ]
-    if inner // groups <= _FEW:
+    if inner // groups <= _JOINED_CHANNELS:
         pixels = [torch.cat(pixels, -1)]
     if groups > 1:
         rows = rows.unflatten(0, (groups, -1))
@@ -120,7 +120,7 @@ def _max_pool2d_backward(
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
-    """Send each gradient (N, C, h, w) back to the first pixel that won its window."""
+    """Add each gradient (N, C, h, w) to the first pixel with the maximum of its window."""
     kernel, stride, dilation = _pair(kernel), _pair(stride or kernel), _pair(dilation)
     if kernel == stride and dilation == [1, 1] and not any(padding) and not ceil_mode:
         return _unpooled(grad, x, aten.max_pool2d_with_indices(x, kernel, stride)[0], kernel)
@@ -133,19 +133,19 @@ def _max_pool2d_backward(
 
 
 def _unpooled(grad: Tensor, x: Tensor, pooled: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The gradient of x (N, C, H, W) where windows tile it: by slices, since MaxPool is slow when it gives indices.
+    """The gradient of x (N, C, H, W) if windows do not overlap: by slices, since MaxPool with indices is slow.
 
-    With the channels last, in which slices and their interleaving are copies of whole pixels.
+    Computed with channels last, so that slices copy whole pixels.
     """
     (height, width), (down, across) = x.shape[2:], kernel
-    whole = [grad.shape[2] * down, grad.shape[3] * across]  # pixels in windows
+    whole = [grad.shape[2] * down, grad.shape[3] * across]  # size of the area that windows cover
     grad, x, pooled = (maps.permute(0, 2, 3, 1) for maps in (grad, x, pooled))
     rows = []
     for i in range(down):
         row = []
         for j in range(across):
             won = x[:, i : whole[0] : down, j : whole[1] : across] == pooled  # (N, h, w, C)
-            row.append(grad * won.to(grad.dtype))  # which takes a third of the time of Where
+            row.append(grad * won.to(grad.dtype))  # three times as fast as Where
             grad = grad - row[-1]
         rows.append(torch.stack(row, 3).flatten(2, 3))  # (N, h, W, C)
     spread = torch.stack(rows, 2).flatten(1, 2)  # (N, H, W, C)
@@ -164,10 +164,10 @@ def _avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    """Spread each gradient evenly over its window: a transposed convolution with a constant kernel."""
+    """Distribute each gradient evenly over its window, by a transposed convolution with a constant kernel."""
     kernel, padding = _pair(kernel), _pair(padding)
     if ceil_mode or (any(padding) and not count_include_pad):
-        raise NotImplementedError("avg_pool2d has no exportable gradient with ceil_mode or uncounted padding")
+        raise NotImplementedError("avg_pool2d has no exportable gradient with ceil_mode or count_include_pad=False")
     channels, area = x.shape[1], divisor_override or kernel[0] * kernel[1]
     share = torch.full((channels, 1, *kernel), 1 / area, dtype=grad.dtype, device=grad.device)
     stride = _pair(stride) if stride else kernel
@@ -189,7 +189,7 @@ def _max_pool2d_with_indices(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> tuple[FLOAT, INT64]:
-    """MaxPool. ONNX numbers the winners over the whole batch, torch within each plane."""
+    """MaxPool. ONNX counts indices over the whole batch, torch within each plane (H, W)."""
     padding = _pair(padding)
     values, winners = op.MaxPool(
         x,
@@ -199,14 +199,15 @@ def _max_pool2d_with_indices(
         dilations=_pair(dilation),
         ceil_mode=int(ceil_mode),
     )
-    plane = int(x.shape[2]) * int(x.shape[3])  # images have one size
+    plane = int(x.shape[2]) * int(x.shape[3])  # constant: images have a fixed size
     return values, op.Mod(winners, op.Constant(value_int=plane))
 
 
 def _bidirectional_lstm(items: FLOAT, weights: Sequence[FLOAT]) -> FLOAT:
-    """LSTM. ONNX has the gates in another order, an axis for the two directions, and one for a batch, here of one."""
+    """LSTM. In ONNX there are axes for the two directions and the batch (of 1)."""
     hidden = int(weights[1].shape[1])
-    rows = [*range(hidden), *range(3 * hidden, 4 * hidden), *range(hidden, 3 * hidden)]  # i, f, g, o as i, o, f, g
+    # torch orders the gates i, f, g, o; ONNX i, o, f, g
+    rows = [*range(hidden), *range(3 * hidden, 4 * hidden), *range(hidden, 3 * hidden)]
     first, second = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
 
     def both(forward: FLOAT, backward: FLOAT) -> FLOAT:
@@ -215,12 +216,12 @@ def _bidirectional_lstm(items: FLOAT, weights: Sequence[FLOAT]) -> FLOAT:
 
     x, h, x_bias, h_bias = (both(forward, backward) for forward, backward in zip(weights[:4], weights[4:], strict=True))
     bias = op.Concat(x_bias, h_bias, axis=1)
-    read, _, _ = op.LSTM(op.Unsqueeze(items, second), x, h, bias, direction="bidirectional", hidden_size=hidden)
-    return op.Reshape(read, op.Constant(value_ints=[0, -1]))  # from (S, 2, 1, hidden)
+    outputs, _, _ = op.LSTM(op.Unsqueeze(items, second), x, h, bias, direction="bidirectional", hidden_size=hidden)
+    return op.Reshape(outputs, op.Constant(value_ints=[0, -1]))  # from (S, 2, 1, hidden)
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.max_pool2d_with_indices.default: _max_pool2d_with_indices,
     torch.ops.kshot.bidirectional_lstm.default: _bidirectional_lstm,
 }
-"""How the exporter is to write forward ops that it gets wrong, or slow, by itself."""
+"""Translations of forward ops that the exporter lacks, or translates wrongly or inefficiently."""

@@ -1,7 +1,7 @@
-"""Do the graphs do what torch does? The checks that a bundle has passed before it is called one.
+"""Compares the graphs of a bundle with torch; an export fails unless they agree.
 
-Gradient descent amplifies rounding: two right answers in float32 can end far apart, for torch as for ONNX. So both are
-compared with torch in float64, over several episodes, and the graphs must come as near to it as torch's own float32.
+Gradient descent amplifies rounding, so correct float32 results can differ much. Both torch in float32 and the graphs
+are therefore compared with torch in float64, over several episodes; their errors must be of the same size.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from kshot.learner import InnerLoop, Learner, State
 from kshot_runtime.bundle import Graphs
 from kshot_runtime.manifest import BundleError, Parity
 
-AGREEMENT = 0.999  # share of queries that torch and the graphs must put into the same class
-PRECISE = 1e-5  # as near to float64 as float32 need come, relative to the scale
-SLACK = 10  # how many times further from float64 than torch's own float32 is still its like
-COMPARED = 12  # episodes compared with float64; their median is judged
-EMBEDDED = 12  # images whose features are compared with float64
-MOST_IMAGES = 1000  # of those that episodes are drawn from where the graphs embed each by itself: it bounds the time
-GROSS = 1e-3  # a size that was baked in shows as more than this
+MIN_AGREEMENT = 0.999  # share of queries for which torch and the graphs must predict the same class
+FLOAT32_ERROR = 1e-5  # error against float64, relative to the scale, that is always allowed
+MAX_ERROR_RATIO = 10  # largest allowed ratio of the graphs' error to that of torch in float32
+PRECISION_EPISODES = 12  # episodes compared with float64; their median error counts
+PRECISION_IMAGES = 12  # images whose features are compared with float64
+MAX_IMAGES = 1000  # images to draw episodes from if the graphs embed images separately; it bounds the time
+GROSS_ERROR = 1e-3  # a wrong graph, such as one with a constant in place of a size, differs by more than this
 
-# Support images of each class, queries, steps: sizes other than the traced ones, uneven, smallest and large.
+# Support images of each class, queries, inner steps: uneven, smallest and large, and not those of tracing.
 SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
     ((1,), 1, 1),
     ((1, 3), 1, 0),
@@ -46,7 +46,7 @@ SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
 
 @dataclass(frozen=True)
 class Problem:
-    """Something to adapt to and to classify: images in bytes, or features."""
+    """An episode as arrays: uint8 images, or features."""
 
     support: np.ndarray  # (S, C, H, W) uint8, or (S, D) float32
     labels: np.ndarray  # (S,)
@@ -61,7 +61,7 @@ class Problem:
 
     @property
     def shots(self) -> float:
-        """Images of a class, on average."""
+        """Mean number of support images of a class."""
         return len(self.labels) / len(self.classes)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,23 +73,24 @@ class Problem:
 
 
 Answer = tuple[State, Tensor]
-"""What a problem gave: the state, and the logits (Q, W)."""
+"""The results for a problem: the state, and the logits (Q, W)."""
 
 
 def check_learner(learner: Learner, images: ClassImages, shape: Shape, *, seed: int) -> None:
-    """Refuse a learner that changes while it adapts or classifies, or answers by chance."""
+    """An ExportError if the learner changes while it adapts or classifies, or is not deterministic."""
     problem = Problem.of(sample_episodes(images, shape, 1, seed=seed, step=0, stream="test")[0])
     before = {name: tensor.clone() for name, tensor in tensors(learner).items()}
-    state, logits = _torch(learner, problem)
-    again, logits_again = _torch(learner, problem)
+    state, logits = _run_torch(learner, problem)
+    again, logits_again = _run_torch(learner, problem)
     after = tensors(learner)
     if changed := [name for name in after if name not in before or not torch.equal(before[name], after[name])]:
         raise ExportError(
-            f"{learner.name!r} changes {_some(changed)} while it adapts or classifies, and a graph remembers nothing. "
-            "Put what adapting learns into the state (for statistics of the support set, the norm 'support' does it)."
+            f"{learner.name!r} changes {_listed(changed)} while it adapts or classifies; a graph has no memory. "
+            "Return what adapting learns in the state (norm 'support' does so for statistics of the support set)."
         )
-    if _difference(logits, logits_again) > GROSS or any(_difference(state[n], again[n]) > GROSS for n in state):
-        raise ExportError(f"{learner.name!r} gives another answer each time. Draw nothing at random while adapting.")
+    pairs = (logits, logits_again), *((state[name], again[name]) for name in state)
+    if any(_difference(*pair) > GROSS_ERROR for pair in pairs):
+        raise ExportError(f"{learner.name!r} gives other results each time. Use no random numbers while adapting.")
     if logits.shape != (expected := (len(problem.query), len(problem.classes))):
         raise ExportError(f"classify of {learner.name!r} gives {tuple(logits.shape)}; (Q, W) is {expected} here")
 
@@ -104,108 +105,111 @@ def compare(
     episodes: int = 100,
     store: Path | None = None,
 ) -> Parity:
-    """Run both on the same episodes; the figures, or an ExportError that says which check failed."""
+    """Run torch and the graphs on the same episodes; the comparison, or an ExportError that names the failed check."""
     _check_weights(learner)
     precise, backbone = deepcopy(learner).double(), learner.backbone
     served = Served(graphs, backbone.image, backbone.features, backbone.norm, partial(_steps, learner))
-    theirs = images
+    served_images = images
     if isinstance(images, ClassFeatures):
         _check_embed(learner, precise, graphs, images.images)
-        images = images.limited(max(shape.shots + shape.queries, MOST_IMAGES // len(images)))
+        images = images.limited(max(shape.shots + shape.queries, MAX_IMAGES // len(images)))
         images = images.with_protocol("random photos")
         served.backbone.mirrors = backbone.mirrors
-        theirs = ClassFeatures(images, served.backbone, store)
+        served_images = ClassFeatures(images, served.backbone, store)
     check_learner(learner, images, shape, seed=seed)
     _check_sizes(learner, precise, graphs, images, seed=seed)
-    batch = sample_episodes(images, shape, COMPARED, seed=seed, step=0, stream="test")
+    batch = sample_episodes(images, shape, PRECISION_EPISODES, seed=seed, step=0, stream="test")
     problems = [Problem.of(episode) for episode in batch]
-    one, torch_one = _precision("the state after one step", learner, precise, graphs, problems, 1, _state_difference)
-    all_, torch_all = _precision("the logits", learner, precise, graphs, problems, None, _logit_difference)
-    right, torch_right, agreed, furthest = [], [], [], 0.0
-    both = (answers(who, given, shape, episodes, seed=seed) for who, given in ((learner, images), (served, theirs)))
-    for (episode, logits), (_, found) in zip(*both, strict=True):
-        _check_finite(learner, found, logits)
-        furthest = max(furthest, float((found - logits).abs().max()))
-        ours, torchs = found.argmax(1), logits.argmax(1)
-        right.append(float((ours == episode.query_labels).double().mean()))
-        torch_right.append(float((torchs == episode.query_labels).double().mean()))
-        same = ours == torchs
-        if not same.all():  # of two answers that rounding parts, the one that float64 gives is no disagreement
-            same |= ours == _torch(precise, Problem.of(episode))[1].argmax(1)
+    step_error, torch_step_error = _precision(
+        "the state after one step", learner, precise, graphs, problems, 1, _state_difference
+    )
+    error, torch_error = _precision("the logits", learner, precise, graphs, problems, None, _logit_difference)
+    right, torch_right, agreed, logit_difference = [], [], [], 0.0
+    pairs = ((learner, images), (served, served_images))
+    both = (answers(one, given, shape, episodes, seed=seed) for one, given in pairs)
+    for (episode, torch_logits), (_, logits) in zip(*both, strict=True):
+        _check_finite(learner, logits, torch_logits)
+        logit_difference = max(logit_difference, float((logits - torch_logits).abs().max()))
+        predicted, torch_predicted = logits.argmax(1), torch_logits.argmax(1)
+        right.append(float((predicted == episode.query_labels).double().mean()))
+        torch_right.append(float((torch_predicted == episode.query_labels).double().mean()))
+        same = predicted == torch_predicted
+        if not same.all():  # agreeing with float64 counts too: then float32 torch is off by rounding
+            same |= predicted == _run_torch(precise, Problem.of(episode))[1].argmax(1)
         agreed.append(float(same.double().mean()))
     parity = Parity(
         episodes=episodes,
         accuracy=float(np.mean(right)),
         torch_accuracy=float(np.mean(torch_right)),
         agreement=float(np.mean(agreed)),
-        logit_difference=furthest,
-        step_difference=one,
-        torch_step_difference=torch_one,
-        float64_difference=all_,
-        torch_float64_difference=torch_all,
+        logit_difference=logit_difference,
+        step_difference=step_error,
+        torch_step_difference=torch_step_error,
+        float64_difference=error,
+        torch_float64_difference=torch_error,
     )
-    if parity.agreement < AGREEMENT:
+    if parity.agreement < MIN_AGREEMENT:
         raise ExportError(
             f"the graphs of {learner.name!r} agree with torch on {100 * parity.agreement:.2f} % of the queries of "
-            f"{episodes} episodes ({shape}); {100 * AGREEMENT} % are needed. Accuracy {100 * parity.accuracy:.2f} % "
-            f"against {100 * parity.torch_accuracy:.2f} %, logits up to {furthest:.2g} apart; from float64 the "
-            f"graphs are {all_:.1g} away and torch's float32 {torch_all:.1g}. If those two are alike, the "
-            "inner loop amplifies rounding: use fewer steps or a lower rate."
+            f"{episodes} episodes ({shape}), less than {100 * MIN_AGREEMENT} %. Accuracy {100 * parity.accuracy:.2f} % "
+            f"against {100 * parity.torch_accuracy:.2f} %, logits differ by up to {logit_difference:.2g}; the error "
+            f"against float64 is {error:.1g}, and that of torch in float32 {torch_error:.1g}. If these are similar, "
+            "the inner loop amplifies rounding: use fewer steps or a lower rate."
         )
     return parity
 
 
 def _check_weights(learner: Learner) -> None:
     if bad := [name for name, tensor in tensors(learner).items() if not tensor.isfinite().all()]:
-        raise ExportError(f"{learner.name!r} holds NaN or infinity in {_some(bad)}: it has not been trained well")
+        raise ExportError(f"{learner.name!r} has NaN or infinity in {_listed(bad)}: its training diverged")
 
 
 def _check_embed(learner: Learner, precise: Learner, graphs: Graphs, images: ClassImages) -> None:
-    """The features of some images, against float64; and of one alone, since the graph must take any number."""
-    classes = np.linspace(0, len(images) - 1, EMBEDDED).astype(int)
-    pixels = images.gather(classes, np.arange(EMBEDDED) % images.counts[classes])
+    """Compare the features of some images with float64, one of them embedded alone."""
+    classes = np.linspace(0, len(images) - 1, PRECISION_IMAGES).astype(int)
+    pixels = images.gather(classes, np.arange(PRECISION_IMAGES) % images.counts[classes])
     floats = torch.from_numpy(pixels) / 255
     with torch.no_grad():
-        exact, single = precise.embed(floats.double()), learner.embed(floats)
+        exact, float32 = precise.embed(floats.double()), learner.embed(floats)
     found = np.concatenate([graphs.embed(pixels[:1]), graphs.embed(pixels[1:])])
-    error, rounding = _difference(torch.from_numpy(found), exact), _difference(single, exact)
-    if not error <= max(GROSS, SLACK * rounding):
+    error, torch_error = _difference(torch.from_numpy(found), exact), _difference(float32, exact)
+    if not error <= max(GROSS_ERROR, MAX_ERROR_RATIO * torch_error):
         raise ExportError(
-            f"embed of {learner.name!r}: the graph's features are {error:.2g} away from float64, and torch's own "
-            f"float32 {rounding:.2g}. The export of some operation of the backbone is inexact or wrong."
+            f"embed of {learner.name!r}: the graph's features differ from float64 by {error:.2g}, torch's in float32 "
+            f"by {torch_error:.2g}. The export of some operation of the backbone is inexact or wrong."
         )
 
 
 def _check_sizes(learner: Learner, precise: Learner, graphs: Graphs, images: ClassImages, *, seed: int) -> None:
-    """Other numbers of images, classes, queries and steps than the traced ones, each by the best of three draws."""
+    """Compare on other numbers of images, classes, queries and steps than traced; the best of three draws counts."""
     for counts, queries, steps in SIZES:
         what = f"{sum(counts)} support images of {len(counts)} classes, {queries} queries and {steps} steps"
-        nearest = np.inf
-        for attempt in range(3):  # a decision that flips on rounding does so once; a wrong graph is always wrong
+        smallest = np.inf
+        for attempt in range(3):  # rounding may flip a decision in one draw; a wrong graph is wrong in all
             problem = _draw(images, counts, queries, np.random.default_rng([seed, attempt, len(counts)]))
-            exact, single = _torch(precise, problem, steps), _torch(learner, problem, steps)
+            exact, float32 = _run_torch(precise, problem, steps), _run_torch(learner, problem, steps)
             try:
-                found = _graphs(graphs, problem, steps)
+                found = _run_graphs(graphs, problem, steps)
             except BundleError as failure:
                 raise ExportError(
-                    f"the graphs of {learner.name!r} do not run for {what}: the code holds for some sizes only. "
+                    f"the graphs of {learner.name!r} do not run for {what}: the code works for some sizes only. "
                     f"Classes may have different numbers of images, in any order. {str(failure)[:300]}"
                 ) from None
             if [tuple(t.shape) for t in (*found[0].values(), found[1])] != [
-                tuple(t.shape) for t in (*(single[0][name] for name in found[0]), single[1])
+                tuple(t.shape) for t in (*(float32[0][name] for name in found[0]), float32[1])
             ]:
-                nearest = np.inf
+                smallest = np.inf
                 continue
-            _check_finite(learner, found[1], single[1])
+            _check_finite(learner, found[1], float32[1])
             error = max(_state_difference(found, exact), _logit_difference(found, exact))
-            rounding = max(_state_difference(single, exact), _logit_difference(single, exact))
-            nearest = min(nearest, error)
-            if error <= max(GROSS, SLACK * rounding):
+            torch_error = max(_state_difference(float32, exact), _logit_difference(float32, exact))
+            smallest = min(smallest, error)
+            if error <= max(GROSS_ERROR, MAX_ERROR_RATIO * torch_error):
                 break
         else:
             raise ExportError(
-                f"the graphs of {learner.name!r} are wrong for {what}: {nearest:.2g} away from torch. The code takes "
-                "another way there than for the sizes at which it was traced; keep `if` and `int()` off sizes."
+                f"the graphs of {learner.name!r} are wrong for {what}: they differ from torch by {smallest:.2g}. The "
+                "code does something else for these sizes than for the traced ones; use no `if` or `int()` on sizes."
             )
 
 
@@ -218,24 +222,24 @@ def _precision(
     steps: int | None,
     difference: Callable[[Answer, Answer], float],
 ) -> tuple[float, float]:
-    """Median distance from float64 over the problems: of the graphs, and of torch's float32."""
-    ours, torchs = [], []
+    """Median differences from float64 over the problems: those of the graphs, and of torch in float32."""
+    errors, torch_errors = [], []
     for problem in problems:
-        exact = _torch(precise, problem, steps)
+        exact = _run_torch(precise, problem, steps)
         taken = _steps(learner, problem.shots) if steps is None else steps
-        ours.append(difference(_graphs(graphs, problem, taken), exact))
-        torchs.append(difference(_torch(learner, problem, steps), exact))
-    distance, rounding = float(np.median(ours)), float(np.median(torchs))
-    if not distance <= max(PRECISE, SLACK * rounding):
+        errors.append(difference(_run_graphs(graphs, problem, taken), exact))
+        torch_errors.append(difference(_run_torch(learner, problem, steps), exact))
+    error, torch_error = float(np.median(errors)), float(np.median(torch_errors))
+    if not error <= max(FLOAT32_ERROR, MAX_ERROR_RATIO * torch_error):
         raise ExportError(
-            f"{what} of {learner.name!r}: the graphs are {distance:.2g} away from float64 (median of {len(problems)} "
-            f"episodes), and torch's own float32 {rounding:.2g}. The export of some operation is inexact or wrong."
+            f"{what} of {learner.name!r}: the graphs differ from float64 by {error:.2g} (median of {len(problems)} "
+            f"episodes), torch in float32 by {torch_error:.2g}. The export of some operation is inexact or wrong."
         )
-    return distance, rounding
+    return error, torch_error
 
 
 @torch.no_grad()
-def _torch(learner: Learner, problem: Problem, steps: int | None = None) -> Answer:
+def _run_torch(learner: Learner, problem: Problem, steps: int | None = None) -> Answer:
     dtype = next((p.dtype for p in learner.parameters()), torch.float32)
     support, labels, classes, query = problem.tensors(dtype)
     try:
@@ -249,11 +253,11 @@ def _torch(learner: Learner, problem: Problem, steps: int | None = None) -> Answ
             raise
         raise ExportError(
             f"{learner.name!r} does not run in float64, with which the graphs are compared: {error}. "
-            "Make constants like the data: x.new_zeros(...), value.to(x.dtype)."
+            "Give constants the dtype of the data: x.new_zeros(...), value.to(x.dtype)."
         ) from error
 
 
-def _graphs(graphs: Graphs, problem: Problem, steps: int | None) -> Answer:
+def _run_graphs(graphs: Graphs, problem: Problem, steps: int | None) -> Answer:
     state = graphs.adapt(problem.support, problem.labels, problem.classes, steps)
     logits = graphs.logits(state, problem.query)
     return {name: torch.from_numpy(value) for name, value in state.items()}, torch.from_numpy(logits)
@@ -264,7 +268,7 @@ def _steps(learner: Learner, shots: float) -> int | None:
 
 
 def _draw(images: ClassImages, counts: tuple[int, ...], queries: int, random: np.random.Generator) -> Problem:
-    """Any images under any labels: ids far from 0..W-1, mixed, and a different number of images for each."""
+    """A problem of random images with random labels: class ids other than 0..W-1, each with `counts` images."""
     total = sum(counts) + queries
     which = random.integers(len(images), size=total)
     pixels = images.gather(which, random.integers(images.counts[which]))  # (S + Q, C, H, W)
@@ -274,7 +278,7 @@ def _draw(images: ClassImages, counts: tuple[int, ...], queries: int, random: np
 
 
 def _state_difference(a: Answer, b: Answer) -> float:
-    return max(_difference(value, b[0][name]) for name, value in a[0].items())  # the graphs hand on what is used
+    return max(_difference(value, b[0][name]) for name, value in a[0].items())  # the graphs return only what is used
 
 
 def _logit_difference(a: Answer, b: Answer) -> float:
@@ -282,17 +286,17 @@ def _logit_difference(a: Answer, b: Answer) -> float:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two entries, relative to the largest of b where that is over 1."""
+    """The largest absolute difference, divided by the largest absolute value of b if that is over 1."""
     if not b.numel():
         return 0.0
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1))
 
 
 def _check_finite(learner: Learner, found: Tensor, expected: Tensor) -> None:
-    for who, logits in (("torch", expected), ("the graphs", found)):
+    for where, logits in (("torch", expected), ("the graphs", found)):
         if not logits.isfinite().all():
-            raise ExportError(f"{learner.name!r} gives NaN or infinity for some queries, in {who}")
+            raise ExportError(f"{learner.name!r} gives NaN or infinity for some queries, in {where}")
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

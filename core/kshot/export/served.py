@@ -1,4 +1,4 @@
-"""A bundle's graphs as a learner: evaluated and compared by the same code, on the same episodes, as torch's."""
+"""A learner that runs the graphs of a bundle, for comparing them with torch on the same episodes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kshot.norms import Norm
 from kshot_runtime.bundle import Graphs
 
 StepsFor = Callable[[float], int | None]
-"""Inner steps for so many images of each class; none for a learner that takes none."""
+"""Maps shots to the number of inner steps; None for a learner without inner steps."""
 
 
 class Served(Learner):
-    """Adapts and classifies by ONNX graphs, which take the bytes that images were made of."""
+    """A learner that adapts and classifies by ONNX graphs, which take images as uint8."""
 
     name = "served"
 
@@ -45,14 +45,14 @@ class _Embedding(Backbone):
     def __init__(self, graphs: Graphs, image: tuple[int, int, int], features: int, norm: Norm) -> None:
         super().__init__(image, BackboneConfig(norm=norm))
         self.graphs, self.features = graphs, features
-        self.register_buffer("digest", torch.tensor(list(graphs.digest), dtype=torch.uint8))  # tells it from others
+        self.register_buffer("digest", torch.tensor(list(graphs.digest), dtype=torch.uint8))  # part of its backbone_key
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.graphs.embed(to_bytes(images)))
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """Images in 0..1 as the bytes that they were made of, uint8 (N, C, H, W); features (N, D) as they are."""
+    """Images in 0..1 as uint8 (N, C, H, W), inverting `as_floats`; features (N, D) unchanged."""
     if images.dim() == 2:
         return images.numpy()
     pixels: np.ndarray = (images * 255).round().to(torch.uint8).contiguous().numpy()

@@ -1,6 +1,6 @@
-"""One call of a learner as an ONNX graph whose sizes stay free: traced on tensors without data, gradients and all.
+"""Traces one call of a learner, gradients included, on fake tensors, as an ONNX graph with dynamic sizes.
 
-The only module that touches what torch and onnxscript do not promise to keep; both are pinned, and move together.
+The only module that uses unstable interfaces of torch and onnxscript; both are pinned, and upgraded together.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from kshot_runtime.errors import KshotError
 
 OPSET = 20  # above it, MaxPool has no CUDA kernel in onnxruntime 1.31
 
-_TRACED_AT = {"S": 14, "Q": 11, "W": 7}  # any numbers of two or more do, for no operation may look at them
+_TRACED_AT = {"S": 14, "Q": 11, "W": 7}  # arbitrary distinct numbers from 2: no operation may depend on them
 
 
 class ExportError(KshotError):
-    """A learner that cannot become a bundle, and why."""
+    """A learner cannot be exported; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The shape of a tensor, with names for the sizes that stay free, and its type."""
+    """The shape of a tensor, with names for dynamic sizes, and its type."""
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype = torch.float32
@@ -54,12 +54,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Piece:
-    """One traced call: a graph whose inputs and outputs bear the names they were given."""
+    """One traced call: a graph with named inputs and outputs."""
 
     graph: ir.Graph
     inputs: dict[str, Spec]
     outputs: dict[str, Spec]
-    unchanged: frozenset[str]  # outputs that are the inputs of the same names
+    unchanged: frozenset[str]  # outputs that equal the inputs of the same names
 
     def used(self) -> set[str]:
         """The inputs that some output depends on."""
@@ -67,15 +67,16 @@ class Piece:
 
 
 Call = Callable[[State], State]
-"""What is traced: named inputs in, named tensors out, with the learner's weights in between."""
+"""A function to trace: maps named inputs to named outputs, using the learner's weights."""
 
 
 def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -> Piece:
-    """Turn a call of the learner's into a graph; `what` names it in errors. The learner is in eval mode, on the CPU.
+    """Trace a call of a learner, in eval mode on the CPU, as a graph; `what` names the call in errors.
 
-    Weights become initializers under their own names. A size that the code turns into a number is an error.
+    Weights become initializers under their own names. An ExportError if the code converts a dynamic size to a number,
+    or uses anything that ONNX cannot express.
     """
-    with _explaining(f"{what} of {learner.name!r}"), _quiet():
+    with _as_export_error(f"{what} of {learner.name!r}"), _warnings_ignored():
         traced, weights, outputs, unchanged = _record(learner, what, call, inputs)
         program = torch.export.export(
             _Program(learner, weights, traced),
@@ -85,7 +86,7 @@ def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -
         )
         exported = torch.onnx.export(
             program, (), None, dynamo=True, opset_version=OPSET, verbose=False,
-            optimize=False,  # its rewrites take `x + 1e-8` for x, and Adam's division with it
+            optimize=False,  # its rewrites drop small constants: `x + 1e-8` becomes x, as in Adam's denominator
             custom_translation_table=TRANSLATIONS,
         )  # fmt: skip
     assert exported is not None
@@ -96,7 +97,7 @@ def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -
 
 
 class _Called(nn.Module):
-    """A call as a module, so that `functional_call` can put other tensors in the place of the learner's."""
+    """A call as a module, so that `functional_call` can replace the learner's tensors."""
 
     def __init__(self, learner: Learner, call: Call) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class _Called(nn.Module):
 
 
 class _Program(nn.Module):
-    """The recorded operations, given the learner's own tensors again."""
+    """The recorded operations, applied to the learner's own tensors."""
 
     def __init__(self, learner: Learner, weights: list[str], recorded: GraphModule) -> None:
         super().__init__()
@@ -117,8 +118,8 @@ class _Program(nn.Module):
         self.recorded = recorded
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        held = tensors(self.learner)
-        outputs: list[Tensor] = self.recorded(*(held[name] for name in self.weights), *inputs)
+        own = tensors(self.learner)
+        outputs: list[Tensor] = self.recorded(*(own[name] for name in self.weights), *inputs)
         return outputs
 
 
@@ -130,50 +131,50 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
 def _record(
     learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]
 ) -> tuple[GraphModule, list[str], dict[str, Spec], frozenset[str]]:
-    """The operations of a call, the names of the weights it uses, what it gives, and what it only hands on."""
-    called, held = _Called(learner, call), tensors(learner)
+    """The operations of a call, the names of the weights it uses, its outputs, and which of these are its inputs."""
+    called, own = _Called(learner, call), tensors(learner)
     outputs: dict[str, Spec] = {}
     unchanged: set[str] = set()
-    sizes = ShapeEnv(duck_shape=False)  # equal numbers are not taken for the same size
+    sizes = ShapeEnv(duck_shape=False)  # two sizes with equal numbers remain independent
     fake = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True)
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        weights = {f"learner.{name}": tensor for name, tensor in zip(held, tensors, strict=False)}
-        given = dict(zip(inputs, tensors[len(held) :], strict=True))
+        weights = {f"learner.{name}": tensor for name, tensor in zip(own, tensors, strict=False)}
+        given = dict(zip(inputs, tensors[len(own) :], strict=True))
         found = functional_call(called, weights, (given,))
         outputs.update({name: Spec(_shape(tensor, names, sizes), tensor.dtype) for name, tensor in found.items()})
         unchanged.update(name for name, tensor in found.items() if tensor is given.get(name))
         return list(found.values())
 
-    fakes = [_fake(fake, tensor, ()) for tensor in held.values()]
+    fakes = [_fake(fake, tensor, ()) for tensor in own.values()]
     given = [_fake(fake, _example(spec), spec.shape) for spec in inputs.values()]
-    free: list[tuple[Any, str]] = [  # torch.SymInt, which poses as int
+    dynamic: list[tuple[Any, str]] = [  # torch.SymInt, typed as int
         (size, name)
         for tensor, spec in zip(given, inputs.values(), strict=True)
         for size, name in zip(tensor.shape, spec.shape, strict=True)
         if isinstance(name, str)
     ]
-    first = {name: size for size, name in reversed(free)}
-    for size, name in free:
-        torch._check(size == first[name])  # two sizes of one name are one size
+    first = {name: size for size, name in reversed(dynamic)}
+    for size, name in dynamic:
+        torch._check(size == first[name])  # sizes of the same name are equal
     names = {sizes.replace(size.node.expr): name for name, size in first.items()}
     with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         graph = make_fx(run, decomposition_table=backward_ops(), tracing_mode="real")(*fakes, *given)
-    if fixed := sorted({name for size, name in free if sizes.replace(size.node.expr).is_number}):
+    if fixed := sorted({name for size, name in dynamic if sizes.replace(size.node.expr).is_number}):
         raise ExportError(
-            f"{what} of {learner.name!r} holds for one {' and one '.join(_MEANING[name] for name in fixed)} only: "
-            f"it turns a size into a number. Keep sizes as `x.shape[0]`, unconverted: no len(x), int(...) or .item()."
+            f"{what} of {learner.name!r} works for one {' and one '.join(_SIZE_NAMES[name] for name in fixed)} only: "
+            f"it converts a size to a number. Use sizes as `x.shape[0]`, without len(x), int(...) or .item()."
         )
-    weights = _drop_unused(graph, list(held))
+    weights = _drop_unused(graph, list(own))
     return graph, weights, outputs, frozenset(unchanged)
 
 
-_MEANING = {"S": "number of support images", "Q": "number of queries", "W": "number of ways"}
+_SIZE_NAMES = {"S": "number of support images", "Q": "number of queries", "W": "number of ways"}
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    free = [i < len(shape) and isinstance(shape[i], str) for i in range(tensor.dim())]
-    sizes = [DimDynamic.DYNAMIC if yes else DimDynamic.STATIC for yes in free]
+    dynamic = [i < len(shape) and isinstance(shape[i], str) for i in range(tensor.dim())]
+    sizes = [DimDynamic.DYNAMIC if yes else DimDynamic.STATIC for yes in dynamic]
     return mode.from_tensor(tensor.detach(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
@@ -186,19 +187,19 @@ def _dynamic(spec: Spec) -> dict[int, Dim]:
 
 
 def _shape(tensor: Tensor, names: Mapping[object, str], sizes: ShapeEnv) -> tuple[int | str, ...]:
-    """A shape in the names of the free sizes; a size that is none of them is spelt out, and judged by the caller."""
+    """A shape with the names of dynamic sizes; any other symbolic size becomes the text of its expression."""
 
-    def spelt(size: Any) -> int | str:
+    def named(size: Any) -> int | str:
         if isinstance(size, int):
             return size
         expression = sizes.replace(size.node.expr)
         return names.get(expression, str(expression))
 
-    return tuple(spelt(size) for size in tensor.shape)
+    return tuple(named(size) for size in tensor.shape)
 
 
 def _drop_unused(graph: GraphModule, names: list[str]) -> list[str]:
-    """Take the placeholders of unused weights out of the graph; the names of the others, in order."""
+    """Remove the placeholders of unused weights from the graph, and return the names of the others, in order."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][: len(names)]
     used = [name for name, node in zip(names, placeholders, strict=True) if node.users]
     for node in placeholders:
@@ -209,9 +210,9 @@ def _drop_unused(graph: GraphModule, names: list[str]) -> list[str]:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants, and drop what is double or unused. Nothing here changes a number."""
+    """Fold constants, and remove duplicate and unused nodes. No result changes."""
     onnxscript.optimizer.inline(model)
-    with _quiet():
+    with _warnings_ignored():
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
     common = ir.passes.common
     ir.passes.Sequential(
@@ -223,7 +224,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _name(graph: ir.Graph, inputs: list[str], outputs: list[str]) -> None:
-    """Give a graph's inputs, outputs and weights their names; an output that nothing computes becomes a node."""
+    """Name a graph's inputs, outputs and weights; outputs that are inputs or duplicates become Identity nodes."""
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name
     for initializer in list(graph.initializers.values()):
@@ -240,30 +241,30 @@ def _name(graph: ir.Graph, inputs: list[str], outputs: list[str]) -> None:
 
 
 @contextmanager
-def _explaining(whose: str) -> Iterator[None]:
-    """Any failure to trace as an ExportError: it is the learner's code that does not fit, in one of a few ways."""
+def _as_export_error(whose: str) -> Iterator[None]:
+    """Turn any failure to trace into an ExportError that explains what in the learner's code to change."""
     try:
         yield
     except ExportError:
         raise
     except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
         raise ExportError(
-            f"{whose} turns a tensor's value into a number, and there is none while the graph is made. "
-            "Keep values in tensors: no .item(), .tolist() or .numpy(), and no `if` on them (torch.where does it)."
+            f"{whose} converts a tensor's value to a number, but values are unknown while the graph is traced. "
+            "Keep values in tensors: no .item(), .tolist() or .numpy(), and torch.where instead of `if`."
         ) from error
     except torch.onnx.errors.OnnxExporterError as error:
         operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
         what = (
-            f"{operation[1]}, which has no ONNX form; write it with others" if operation else str(error).splitlines()[0]
+            f"{operation[1]} has no ONNX translation; use other operations" if operation else str(error).splitlines()[0]
         )
-        raise ExportError(f"{whose} uses an operation that does not export: {what}") from error
+        raise ExportError(f"{whose} uses an operation that cannot be exported: {what}") from error
     except Exception as error:  # the tracer, the exporter and the learner's own code may raise anything
         raise ExportError(f"{whose} cannot be traced: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of its own upkeep, which its user can do nothing about."""
+def _warnings_ignored() -> Iterator[None]:
+    """Ignore the exporter's warnings about its own code, such as deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

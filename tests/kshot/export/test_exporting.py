@@ -218,7 +218,7 @@ def test_a_bundle_takes_the_place_of_an_older_one_but_of_nothing_else(tmp_path: 
     assert Manifest.load(tmp_path / "bundle").norm == "group"
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("")
-    with pytest.raises(ExportError, match="in the way"):
+    with pytest.raises(ExportError, match="exists and is not a bundle"):
         exported(nearest(), tmp_path / "precious", images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "precious"]
 
@@ -300,18 +300,18 @@ class Solves(Nearest):
 @pytest.mark.parametrize(
     ("offender", "reason"),
     [
-        (CountsWithLen, "adapt of 'nearest' holds for one number of support images only"),
+        (CountsWithLen, "adapt of 'nearest' works for one number of support images only"),
         (TakesEqualShots, "wrong for 4 support images of 2 classes"),
         (BranchesOnSize, "wrong for 120 support images of 20 classes"),
-        (FixesItsWays, "classify of 'nearest' holds for one number of ways only"),
+        (FixesItsWays, "classify of 'nearest' works for one number of ways only"),
         (Remembers, "changes average while it adapts"),
-        (DrawsLots, "another answer each time"),
+        (DrawsLots, "other results each time"),
         (DividesByNothing, "NaN or infinity"),
         (GivesPairs, r"'pairs' of shape \(2\*.*, 256\)"),
         (CallsItQuery, "a tensor named 'query'"),
-        (StopsEarly, "classify of 'nearest' turns a tensor's value into a number"),
+        (StopsEarly, "classify of 'nearest' converts a tensor's value to a number"),
         (Borrows, "classify of 'nearest' cannot be traced: .*numpy"),
-        (Solves, "classify of 'nearest' uses an operation that does not export: .*linalg_solve"),
+        (Solves, "classify of 'nearest' uses an operation that cannot be exported: .*linalg_solve"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

@@ -429,7 +429,7 @@ def test_what_does_not_export_is_told_in_the_exporters_words(installed: Callable
     means = "torch.stack([features[labels == classes[i]].mean(0) for i in range(len(classes))])"
     installed((RETURN, f'return {{"means": {means}}}'))
     found = failure(tmp_path, "onnx_agrees_with_torch")
-    assert found.what.startswith("adapt of 'mine' holds for one number of ways only")
+    assert found.what.startswith("adapt of 'mine' works for one number of ways only")
     assert found.advice == ""
 
 
