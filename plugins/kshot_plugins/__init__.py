@@ -1,1 +1,1 @@
-"""kshot's own learners and backbones, each found through the entry points that anyone's would be found through."""
+"""kshot's own learners, backbones and data sources, registered through entry points like any other plugin."""

@@ -1,4 +1,4 @@
-"""ANIL: MAML whose inner loop moves the head only, for the body that MAML learns hardly changes while it adapts.
+"""ANIL (almost no inner loop): MAML whose inner loop adapts only the head; the backbone learns in the outer loop.
 
 Raghu, Raghu, Bengio and Vinyals, 2020. https://arxiv.org/abs/1909.09157
 """
@@ -16,18 +16,18 @@ from kshot_plugins.gradient_learner import HEAD, GradientLearner
 
 
 class ANIL(FeatureLoop, GradientLearner):
-    """Only the head descends the support loss. The body learns in the outer loop, through the queries' features and,
-    to second order, through the support features that made the head.
+    """Inner steps are gradient descent of the support loss on the head only. The outer gradient reaches the backbone
+    through the query features and, to second order, through the support features from which the head was fitted.
 
-    Good for MAML's way of adapting at a fraction of its cost: the body stays as it is, so a bundle embeds an image
-    once, whatever label space asks, and a step touches the head only.
+    Good for adapting by gradient at a fraction of MAML's cost: the backbone is fixed, so an image is embedded once for
+    all label spaces, and a step updates only the head.
     """
 
     name = "anil"
 
     class Config(GradientLearner.Config):
         steps: int = Field(5, ge=0, description="inner steps while meta-training")
-        rate: float = Field(0.03, gt=0, description="inner learning rate, taken times the ways")
+        rate: float = Field(0.03, gt=0, description="inner learning rate, multiplied by the number of ways")
         learn_rate: bool = Field(False, description="meta-learn the inner learning rate, starting at this one")
 
     config: Config
@@ -42,7 +42,7 @@ class ANIL(FeatureLoop, GradientLearner):
 
     def update(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
         gradients = self.head_gradient(state, features, labels, classes)
-        # A row learns from its own class, a share 1/W of the mean loss: the rate makes up for that.
+        # A row gets gradient mainly from its class, a share 1/W of the mean loss: the factor W compensates.
         rate = self.log_rate.exp() * classes.shape[0]
         return {name: state[name] - rate * gradients[name] for name in HEAD}
 

@@ -1,4 +1,4 @@
-"""Baseline++: fine-tuning by angle. The heads of base classes and of episodes use the directions of features only.
+"""Baseline++: fine-tuning with cosine classifiers, both for class training and for the head of each episode.
 
 Chen, Liu, Kira, Wang and Huang, 2019. https://arxiv.org/abs/1904.04232
 """
@@ -29,13 +29,13 @@ from kshot import (
 
 
 class BaselinePlusPlus(FeatureLoop):
-    """Logits are cosines between a feature and a row for each class, times a scale.
+    """Logits are cosines between a feature and a row per class, times a scale.
 
-    Where the paper draws an episode's rows at random, they start at the class means of the support set's directions:
-    the answer then depends on the support set only, and no step at all is nearest mean by angle.
+    Differs from the paper: an episode's rows start at the class means of unit support features and not at random, so
+    adapting is deterministic, and with zero steps it is nearest class mean by cosine.
 
-    Good for features from a class-trained or pretrained backbone whose length means little. It starts where nearest
-    mean by angle stands, and gradient steps improve on that where there are several shots.
+    Good for features of a class-trained or pretrained backbone whose norms carry little information. It starts as
+    nearest class mean by cosine, and gradient steps improve on it if there are several shots.
     """
 
     name = "baselinepp"
@@ -43,9 +43,11 @@ class BaselinePlusPlus(FeatureLoop):
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=0, description="gradient steps for an episode's head")
-        rate: float = Field(1.0, gt=0, le=4, description="of the head, divided by scale²; over 4, descent may diverge")
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
-        learn_scale: bool = Field(False, description="let class training change the scale, starting from this one")
+        rate: float = Field(
+            1.0, gt=0, le=4, description="learning rate of the head, divided by scale²; above 4 it may diverge"
+        )
+        scale: float = Field(10.0, gt=0, description="logits per unit of cosine")
+        learn_scale: bool = Field(False, description="learn the scale in class training, starting at `scale`")
 
     config: Config
 
@@ -59,15 +61,15 @@ class BaselinePlusPlus(FeatureLoop):
         return self.config.steps
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """Nearly equal rows of unit length for all base classes: the common mean of the features then cancels.
+        """Initial rows for the base classes: unit vectors that are nearly equal, so the features' common mean cancels.
 
-        Features after a ReLU lie in a narrow cone, and rows in random directions first have to be trained into it.
+        Features after a ReLU lie in a narrow cone, towards which random rows would first have to be trained.
         """
         common = torch.ones(self.backbone.features) / self.backbone.features**0.5
         self.base = nn.Parameter(common + 0.001 * torch.randn(sum(classes), self.backbone.features))
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        """Cross-entropy over all base classes, averaged over the support and query images of the episodes."""
         images, labels = episodes.pooled()
         return F.cross_entropy(self._cosines(self.embed(images), self.base), labels)
 
@@ -87,7 +89,7 @@ class BaselinePlusPlus(FeatureLoop):
         return self._cosines(features, state["head"])
 
     def _cosines(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Scaled cosines (N, W) of features (N, D) to a row for each class (W, D)."""
+        """Scaled cosines (N, W) between features (N, D) and class rows (W, D)."""
         return self.log_scale.exp() * unit(features) @ unit(rows).t()
 
 

@@ -1,7 +1,4 @@
-"""Class training: ordinary classification of all base classes, as transfer learners train instead of on episodes.
-
-Not a learner: the head that several learners train with. It is not exported.
-"""
+"""Class training: the classification head over all base classes with which transfer learners train, not exported."""
 
 from __future__ import annotations
 
@@ -13,9 +10,8 @@ from torch import Tensor, nn
 class BaseHead(nn.Module):
     """Logits over all base classes (N, classes) from features (N, features), standardised over their batch first.
 
-    Features that leave a ReLU have a large mean in common, and rows that start at random first have to unlearn it: with
-    the 4,112 classes of Omniglot that took most of a training. Without the mean, and from rows of almost nothing, as
-    many images teach far more.
+    Features after a ReLU share a large mean, which a randomly initialised head first has to compensate: with the 4,112
+    classes of Omniglot that took most of the training. Standardised features and a head initialised near zero avoid it.
     """
 
     def __init__(self, features: int, classes: Sequence[int]) -> None:

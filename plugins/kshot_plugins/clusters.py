@@ -27,14 +27,14 @@ from kshot import (
 
 
 class Clusters(Learner):
-    """The backbone is a generalist: it embeds the support set, and the nearest of k centroids names the expert.
+    """The backbone, a generalist, embeds the support set; the nearest of k centroids selects the expert.
 
-    An episode's embedding is the mean of its prototypes, so queries, label names and uneven shots have no say in it.
-    An expert is the generalist plus its own difference: from every episode it learns what episodes share, and
-    from those of its cluster the rest. Where a cluster has too few episodes, the generalist answers.
+    An episode's embedding is the mean of its prototypes, so it does not depend on queries, label names or uneven shots.
+    An expert's weights are the generalist's plus a difference: the generalist learns from all episodes, the difference
+    from those of its cluster. For clusters with too few episodes the generalist classifies.
 
-    Good for episodes of plainly different kinds, say scans and photos, whose support sets tell the kind. Where all
-    episodes are of one kind, one backbone as large as all experts together may well do better.
+    Good for episodes of clearly different kinds, such as scans and photos, that the support set reveals. If all
+    episodes are of one kind, a single backbone as large as all experts together may do better.
     """
 
     name = "clusters"
@@ -43,11 +43,11 @@ class Clusters(Learner):
     coupled = norms  # k-means moves with every batch
 
     class Config(LearnerConfig):
-        clusters: int = Field(4, ge=1, description="experts in addition to the generalist, each of its size")
+        clusters: int = Field(4, ge=1, description="number of experts besides the generalist, each as large")
         min_share: float = Field(
-            0.05, ge=0, le=1, description="share of the window under which a cluster leaves answers to the generalist"
+            0.05, ge=0, le=1, description="share of the window below which a cluster uses the generalist"
         )
-        window: int = Field(256, ge=1, description="latest training episodes, of which k-means makes the clusters")
+        window: int = Field(256, ge=1, description="number of latest training episodes that k-means clusters")
 
     config: Config
     centroids: Tensor  # (k, D)
@@ -64,7 +64,7 @@ class Clusters(Learner):
         self.register_buffer("shares", torch.zeros(config.clusters))  # before meta-training no expert is trusted
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """What k-means remembers; the centroids that it leaves are all that serving needs."""
+        """Create the buffers of k-means. Serving needs only the final centroids."""
         self.register_buffer("window", torch.zeros(self.config.window, self.backbone.features))
         self.register_buffer("seen", torch.tensor(0))
 
@@ -78,19 +78,19 @@ class Clusters(Learner):
         return -squared_distances(self.embed(query, state), state["prototypes"])
 
     def route(self, embedding: Tensor) -> Tensor:
-        """One-hot (k,): the centroid that an episode's embedding (D,) is nearest to."""
+        """One-hot (k,) of the centroid nearest to an episode's embedding (D,)."""
         nearest = squared_distances(embedding[None], self.centroids).argmin(1)
         return one_hot(nearest, torch.arange(self.config.clusters, device=nearest.device))[0]
 
     def expert(self, route: Tensor) -> State:
-        """The backbone's weights plus the difference that `route` (k,) picks; the generalist's where it picks none."""
+        """The backbone's weights plus the difference selected by `route` (k,); the generalist's if `route` is zero."""
         return {
             name: weight + torch.tensordot(route.to(weight.dtype), difference, 1)
             for (name, weight), difference in zip(self.weights().items(), self.differences, strict=True)
         }
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Mean query cross-entropy of the generalist on every episode, and of the expert that the episode goes to."""
+        """Mean query cross-entropy of the generalist and of each episode's expert."""
         losses, embeddings = [], []
         for episode, support, query in zip(episodes, *self.embed_episodes(episodes), strict=True):
             prototypes = class_means(support, episode.support_labels, episode.classes)
@@ -106,10 +106,10 @@ class Clusters(Learner):
         return torch.stack(losses).mean()
 
     def cluster(self, embeddings: Tensor) -> None:
-        """One step of Lloyd's k-means over the window, which these training episodes' embeddings (E, D) join.
+        """Add embeddings (E, D) of training episodes to the window, and make one step of Lloyd's k-means over it.
 
-        A centroid without episodes splits the largest cluster: it is moved to a small offset of that one's
-        centroid, towards its farthest member.
+        An empty cluster splits the largest one: its centroid moves next to that cluster's centroid, offset slightly
+        towards the farthest member.
         """
         size, every = self.config.window, torch.arange(self.config.clusters, device=embeddings.device)
         self.window.copy_(torch.cat([self.window, embeddings])[-size:])

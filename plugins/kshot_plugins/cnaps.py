@@ -1,4 +1,4 @@
-"""CNAPs: one network reads the support set and generates weights of another, which classifies. No gradient steps.
+"""CNAPs: a network that encodes the support set generates weights of the classifying network, without gradient steps.
 
 Requeima et al., 2019: Conditional Neural Adaptive Processes. https://arxiv.org/abs/1906.07697
 """
@@ -30,19 +30,19 @@ _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, SupportNorm)
 
 
 class CNAPs(Learner):
-    """Generates the scale and shift of every normalisation layer (FiLM), then a row of the head for every class.
+    """Generates the scale and shift of every normalisation layer (FiLM), then a head row per class.
 
-    A set encoder averages over the support images, so neither their order nor their number matters; it and the
-    generators see no query. What they generate is added: to the backbone's own scales and shifts, and to the head by
-    which the nearest class mean wins (for a mean feature m of D numbers, row 2m / √D and bias -|m|² / √D). The
-    additions start at zero, so training starts from an unmodulated prototypical network.
+    A set encoder averages over the support images, so their order and number do not matter; queries are not used. The
+    generated values are added to the backbone's scales and shifts, and to the nearest-class-mean head (for a mean
+    feature m with D entries, row 2m / √D and bias -|m|² / √D). They start at zero, so training starts from an
+    unmodulated prototypical network.
 
     Differs from the paper: it freezes a ResNet-18 pretrained on ImageNet, and here everything is meta-trained together;
     its autoregressive variant, where a layer's scale depends on the layers before it, is left out. As in the paper, the
     set encoder is a separate network, so that the backbone's running averages are of the modulated backbone only.
 
-    Good for episodes that differ in kind, as its backbone changes with the support set without a gradient step. Label
-    spaces cannot share a pass of the backbone, because each has different weights.
+    Good for episodes of different kinds: the backbone adapts to the support set without gradient steps. Label spaces
+    cannot share embeddings, because each has different backbone weights.
     """
 
     name = "cnaps"
@@ -88,7 +88,7 @@ class CNAPs(Learner):
         }
 
     def query_loss(self, episode: Episode) -> Tensor:
-        """One pass of the modulated backbone over support and query: batch statistics are then of all of them."""
+        """Embed support and query in one pass of the modulated backbone, so that batch statistics are of both."""
         if self.backbone.norm in ("support", "batch"):
             return super().query_loss(episode)
         images = torch.cat([episode.support, episode.query])
@@ -116,7 +116,7 @@ def _affine(backbone: Backbone) -> dict[str, int]:
 
 
 def _generator(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """A small network whose answer is zero until it is trained."""
+    """A small network whose output is initially zero."""
     last = nn.Linear(width, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

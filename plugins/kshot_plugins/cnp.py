@@ -18,13 +18,12 @@ from kshot import Backbone, FeatureLearner, Learner, LearnerConfig, State, class
 class CNP(FeatureLearner):
     """A class is the mean of its encoded support images, its slot; the decoder turns a query and all slots into logits.
 
-    The paper sets the slots side by side in a fixed order, which fixes the number of ways and needs shuffled
-    class orders in training. Here one decoder serves every slot: it compares the query with that slot, and sees of the
-    other slots what no order changes, the mean of all their comparisons. So any ways fit, and permuting the classes
-    permutes the logits exactly.
+    Differs from the paper, which concatenates the slots in a fixed order and so fixes the number of ways: here one
+    decoder is applied to each slot. It compares the query with that slot, given the mean of the comparisons with all
+    slots, so any number of ways works, and permuting the classes permutes the logits exactly.
 
-    Good for classes that no fixed distance separates well: similarity is learned, and an answer still takes one
-    pass. It trains fast; the decoder's work grows with queries times ways.
+    Good for classes that no fixed distance separates well: the similarity is learned, and classifying takes one pass.
+    It trains fast; the decoder's cost grows with queries times ways.
     """
 
     name = "cnp"

@@ -1,4 +1,4 @@
-"""Conv4, the four-block network on which the field compares its algorithms.
+"""Conv4: the four-block convolutional network commonly used to compare few-shot algorithms.
 
 With pooling as in Vinyals et al., 2016 (https://arxiv.org/abs/1606.04080) and Snell et al., 2017; with strided
 convolutions instead as in the Omniglot experiments of Finn et al., 2017 (https://arxiv.org/abs/1703.03400).
@@ -17,20 +17,18 @@ from kshot import Backbone, BackboneConfig, KshotError, channels_last, convolve,
 
 
 class Conv4(Backbone):
-    """Four times convolution 3x3, normalisation, ReLU, and halving the image; then all positions side by side."""
+    """Four blocks of 3x3 convolution, normalisation, ReLU and downsampling by 2, then flattened or averaged."""
 
     class Config(BackboneConfig):
         width: int = Field(64, ge=1, description="channels of every block")
         downsample: Literal["pool", "stride"] = Field("pool", description="halve by max-pooling or by stride 2")
-        halvings: int = Field(
-            4, ge=1, le=4, description="how many of the four blocks halve the image, from the first on"
-        )
-        mean: bool = Field(False, description="average over positions instead of keeping them side by side")
+        halvings: int = Field(4, ge=1, le=4, description="number of blocks, from the first, that downsample by 2")
+        mean: bool = Field(False, description="average over positions instead of flattening")
 
     def __init__(self, image: tuple[int, int, int], config: Config) -> None:
         super().__init__(image, config)
         channels, height, width = image
-        bias = self.norm == "group"  # batch normalisation takes it away again
+        bias = self.norm == "group"  # batch normalisation would cancel it
         blocks: list[nn.Module] = []
         self.convolutions: list[tuple[int, int]] = []  # the place of each in `blocks`, and the size of pooling windows
         for i in range(4):
@@ -69,7 +67,7 @@ class Conv4(Backbone):
         return maps.mean((2, 3)) if self.mean else maps.flatten(1)  # of (N, width, height, width)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept weights with biases that batch normalisation takes away again, as earlier versions had them."""
+        """Accept state dicts of earlier versions, whose convolutions had biases that batch normalisation cancels."""
         for place, _ in self.convolutions if self.norm != "group" else ():
             bias, mean = state_dict.pop(f"{prefix}blocks.{place}.bias", 0), f"{prefix}blocks.{place + 1}.running_mean"
             if mean in state_dict:

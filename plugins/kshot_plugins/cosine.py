@@ -1,4 +1,4 @@
-"""Cosines to class means on frozen features: the baseline for all other heads.
+"""Nearest class mean by cosine on frozen features: the baseline for all other heads.
 
 As in the evaluation of Chen, Liu, Xu, Darrell and Wang, 2021 ("Classifier-Baseline"). https://arxiv.org/abs/2003.04390
 """
@@ -14,15 +14,15 @@ from kshot import FeatureLearner, Learner, LearnerConfig, State, class_means, ho
 
 
 class Cosine(FeatureLearner):
-    """A class is the direction of the mean of its unit features; logits are cosines to it, times a scale.
+    """Logits are cosines to the class means of unit features, times a scale.
 
-    Good as the baseline on any backbone. It learns nothing of the base classes; `whitened` and `plda` do, in seconds.
+    Good as the baseline on any backbone. It uses no statistics of the base classes; `whitened` and `plda` do.
     """
 
     name = "cosine"
 
     class Config(LearnerConfig):
-        scale: float = Field(10.0, gt=0, description="what cosines are multiplied by to become logits")
+        scale: float = Field(10.0, gt=0, description="logits per unit of cosine")
 
     config: Config
 

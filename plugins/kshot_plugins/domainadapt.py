@@ -1,4 +1,4 @@
-"""Deep CORAL: class training on labelled images, while unlabelled ones of the target domain align the features.
+"""Deep CORAL: class training on labelled images while aligning feature covariances with an unlabelled target domain.
 
 Sun and Saenko, 2016. https://arxiv.org/abs/1607.01719
 """
@@ -18,13 +18,13 @@ from kshot_plugins.cosine import Cosine
 
 
 class DomainAdapt(Cosine):
-    """The base classes' loss, and a weight times the squared distance between the covariances of the two domains.
+    """Minimises cross-entropy over the base classes plus a weighted distance of the covariances of both domains.
 
-    Classes of the target domain are not used; a new class is the direction of its mean feature. Source and target
-    share one backbone pass, so running statistics are of both.
+    Labels of the target domain are not used; new classes are classified by cosine to their mean feature. Source and
+    target share one backbone pass, so running statistics are of both.
 
-    Good for novel classes in another domain than the labelled images (scans versus photos, say), where many
-    pictures of that kind are at hand without labels.
+    Good for new classes in a domain that differs from the labelled images (such as photos instead of scans), if many
+    unlabelled images of that domain are available.
     """
 
     name = "domainadapt"
@@ -39,7 +39,7 @@ class DomainAdapt(Cosine):
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy over all base classes, of every image of the episodes, plus the weighted CORAL distance."""
+        """Cross-entropy over all base classes for the images of the episodes, plus the weighted CORAL distance."""
         if episodes.unlabelled is None:
             raise KshotError(
                 "domainadapt aligns the features of unlabelled images of the target, and this recipe names none. "
@@ -52,7 +52,7 @@ class DomainAdapt(Cosine):
 
 
 def coral(source: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the covariances of features (N, D) and (M, D), over 4 D²: a scalar. Means are left alone."""
+    """Squared distance of the covariances of features (N, D) and (M, D), divided by 4 D²: a scalar."""
     difference = source.t().cov() - target.t().cov()  # (D, D)
     return difference.square().mean() / 4
 

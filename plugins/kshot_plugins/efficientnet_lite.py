@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 trained on ImageNet, with the weights from a package: transfer without any download.
+"""EfficientNet-Lite0 pretrained on ImageNet, with weights from a Python package: no download from a hub.
 
 Tan and Le, 2019, in the variant for small devices (ReLU6, no squeeze-and-excitation). https://arxiv.org/abs/1905.11946
 """
@@ -18,13 +18,15 @@ _ENDS = (0, 2, 4, 7, 10, 14, 15)  # the last block of each inner stage
 
 
 class EfficientNetLite0(PretrainedBackbone):
-    """Images of any size, grey ones too, to the 1280 features under its classifier, or to the means of eight stages.
+    """Grey or colour images of any size to the 1280 features before the classifier, or to pooled features of stages.
 
-    They are resized in here, and so in the graph of a bundle. Batch normalisation keeps ImageNet's statistics always.
+    Resizing is part of the backbone, and so of a bundle's graph. Batch normalisation always uses ImageNet's statistics.
     """
 
     class Config(PretrainedBackbone.Config):
-        size: int = Field(224, ge=32, le=512, description="pixels a side that images are brought to; 224 in ImageNet")
+        size: int = Field(
+            224, ge=32, le=512, description="side in pixels that images are resized to; 224 in pretraining"
+        )
 
     widths = tuple((width, width) for width in (16, 24, 40, 80, 112, 192, 320, 1280))
 

@@ -1,7 +1,7 @@
-"""Fine-tuning: a backbone trained to classify all base classes, then frozen, and logistic regression in every episode.
+"""Fine-tuning: class training of the backbone, then logistic regression on frozen features in every episode.
 
 As in RFS, without its distillation: Tian et al., 2020. https://arxiv.org/abs/2003.11539
-The "Baseline" of Chen et al., 2019, is its relative with plain features. https://arxiv.org/abs/1904.04232
+The "Baseline" of Chen et al., 2019, is similar, without normalised features. https://arxiv.org/abs/1904.04232
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class FineTune(FeatureLoop):
     The head starts at zero and its loss, cross-entropy with weight decay, is convex, so adapting is deterministic.
     Differs from RFS: a fixed number of gradient steps fits the head, and not L-BFGS.
 
-    Good for a baseline, for many shots, and for a backbone whose features need no adapting, a pretrained one above all.
-    With one shot and a small backbone it falls behind what trains on episodes.
+    Good as a baseline, for many shots, and on a pretrained backbone. With one shot and a small backbone, learners that
+    train on episodes are better.
     """
 
     name = "finetune"
@@ -31,9 +31,9 @@ class FineTune(FeatureLoop):
 
     class Config(LearnerConfig):
         steps: int = Field(100, ge=1, description="gradient steps for the head")
-        rate: float = Field(0.03, gt=0, description="of the head; under 4 / scale², descent cannot diverge")
-        weight_decay: float = Field(1e-3, ge=0, description="pull of the head's weights to zero")
-        scale: float = Field(10.0, gt=0, description="length that features are brought to before the head")
+        rate: float = Field(0.03, gt=0, description="learning rate of the head; below 4 / scale² it cannot diverge")
+        weight_decay: float = Field(1e-3, ge=0, description="L2 penalty on the head's weights")
+        scale: float = Field(10.0, gt=0, description="length that features are scaled to before the head")
 
     config: Config
 
@@ -45,7 +45,7 @@ class FineTune(FeatureLoop):
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        """Cross-entropy over all base classes, averaged over the support and query images of the episodes."""
         images, labels = episodes.pooled()
         return F.cross_entropy(self.base(self.embed(images)), labels)
 

@@ -1,7 +1,7 @@
-"""glyphs: letters of many alphabets, drawn in the fonts that ship with matplotlib; needs no download.
+"""glyphs: a built-in data set of letters of many alphabets, drawn with matplotlib's fonts; needs no download.
 
-A class is a letter, its images are that letter in several faces, a little turned, moved and resized. Splits are by
-alphabet. The same letters give the same bytes wherever Pillow draws them alike.
+A class is a letter; its images show it in several font faces, slightly rotated, shifted and scaled. Splits are by
+alphabet. The bytes are the same for the same rendering of Pillow.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _open(request: Request) -> Iterator[Listing]:
 
 
 def draw(letter: str, number: int) -> Image.Image:
-    """One image (28 x 28, ink bright) of a letter: its face, size, angle and place depend on the number alone."""
+    """One image (28 x 28, bright ink) of a letter; face, size, angle and position depend only on the number."""
     chance = random.Random(ord(letter) * IMAGES + number)
     faces = random.Random(ord(letter)).sample(_faces_with(letter), len(_faces_with(letter)))
     ink = _ink(faces[number % len(faces)], letter)
@@ -97,7 +97,7 @@ def draw(letter: str, number: int) -> Image.Image:
 
 
 def _same_drawings(letters: list[str]) -> dict[str, str]:
-    """Letters that look like an earlier one in the first face that they have, by that earlier one."""
+    """Letters that look like an earlier letter (compared in the first face that has them), mapped to that letter."""
     shapes = np.stack([_shape(letter) for letter in letters])  # (letters, pixels) of 0 and 1: float sums are exact
     both = shapes @ shapes.T  # (letters, letters) pixels that two have in common
     inked = shapes.sum(axis=1)
@@ -111,7 +111,7 @@ def _same_drawings(letters: list[str]) -> dict[str, str]:
 
 
 def _shape(letter: str) -> np.ndarray:
-    """The letter's ink in the middle of a square, as zeros and ones (pixels,)."""
+    """The letter's ink, centred in a square, as zeros and ones (pixels,)."""
     ink = _fit(_ink(_faces_with(letter)[0], letter), SIDE)
     square = Image.new("L", (SIDE, SIDE))
     square.paste(ink, ((SIDE - ink.width) // 2, (SIDE - ink.height) // 2))
@@ -119,14 +119,14 @@ def _shape(letter: str) -> np.ndarray:
 
 
 def _place(length: int, chance: random.Random) -> int:
-    """Where something this long begins: in the middle or a little off it, and inside the image."""
+    """Start coordinate of an object of this length: centred with a small random shift, inside the image."""
     room = SIDE - length
     return min(max(room // 2 + chance.randint(-2, 2), 0), room)
 
 
 @cache
 def _fonts() -> dict[str, tuple[ImageFont.FreeTypeFont, frozenset[int]]]:
-    """Each face with the characters that it has; others it would draw as a box."""
+    """Font faces with the characters that they contain; others would be drawn as a box."""
     import matplotlib
     from fontTools.ttLib import TTFont
 
@@ -145,7 +145,7 @@ def _faces_with(letter: str) -> list[str]:
 
 
 def _is_plain(letter: str) -> bool:
-    """An assigned letter, digit or sign of its own: no accent, no ligature of others, no mark."""
+    """Whether a character is an assigned letter, digit or sign, and not an accent, ligature or combining mark."""
     return unicodedata.category(letter) in ("Lu", "Ll", "Lo", "Nd", "Sm", "So") and not unicodedata.decomposition(
         letter
     )

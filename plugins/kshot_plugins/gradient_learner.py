@@ -1,9 +1,8 @@
-"""What learners by gradient share: a backbone and a linear head whose weights an inner loop moves.
+"""Base class of gradient learners: a backbone and a linear head whose weights an inner loop adapts.
 
-A head of zeros starts every class from one shared row, so any number of ways fits, and no label order can leak into the
-initialisation. What all rows share cancels in the softmax, at every step of gradient descent and in every derivative,
-so the shared row is zero. Two things follow: before the first step every class is equally likely, and the first step
-moves the head only.
+A zero head gives every class the same initial row, so any number of ways works, and the order of labels cannot leak
+into the initialisation. (A learned shared row would cancel in the softmax, and so would its gradient.) Before the first
+step all classes are equally likely, and the first step changes only the head.
 
 A head of prototypes starts as a prototypical network's classifier: Triantafillou et al., 2020, Meta-Dataset, section 3.
 https://arxiv.org/abs/1903.03096
@@ -25,7 +24,7 @@ HEAD = ("head.weight", "head.bias")
 
 
 class GradientLearner(InnerLoop):
-    """All weights are fast weights: `begin` gives them, and a learner's own `step` says how they move."""
+    """Adapts all weights: `begin` gives the initial state, and subclasses implement `step`."""
 
     norms = ("support", "batch", "group", "running")
 
@@ -38,7 +37,7 @@ class GradientLearner(InnerLoop):
             "zero", description="the head before the first step: zeros, or each class's mean support feature"
         )
         length: float | None = Field(
-            None, gt=0, description="length that features are scaled to before the head; unset, they stay as they are"
+            None, gt=0, description="length that features are scaled to before the head; unscaled if unset"
         )
 
     config: Config
@@ -76,9 +75,9 @@ class GradientLearner(InnerLoop):
         return self.logits(state, self.embed(query, state))
 
     def new_head(self, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """The head before the first step, weight (W, D) and bias (W,), for support features (S, D) and their labels.
+        """The initial head, weight (W, D) and bias (W,), for support features (S, D) and their labels.
 
-        With prototypes m the logits are 2 m·x - |m|², the negative squared distance up to what classes share.
+        With prototypes m the logits are 2 m·x - |m|²: the negative squared distance up to a term equal for all classes.
         """
         ways = classes.shape[0]
         if self.config.head == "zero":
@@ -89,39 +88,39 @@ class GradientLearner(InnerLoop):
         return dict(zip(HEAD, (weight, bias), strict=True))
 
     def scaled(self, features: Tensor) -> Tensor:
-        """Features (N, D) at the length that the head takes.
+        """Features (N, D) scaled to the configured length.
 
-        It bounds the curvature of the loss: descent of the head cannot diverge at a rate under 4 / (length² + 1).
+        This bounds the curvature of the loss: gradient descent of the head converges at rates below 4 / (length² + 1).
         """
         if self.config.length is None:
             return features
         return features * (self.config.length * (features.square().sum(1, keepdim=True) + 1e-6).rsqrt())
 
     def logits(self, state: State, features: Tensor) -> Tensor:
-        """What the state's head makes of features (N, D): (N, W)."""
+        """Logits (N, W) of features (N, D), by the state's head."""
         return self.scaled(features) @ state["head.weight"].t() + state["head.bias"]
 
     def support_loss(self, fast: State, support: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        """The mean cross-entropy of a support set with these weights: what inner steps descend."""
+        """Mean cross-entropy of a support set with these weights, which inner steps minimise."""
         return cross_entropy(self.classify(fast, support), one_hot(labels, classes))
 
     def head_gradient(self, state: State, features: Tensor, labels: Tensor, classes: Tensor) -> State:
-        """The support loss's gradient with respect to the head, written out, for support features (S, D)."""
+        """The gradient of the support loss with respect to the head in closed form, for support features (S, D)."""
         errors = (self.logits(state, features).softmax(1) - one_hot(labels, classes)) / labels.shape[0]  # (S, W)
         return dict(zip(HEAD, (errors.t() @ self.scaled(features), errors.sum(0)), strict=True))
 
 
 class Descent(GradientLearner):
-    """Inner steps descend the support loss, each weight tensor at its rate."""
+    """Inner steps are gradient descent of the support loss, with a rate per weight tensor."""
 
     class Config(GradientLearner.Config):
-        first_order: bool = Field(False, description="ignore that the inner gradient depends on the initialisation")
+        first_order: bool = Field(False, description="treat inner gradients as constants in the outer gradient")
 
     config: Config
 
     @abstractmethod
     def rates_at(self, i: Tensor) -> Sequence[Tensor]:
-        """The rates of step i, in the order of the state's tensors."""
+        """The learning rates of step i, in the order of the state's tensors."""
 
     @property
     def surrogate(self) -> bool:
@@ -145,11 +144,11 @@ class Descent(GradientLearner):
         return self.descend(state, gradient(loss, state, first_order=self.config.first_order), classes, i)
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], classes: Tensor, i: Tensor) -> State:
-        """The state after step i down these gradients; a tensor without one stays."""
+        """The state after step i with these gradients; a tensor without a gradient is unchanged."""
         moved = dict(state)
         for (name, value), rate in zip(state.items(), self.rates_at(i), strict=True):
             if name in gradients:
-                # A head row learns from its own class, a share 1/W of the mean loss: its rate makes up for that.
+                # A head row gets gradient mainly from its class, a share 1/W of the mean loss: times W compensates.
                 share = rate * classes.shape[0] if name in HEAD else rate
                 moved[name] = torch.addcmul(value, share, gradients[name], value=-1)
         return moved

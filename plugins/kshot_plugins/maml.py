@@ -16,20 +16,25 @@ from kshot_plugins.gradient_learner import HEAD, Descent
 
 
 class MAML(Descent):
-    """All weights descend the support loss; the outer gradient goes through that descent, unless told `first_order`.
+    """Inner steps are gradient descent of the support loss on all weights. The outer gradient differentiates through
+    them, unless `first_order`.
 
-    Good for new classes that are unlike the base classes, because every weight adapts to them. It costs more than a
-    metric learner, in training and in adapting. Train it at all the shots that it will meet.
+    Good for new classes that are unlike the base classes, because every weight adapts. Training and adapting cost more
+    than with a metric learner. Train it with all numbers of shots that it will be used with.
     """
 
     name = "maml"
 
     class Config(Descent.Config):
-        steps: int = Field(2, ge=0, description="inner steps while meta-training; a zero head's first moves it alone")
+        steps: int = Field(
+            2, ge=0, description="inner steps in meta-training; with a zero head the first changes only the head"
+        )
         rate: float = Field(0.04, gt=0, description="inner learning rate of the backbone, on the mean cross-entropy")
-        head_rate: float = Field(0.4, gt=0, description="inner learning rate of the head, taken times the ways")
+        head_rate: float = Field(
+            0.4, gt=0, description="inner learning rate of the head, multiplied by the number of ways"
+        )
         learn_rate: bool = Field(False, description="meta-learn a rate for each weight tensor, starting at these")
-        per_step: bool = Field(False, description="rates of their own for each of `steps` steps, as in MAML++")
+        per_step: bool = Field(False, description="separate rates for each of `steps` steps, as in MAML++")
 
     config: Config
 
@@ -42,7 +47,7 @@ class MAML(Descent):
 
     def rates_at(self, i: Tensor) -> Sequence[Tensor]:
         rates = self.log_rates.exp()
-        if self.config.per_step:  # later steps go at the last one's rates
+        if self.config.per_step:  # steps beyond `steps` use the last one's rates
             rates = rates.index_select(0, i.clamp(max=rates.shape[0] - 1)[None])[0]
         return rates.unbind()
 

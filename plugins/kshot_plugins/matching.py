@@ -1,4 +1,4 @@
-"""Matching networks: a query attends to the support images by cosine, and takes the classes of what it attends to.
+"""Matching networks: class probabilities of a query are its attention, by cosine, to the support images of each class.
 
 Vinyals et al., 2016. https://arxiv.org/abs/1606.04080
 """
@@ -23,28 +23,28 @@ from kshot import (
     unit,
 )
 
-_NOTHING = 1e-37  # of a class without images: its logit is finite, and far under all others
+_NOTHING = 1e-37  # attention of a class without images: its logit is finite, and far below all others
 
 
 class MatchingNet(FeatureLearner):
-    """Logits are the log of the probabilities that attention gives the classes, whatever their shots.
+    """Logits are the log of the attention that each class receives, summed over its support images.
 
-    Cosines alone, as in the paper, make a blunt attention: among 20 images, the one image that is alike gets e of
-    e + 19 parts, an eighth. So they are scaled.
+    The paper's unscaled cosines give a flat attention: among 20 images, a perfect match gets e / (e + 19), an eighth.
+    So cosines are scaled.
 
-    With full context embeddings (`fce`) a bidirectional LSTM reads the support images one after the other, and each
-    is embedded again conditioned on the others; then a query attends to all of them a few times. The paper leaves the
-    order of reading open. Here it is by the sum of an image's features, so the order of the support set has no effect.
+    With full context embeddings (`fce`) a bidirectional LSTM embeds each support image conditioned on the others, and a
+    query attends to all of them several times. The paper leaves the reading order open; here it is by the sum of an
+    image's features, so the order of the support set has no effect.
 
-    Good for classes with several modes: a query has to resemble one support image, not their mean. The state
-    grows with the support set, and with full context embeddings adapting reads all of it in order.
+    Good for classes with several modes: a query has to resemble one support image, not the mean. The state grows with
+    the support set, and with full context embeddings adapting is sequential in it.
     """
 
     name = "matching"
 
     class Config(LearnerConfig):
         scale: float = Field(
-            30.0, gt=0, le=40, description="sharpness of the attention: what cosines are multiplied by; 1 in the paper"
+            30.0, gt=0, le=40, description="factor on cosines before the attention's softmax; 1 in the paper"
         )
         fce: bool = Field(False, description="full context embeddings: embed each image conditioned on the support set")
         fce_steps: int = Field(5, ge=1, le=100, description="times that a query reads the support set, with fce")

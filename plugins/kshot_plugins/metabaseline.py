@@ -1,4 +1,4 @@
-"""Meta-Baseline: train a classifier of the base classes, then meta-train its features by angle to the class means.
+"""Meta-Baseline: class training on the base classes, then meta-training by cosine to the class means.
 
 Chen, Liu, Xu, Darrell and Wang, 2021. https://arxiv.org/abs/2003.04390
 """
@@ -19,10 +19,10 @@ from kshot_plugins.class_training import BaseHead
 class MetaBaseline(FeatureLearner):
     """Logits are cosines between a feature and the classes' mean features, times a learned temperature.
 
-    The outer steps are counted, which tells the two stages apart; a resumed run continues in its stage.
+    The number of outer steps, kept in checkpoints, determines the stage.
 
-    Good for many labelled base classes: class training makes strong features cheaply, and meta-training then fits them
-    to the cosine that answers. Adapting is a mean, as with prototypes.
+    Good for many labelled base classes: class training gives strong features cheaply, and meta-training then optimises
+    them for cosine classification. Adapting is a mean, as with prototypes.
     """
 
     name = "metabaseline"
@@ -32,7 +32,7 @@ class MetaBaseline(FeatureLearner):
         pretrain: int = Field(
             1000, ge=0, description="batches of class training; all outer steps that follow are meta-training"
         )
-        temperature: float = Field(10.0, gt=0, description="what cosines are multiplied by at first")
+        temperature: float = Field(10.0, gt=0, description="initial factor on cosines")
 
     config: Config
 
@@ -45,7 +45,7 @@ class MetaBaseline(FeatureLearner):
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """First cross-entropy over all base classes, of all images; then of the queries, over their episode's."""
+        """In class training cross-entropy of all images over the base classes, then of queries over their episode's."""
         if self.stage == 0:
             images, labels = episodes.pooled()
             return F.cross_entropy(self.base(self.embed(images)), labels)

@@ -1,4 +1,4 @@
-"""MetaGAN: images that a generator makes up for an episode are a class of their own, and sharpen the true ones.
+"""MetaGAN: prototypical networks trained adversarially, with generated images as an additional fake class.
 
 Zhang, Che, Ghahramani, Bengio and Song, 2018.
 https://papers.nips.cc/paper_files/paper/2018/hash/4e4e53aa080247bc31d0eb4e7aeb07a0-Abstract.html
@@ -31,15 +31,14 @@ from kshot import (
 
 
 class MetaGAN(FeatureLearner):
-    """Prototypical networks meta-trained in a game against a generator; what is served is the network alone.
+    """Meta-trains a prototypical network and a generator adversarially; only the prototypical network is exported.
 
-    The paper adds the game to relation networks and MAML; with prototypes it is the same game, and trains faster.
-    The fake class wins where an image's squared distance to every prototype is beyond a learned threshold. Only the
-    game knows of that class, so no query is ever taken for a fake. Of an episode, the generator sees the mean of the
-    prototypes, and nothing of the queries.
+    The paper uses relation networks and MAML; prototypes train faster. An image is classified as fake if its squared
+    distance to every prototype exceeds a learned threshold. The fake class exists only in training, so no query is
+    classified as fake. The generator's input is the mean of an episode's prototypes and noise, not the queries.
 
-    Good for what prototypical networks are good for, and, by the paper's account, for tighter borders between classes.
-    Training takes half as long again as theirs; adapting and classifying take nothing more.
+    Good for the same tasks as prototypical networks, with tighter class boundaries according to the paper. Training
+    takes 1.5 times as long; adapting and classifying cost the same.
     """
 
     name = "metagan"
@@ -49,7 +48,7 @@ class MetaGAN(FeatureLearner):
         weight: float = Field(
             0.1, ge=0, description="weight of the real-or-fake loss relative to the classification loss; 1 in the paper"
         )
-        fakes: int = Field(1, ge=1, description="images made up in an episode, for each of its classes")
+        fakes: int = Field(1, ge=1, description="generated images per class of an episode")
         noise: int = Field(100, ge=1, description="width of the generator's random input")
         width: int = Field(64, ge=1, description="channels of the generator")
 
@@ -62,7 +61,7 @@ class MetaGAN(FeatureLearner):
         return -squared_distances(features, state["prototypes"])
 
     def prepare(self, classes: Sequence[int]) -> None:
-        """The generator, and the fake class's threshold: parts of the game, and none of a bundle."""
+        """Create the generator and the fake class's threshold, which are not exported."""
         width = self.backbone.features
         self.generator = Generator(self.config.noise + width, self.config.width, self.backbone.image)
         self.log_threshold = nn.Parameter(torch.tensor(width / 8).log())  # distances grow with the width
@@ -72,11 +71,11 @@ class MetaGAN(FeatureLearner):
         return True  # the sum of two players' losses, each of which moves one player only
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Both players' losses. No weight gets a gradient from the other player's, so one optimiser serves both."""
+        """The sum of both losses. Each weight gets gradient from its own loss only, so one optimiser trains both."""
         return torch.stack([loss for episode in episodes for loss in self.losses(episode)]).sum() / len(episodes)
 
     def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
-        """The discriminator's, which tells classes apart and real from fake, and the generator's, which fools it."""
+        """The discriminator's loss (classes, and real or fake), and the generator's (fakes classified as real)."""
         state = self.adapt(episode.support, episode.support_labels, episode.classes)
         if self.backbone.norm == "batch":
             state = without_statistics(state)
@@ -108,7 +107,7 @@ def _real(logits: Tensor, threshold: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """Codes (N, D) to images (N, C, H, W) in 0..1: a small map is doubled until it covers the image, then cut to it."""
+    """Codes (N, D) to images (N, C, H, W) in 0..1: upsamples a small map until it covers the image, then crops it."""
 
     def __init__(self, code: int, width: int, image: tuple[int, int, int]) -> None:
         super().__init__()

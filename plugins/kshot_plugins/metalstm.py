@@ -1,4 +1,4 @@
-"""Meta-LSTM: the inner loop's optimiser is learned, as the gates of an LSTM cell whose memory is the weights.
+"""Meta-LSTM: a learned inner-loop optimiser, the gates of an LSTM cell whose cell state is the learner's weights.
 
 Ravi and Larochelle, 2017: Optimization as a Model for Few-Shot Learning. https://openreview.net/forum?id=rJY0-Kcll
 """
@@ -20,10 +20,10 @@ _P = 10.0  # what the paper's preprocessing divides logarithms by
 
 
 class Gate(nn.Module):
-    """sigmoid(w · inputs + b) for every weight of the network by itself, with the same w and b for all of them."""
+    """A gate sigmoid(w · inputs + b), applied to each weight of the network, with w and b shared by all."""
 
     def __init__(self, inputs: int, start: float) -> None:
-        """Of so many inputs, of which each counts for little at first: the gate is then nearly `start`."""
+        """For this number of inputs, initialised with small weights, so that the gate is nearly `start`."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inputs).uniform_(-0.01, 0.01))
         self.bias = nn.Parameter(torch.tensor(start).logit())
@@ -33,22 +33,22 @@ class Gate(nn.Module):
 
 
 class MetaLSTM(GradientLearner):
-    """theta <- forget * theta - input * gradient. Both gates look at the gradient, the loss, theta and at what they
-    were a step before; theta's initial values are the learned initialisation.
+    """Inner steps are theta <- forget * theta - input * gradient. The inputs of both gates are the gradient, the loss,
+    theta, and the gate's previous value; theta's initial values are the learned initialisation.
 
-    As in the paper, the outer gradient takes the inner gradients and losses for constants. The authors pass them
-    through another LSTM of 20 units before the gates; the paper's equations, and we, do not.
+    As in the paper, inner gradients and losses are constants in the outer gradient. The authors' code passes them
+    through another LSTM of 20 units before the gates; the paper's equations do not, and neither does this.
 
-    Good for research into learned optimisers: what it learns, from a weight's gradient, the loss and the weight itself,
-    is how much of the weight to keep and how far to move it.
+    Good for research into learned optimisers: from a weight's gradient, the loss and the weight, it learns how much of
+    the weight to keep and how far to move it.
     """
 
     name = "metalstm"
 
     class Config(GradientLearner.Config):
         steps: int = Field(5, ge=0, description="inner steps while meta-training")
-        rate: float = Field(0.01, gt=0, lt=1, description="where the input gate starts: an inner learning rate")
-        keep: float = Field(0.999, gt=0, lt=1, description="where the forget gate starts")
+        rate: float = Field(0.01, gt=0, lt=1, description="initial value of the input gate: an inner learning rate")
+        keep: float = Field(0.999, gt=0, lt=1, description="initial value of the forget gate")
 
     config: Config
 
@@ -84,7 +84,7 @@ class MetaLSTM(GradientLearner):
 
 
 def preprocessed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Size and sign, of any magnitude: (log|x| / p, sign x) where |x| is over e^-p, and (-1, e^p x) below."""
+    """Magnitude and sign on comparable scales: (log|x| / p, sign x) if |x| > e^-p, else (-1, e^p x)."""
     return x.abs().clamp_min(math.exp(-_P)).log() / _P, (math.exp(_P) * x).clamp(-1, 1)
 
 

@@ -16,7 +16,7 @@ from kshot_plugins.metalstm import preprocessed
 
 
 class MetaNet(FeatureLearner):
-    """Dense layers have slow weights, which meta-training learns, and fast weights, generated in each episode.
+    """Dense layers have slow weights, learned in meta-training, and fast weights, generated in each episode.
 
     Two small networks generate them, each from a gradient coordinate by coordinate. `embedding` makes keys: its fast
     weights come from the mean gradient of the support set's representation loss. `base` classifies: each support image
@@ -59,7 +59,7 @@ class MetaNet(FeatureLearner):
         members = one_hot(labels, classes).to(features.dtype)  # (S, W)
 
         def gradients(layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """Of each image's loss by the layer's output (S, H) and by the rows (S, W, H); hidden (S, H), means."""
+            """Gradients of each image's loss by layer output (S, H) and by rows (S, W, H); hidden (S, H), means."""
             hidden = layer(features).relu()
             means = class_means(hidden, labels, classes)  # (W, H)
             errors = nearest_mean(hidden, means).softmax(1) - members  # (S, W)
@@ -97,7 +97,7 @@ class MetaNet(FeatureLearner):
 
 
 def nearest_mean(hidden: Tensor, means: Tensor) -> Tensor:
-    """Logits (N, W) of a linear layer whose largest is that of the nearest of the means (W, H)."""
+    """Logits (N, W) of the linear layer that classifies by the nearest of the means (W, H)."""
     return hidden.shape[1] ** -0.5 * (2 * hidden @ means.t() - means.square().sum(1))
 
 

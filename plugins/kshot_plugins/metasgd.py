@@ -1,4 +1,4 @@
-"""Meta-SGD: meta-learn the initialisation and a learning rate for every weight, so also the direction of inner steps.
+"""Meta-SGD: MAML with a meta-learned learning rate per weight, which also determines the direction of inner steps.
 
 Li, Zhou, Chen and Li, 2017. https://arxiv.org/abs/1707.09835
 """
@@ -17,21 +17,23 @@ from kshot_plugins.gradient_learner import Descent
 
 
 class MetaSGD(Descent):
-    """Every scalar weight has its own rate, of either sign. The head's are one for each feature and one for the
-    bias, shared by the classes, so that any ways fit.
+    """Every scalar weight has its own rate, of either sign. The head has one per feature and one for the bias, shared
+    by the classes, so that any number of ways works.
 
-    The paper takes one step. Here the first step moves the head only, whose rows start at zero, so two are the default.
+    The paper takes one step. The default here is two, since with a zero head the first step changes only the head.
 
-    Good for episodes that a gradient step or two can solve, if each weight knows how far to go. It has twice MAML's
-    weights to learn, and serves like MAML.
+    Good for episodes that one or two gradient steps can solve. It has twice MAML's parameters in training, and the same
+    cost in serving.
     """
 
     name = "metasgd"
 
     class Config(Descent.Config):
-        steps: int = Field(2, ge=0, description="inner steps while meta-training; the first moves the head only")
-        lowest: float = Field(0.005, description="initial rates are drawn evenly between this")
-        highest: float = Field(0.1, description="and this")
+        steps: int = Field(
+            2, ge=0, description="inner steps in meta-training; with a zero head the first changes only the head"
+        )
+        lowest: float = Field(0.005, description="lower bound of the initial rates, drawn uniformly")
+        highest: float = Field(0.1, description="upper bound of the initial rates")
 
         @model_validator(mode="after")
         def _is_a_range(self) -> Self:

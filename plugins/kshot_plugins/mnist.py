@@ -1,8 +1,8 @@
-"""MNIST: 70,000 handwritten digits, for testing on another domain than that of training.
+"""MNIST: 70,000 handwritten digits, as a test set for learners trained on another domain.
 
-LeCun, Cortes and Burges, 1998. Its own split is one of images, not of classes: the ten digits are classes of `test`, by
-the images of its test file, and again of `train`, by those of its training file. So `train` is no class-disjoint
-training split; it is for images without labels (`dataset.unlabelled`), or to train on when other data are tested.
+LeCun, Cortes and Burges, 1998. Its split is by images, not by classes: all ten digits are in `test` (the test file)
+and in `train` (the training file). Use `train` only as unlabelled images (`dataset.unlabelled`), or with another test
+set.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _open(request: Request) -> Iterator[Listing]:
 
 
 def _digits(folder: Path, file: str, split: Split) -> list[Picture]:
-    """The images of one of the two files, each with its digit as its class."""
+    """The images of one split, each with its digit as the class."""
     try:
         images = read_idx(folder, f"{file}-images-idx3-ubyte")  # (N, 28, 28)
         labels = read_idx(folder, f"{file}-labels-idx1-ubyte")  # (N,)
@@ -69,7 +69,7 @@ def _digits(folder: Path, file: str, split: Split) -> list[Picture]:
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes, in gzip or not: two zeros, 0x08, the number of axes, each axis as big-endian uint32."""
+    """Read an idx file of bytes, plain or gzip: two zeros, 0x08, the number of axes, sizes as big-endian uint32."""
     for path, opener in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if not path.exists():
             continue

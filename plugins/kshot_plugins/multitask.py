@@ -1,7 +1,7 @@
-"""Multi-task training: one backbone learns the classes of several data sets at once, with a head for each data set.
+"""Multi-task training: class training of one backbone on several data sets at once, with one head per data set.
 
-Caruana, 1997 (https://doi.org/10.1023/A:1007379606734): hard parameter sharing. Wang, Zhao and Li, 2021, find such
-features as good for few-shot learning as meta-trained ones (https://arxiv.org/abs/2106.09017).
+Caruana, 1997 (https://doi.org/10.1023/A:1007379606734): hard parameter sharing. Wang, Zhao and Li, 2021, report that
+such features are as good for few-shot learning as meta-trained ones (https://arxiv.org/abs/2106.09017).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _OTHERS = -100  # the label of images of other data sets
 
 
 class MultiTask(Cosine):
-    """Every data set has the same weight, whatever its share of a batch; a class is the direction of its mean feature.
+    """All data sets weigh the same in the loss. New classes are classified by cosine to their mean feature.
 
-    Of a recipe with one data set, it is ordinary class training.
+    With a single data set it is ordinary class training.
 
-    Good for several labelled data sets with one image size: more data, and more kinds of it, make features that carry
-    over. Adapting is a mean, as cheap as can be.
+    Good for several labelled data sets with one image size: more and more varied data give features that transfer.
+    Adapting is a mean.
     """
 
     name = "multitask"

@@ -90,7 +90,7 @@ def _split(request: Request, characters: set[tuple[str, str]]) -> dict[str, Spli
 
 
 def _archive(name: str, request: Request) -> Path:
-    """The archive from the user's folder, or from what was downloaded before, or from its source; checked."""
+    """The archive from the user's folder, the download cache or its source, verified by checksum."""
     folder = request.folder or request.cache / "omniglot"
     path = folder / name
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Probabilistic LDA: which class, or one that was never seen, as one log-likelihood ratio of two Gaussians.
+"""Probabilistic LDA: logits are log-likelihood ratios of a known class against an unseen class, under Gaussian models.
 
 Ioffe, 2006 (https://doi.org/10.1007/11744085_41); Prince and Elder, 2007 (https://doi.org/10.1109/ICCV.2007.4409052).
 """
@@ -17,15 +17,15 @@ from kshot_plugins.whitening import WhitenedSpace
 
 
 class PLDA(WhitenedSpace):
-    """A class's centre is drawn from N(0, B), its photos from N(centre, I): in a whitened space, scaled for that.
+    """Models class centres as N(0, B) and photos of a class as N(centre, I), in a whitened and scaled feature space.
 
-    Base classes show how photos of a class differ, and also how classes differ (B). The logit is the log-likelihood
-    ratio of the class against a class that was never seen; it knows how many photos a class has. B is the covariance of
-    the base classes' means in the directions in which these differ, shrunk towards a multiple of the identity, which it
-    is in all others; so a few base classes will do.
+    The within-class covariance (whitening) and the between-class covariance B are estimated from the base classes. The
+    logit is the log-likelihood ratio of the class against an unseen class, and accounts for the number of photos. B is
+    the covariance of the base classes' means in the directions in which they differ, shrunk towards a multiple of the
+    identity, and that multiple in all other directions; so a few base classes are enough.
 
-    Good for photographs with few photos of a class, and for telling what belongs to none. With five photos and more of
-    few classes `names = "cosine"` may name the class better, while the ratio still tells the unknown.
+    Good for photographs with few photos per class, and for rejecting unknown classes. With five or more photos of few
+    classes `names = "cosine"` may classify better; the ratio is still used to reject unknown photos.
     """
 
     name = "plda"
@@ -36,10 +36,10 @@ class PLDA(WhitenedSpace):
             0.5, gt=0, le=1, description="shrinkage of the covariance of class means towards the identity"
         )
         names: Literal["ratio", "cosine"] | None = Field(
-            None, description="what names the class: the ratio, or cosines in the same space; chosen if unset"
+            None, description="classify by the ratio, or by cosines in the same space; chosen on validation if unset"
         )
-        scale: float = Field(0.04, gt=0, description="what the ratios are multiplied by to become logits")
-        cosine_scale: float = Field(25.0, gt=0, description="what cosines are multiplied by to become logits")
+        scale: float = Field(0.04, gt=0, description="logits per unit of the ratio")
+        cosine_scale: float = Field(25.0, gt=0, description="logits per unit of cosine")
 
     config: Config
     centre: Tensor  # (D,) mean of the whitened base features
@@ -112,14 +112,14 @@ class PLDA(WhitenedSpace):
         return {"ratio": self.ratios(state, features).amax(1)}
 
     def ratios(self, state: State, features: Tensor) -> Tensor:
-        """Log-likelihood ratios (Q, W) of each class against a class that was never seen."""
+        """Log-likelihood ratios (Q, W) of each class against an unseen class."""
         rows = self._scaled(self.space(features))
         inside, outside = self._split(rows)
         found = rows @ state["rows"].t() + outside * state["rest"].t() + state["constants"].t()
         return found + inside.square() @ state["squares"].t() if self.spread.shape[0] else found
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates (N, C - 1) where base classes differ, and squared lengths (N, 1) in all other directions."""
+        """Coordinates (N, C - 1) in which base classes differ, and squared lengths (N, 1) in the other directions."""
         length = rows.square().sum(1, keepdim=True)
         if not self.spread.shape[0]:
             return rows[:, :0], length
@@ -127,7 +127,7 @@ class PLDA(WhitenedSpace):
         return inside, (length - inside.square().sum(1, keepdim=True)).clamp_min(0)
 
     def _scaled(self, rows: Tensor) -> Tensor:
-        """Whitened rows (N, D) so that photos of a class vary by 1 in each dimension."""
+        """Whitened rows (N, D), scaled to unit within-class variance per dimension."""
         return (rows - self.centre) / self.deviation
 
 

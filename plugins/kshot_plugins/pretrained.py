@@ -1,4 +1,4 @@
-"""Any of torchvision's classification networks as a backbone, with the weights of a file or of torchvision's cache."""
+"""torchvision's classification networks as backbones, with weights from a file or torchvision's cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kshot import Backbone, KshotError, PretrainedBackbone, hookimpl, pool, spre
 
 
 class Torchvision(PretrainedBackbone):
-    """A torchvision network up to its last linear layer, after normalising colours as ImageNet networks expect.
+    """A torchvision network without its last linear layer, on colours normalised as for ImageNet.
 
-    It sees images at the size at which they were imported; most networks were trained at 224. Its inner stages are the
-    last maps of each resolution but the lowest; in a transformer the class tokens and patch means of five blocks.
+    Images are not resized; most networks were trained at 224. Inner stages are the last feature maps of each resolution
+    but the lowest; in a transformer the class tokens and patch means of five blocks.
     """
 
     class Config(PretrainedBackbone.Config):
@@ -77,7 +77,7 @@ def _parts(output: Tensor) -> list[Tensor]:
 
 
 def _inner_ends(network: nn.Module, image: Tensor) -> list[str]:
-    """The modules that give the inner stages, if there are any, found by watching an image (1, 3, H, W) pass."""
+    """The modules whose outputs are the inner stages, found with hooks on a pass of an image (1, 3, H, W)."""
     maps: dict[str, dict[torch.Size, str]] = defaultdict(dict)  # by container: the last child at each resolution
     tokens: dict[str, list[str]] = defaultdict(list)
 
@@ -128,7 +128,7 @@ def _network(config: Torchvision.Config) -> nn.Module:
 
 
 def _cut_last_linear(network: nn.Module, model: str) -> None:
-    """Replace the network's last linear layer, whose inputs are the features, by nothing."""
+    """Replace the network's last linear layer by the identity, so that its inputs, the features, are returned."""
     linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise KshotError(f"torchvision's {model!r} ends in no linear layer, whose inputs would be the features")

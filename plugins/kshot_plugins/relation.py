@@ -1,4 +1,4 @@
-"""Relation networks: a small network, trained with the backbone, scores pairs of a query's and a class's feature maps.
+"""Relation networks: a learned relation module scores pairs of the feature maps of a query and a class.
 
 Sung et al., 2018. https://arxiv.org/abs/1711.06025
 """
@@ -28,16 +28,14 @@ from kshot import (
 
 
 class RelationNet(FeatureLearner):
-    """A relation score for each pair of a query and a class. The paper fits its sigmoid to 1 or 0 by squared error.
+    """Logits are relation scores before the sigmoid: log-odds that query and class match. The paper fits the sigmoid to
+    1 or 0 by squared error.
 
-    Logits are the scores before the sigmoid: the log-odds that the pair belongs together, so that their softmax over
-    classes of which exactly one is right is the probability of each.
-
-    Differs from the paper: a class's map is the mean of its images' maps, and not their sum, so that its scale does not
+    Differs from the paper: a class's map is the mean of its images' maps and not their sum, so that its scale does not
     depend on the shots.
 
-    Good for images in which positions matter, because it compares feature maps by a learned similarity. The cost grows
-    with queries times ways.
+    Good for images in which positions matter, because it compares feature maps with a learned similarity. The cost
+    grows with queries times ways.
     """
 
     name = "relation"
@@ -48,7 +46,7 @@ class RelationNet(FeatureLearner):
             description="squared error of each pair's sigmoid, as in the paper, or cross-entropy of logits",
         )
         width: int = Field(64, ge=1, le=4096, description="channels of the relation module")
-        hidden: int = Field(8, ge=1, le=4096, description="width of its last but one layer")
+        hidden: int = Field(8, ge=1, le=4096, description="width of the relation module's hidden dense layer")
 
     config: Config
 
@@ -88,7 +86,7 @@ class RelationNet(FeatureLearner):
     def episode_loss(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
     ) -> Tensor:
-        """The mean loss of all pairs of a query and a class."""
+        """The mean loss over all pairs of a query and a class."""
         scores = self.logits(self.fit(support, support_labels, classes), query)
         targets = one_hot(query_labels, classes).to(scores.dtype)
         mse = self.config.loss == "mse"

@@ -1,4 +1,4 @@
-"""Reptile: train on one episode with an ordinary optimiser, then move the initialisation towards where that led.
+"""Reptile: train on one episode with an ordinary optimiser, then move the initialisation towards the resulting weights.
 
 Nichol, Achiam and Schulman, 2018. https://arxiv.org/abs/1803.02999
 """
@@ -20,21 +20,21 @@ _EPSILON = 1e-5  # Adam's; with 1e-8, an untrained learner, without moments yet,
 
 
 class Reptile(GradientLearner):
-    """Inner steps are Adam's without momentum (beta1 = 0). Meta-training takes them on minibatches of an episode's
-    images, support and query alike; adapting takes them on the whole support set, so its order does not matter.
+    """Inner steps are Adam without momentum (beta1 = 0): in meta-training on minibatches of an episode's images,
+    support and query alike, in adapting on the whole support set, so that its order does not matter.
 
-    Adam's second moments persist from episode to episode, as the authors' do, and adapting starts from those at the end
-    of meta-training. They are buffers, so checkpoints and bundles hold them. A new head has a row for each class of the
-    episode: its moments start from the mean over the rows of earlier heads.
+    Adam's second moments persist between episodes, as in the authors' code, and adapting starts from those at the end
+    of meta-training. They are buffers, so checkpoints and bundles contain them. The moments of an episode's head rows
+    start at the mean over the rows of earlier heads.
 
-    `meta_loss` is half the squared distance to the weights where the episodes led, which are held fixed. Its gradient
-    is minus the paper's update, so plain gradient descent at a rate epsilon (`optimizer = "sgd"`, `momentum = 0`) is
-    the paper's interpolation. Only weights are interpolated, running averages are not.
+    `meta_loss` is half the squared distance to the weights after adapting to the episodes, which are constants. Its
+    gradient is minus the paper's update, so plain gradient descent at rate epsilon (`optimizer = "sgd"`,
+    `momentum = 0`) is the paper's interpolation. Only weights are interpolated, not running averages.
 
-    Differs from the paper: the head starts at zero in each episode, and is not learned, so that any ways fit.
+    Differs from the paper: the head starts at zero in each episode and is not learned, so any number of ways works.
 
-    Good for the simplest meta-training there is, without second derivatives or a query set. It wants many inner steps
-    and more than one shot, and adapting is the slowest of all.
+    Good for simple meta-training without second derivatives or a query set. It needs many inner steps and more than one
+    shot, and adapting is the slowest of all learners.
     """
 
     name = "reptile"
@@ -61,7 +61,7 @@ class Reptile(GradientLearner):
         return True
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Half the squared distance from the weights to those that each episode leads to, on average over episodes."""
+        """Half the squared distance between the weights and those adapted to each episode, averaged over episodes."""
         distances = []
         for episode in episodes:
             goal = self.trained(episode)
@@ -94,7 +94,7 @@ class Reptile(GradientLearner):
 
     @torch.no_grad()
     def trained(self, episode: Episode) -> State:
-        """The state after `steps` minibatches of an episode's images; while training, the learner keeps its moments."""
+        """The state after `steps` minibatches of an episode's images; in training it also updates the moments."""
         images = torch.cat([episode.support, episode.query])
         labels = torch.cat([episode.support_labels, episode.query_labels])
         state = self.begin(images, labels, episode.classes)
@@ -109,7 +109,7 @@ class Reptile(GradientLearner):
 
 
 def minibatches(images: int, size: int, count: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Which images each of `count` minibatches takes, in random order, and every one before any comes again."""
+    """Image indices of `count` minibatches, shuffled so that every image is used once before any is repeated."""
     rounds = math.ceil(size * count / images)
     return torch.cat([torch.randperm(images, device=device) for _ in range(rounds)])[: size * count].split(size)
 

@@ -1,7 +1,7 @@
-"""ResNet-12, the residual network that few-shot work moved to after Conv4.
+"""ResNet-12: the residual network commonly used in few-shot learning.
 
 Oreshkin, Rodríguez López and Lacoste, 2018 (https://arxiv.org/abs/1805.10123); widths as in Lee et al., 2019
-(https://arxiv.org/abs/1904.03758) or narrower. Without DropBlock: nothing is drawn at random in a forward pass.
+(https://arxiv.org/abs/1904.03758) or narrower. Without DropBlock, so that a forward pass is deterministic.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kshot import Backbone, BackboneConfig, KshotError, Norm, channels_last, con
 
 
 class _Block(nn.Module):
-    """Three 3x3 convolutions beside a 1x1 shortcut, then a halving of the image."""
+    """Three 3x3 convolutions with a 1x1 shortcut, then downsampling by 2."""
 
     def __init__(self, inputs: int, width: int, norm: Norm) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Block(nn.Module):
 
 
 class ResNet12(Backbone):
-    """Four residual blocks, then the average over positions."""
+    """Four residual blocks, then global average pooling."""
 
     class Config(BackboneConfig):
         widths: tuple[int, int, int, int] = Field((64, 160, 320, 640), description="channels of the four blocks")

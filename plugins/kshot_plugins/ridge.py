@@ -17,12 +17,13 @@ from kshot_plugins.whitening import WhitenedSpace
 
 
 class Ridge(WhitenedSpace):
-    """Regresses one-hot labels on features, in the dual: an (S, S) system, by conjugate gradients. Classes count alike.
+    """Regresses one-hot labels on features, in the dual: an (S, S) system solved by conjugate gradients. Samples are
+    weighted so that all classes count the same.
 
-    The regularisation and the scale of the logits may be meta-learned, as the paper does. With `whiten`, features are
-    those of the whitened space, which takes statistics of the base classes.
+    Regularisation and scale of the logits can be meta-learned, as in the paper. With `whiten`, features are whitened
+    with statistics of the base classes.
 
-    Good for many classes and several photos of each, where a linear head has more to learn from than class means.
+    Good for many classes with several photos each, where a linear head can improve on class means.
     """
 
     name = "ridge"
@@ -31,8 +32,8 @@ class Ridge(WhitenedSpace):
     class Config(WhitenedSpace.Config):
         whiten: bool | None = Field(None, description="regress on whitened features; chosen on validation if unset")
         regularisation: float = Field(1.0, gt=0, description="ridge penalty, for features of unit length")
-        scale: float = Field(10.0, gt=0, description="what regression's outputs are multiplied by to become logits")
-        learn: bool = Field(False, description="meta-learn regularisation and scale, starting at these")
+        scale: float = Field(10.0, gt=0, description="factor from regression outputs to logits")
+        learn: bool = Field(False, description="meta-learn regularisation and scale, starting at their values")
 
     config: Config
 

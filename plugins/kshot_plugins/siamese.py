@@ -1,4 +1,4 @@
-"""Siamese networks: one embedding for both images of a pair, and a weighted L1 distance that says same or different.
+"""Siamese networks: pairs of images are classified as same or different by a weighted L1 distance of their embeddings.
 
 Koch, Zemel and Salakhutdinov, 2015. https://www.cs.cmu.edu/~rsalakhu/papers/oneshot1.pdf
 """
@@ -15,13 +15,13 @@ from kshot import Backbone, FeatureLearner, KshotError, Learner, LearnerConfig, 
 
 
 class Siamese(FeatureLearner):
-    """A pair's score is the log-odds that both images show one class; a class's score is the mean over its images.
+    """A pair's score is the log-odds that both images show one class; a class's logit is the mean over its images.
 
-    Same and different pairs weigh the same in the loss, so a score tells how much likelier the pair is if the class is
-    one: of classes with one image each, of which one is right, the softmax of the scores is the probability of each.
+    Same and different pairs weigh the same in the loss, so a score is a log-likelihood ratio: for classes with one
+    image each, the softmax of the scores is the posterior probability.
 
-    Good for verification (whether two images show one class) as well as classification, and for changing sets of
-    classes, as each support image counts by itself.
+    Good for verification (whether two images show one class) besides classification, and for changing sets of classes,
+    as each support image is used independently.
     """
 
     name = "siamese"
@@ -41,15 +41,15 @@ class Siamese(FeatureLearner):
         return self.compare(features[:, None], state["embeddings"]) @ state["shares"]
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Scores (...) of pairs of features (..., D): a weighted sum of how far apart they are in each."""
+        """Scores (...) of pairs of features (..., D): a weighted L1 distance plus a bias."""
         return self.score((a - b).abs()).squeeze(-1)
 
     @torch.no_grad()
     def verify(self, a: Tensor, b: Tensor) -> Tensor:
-        """The probability (N,) that image i of `a` (N, C, H, W) and image i of `b` show one class, be it a new one.
+        """The probability (N,) that image i of `a` (N, C, H, W) and image i of `b` show the same class, base or new.
 
-        This is where one class and two are as likely beforehand. A bundle can tell it too: adapt to image a as the
-        only class, classify b, and take the sigmoid of the logit.
+        It assumes equal priors of same and different. With a bundle: adapt to image a as the only class, classify b,
+        and take the sigmoid of the logit.
         """
         if not self.takes_features:
             raise KshotError(
@@ -63,7 +63,7 @@ class Siamese(FeatureLearner):
     def episode_loss(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, classes: Tensor
     ) -> Tensor:
-        """Binary cross-entropy of all pairs of a support and a query image, half for same and half for different."""
+        """Binary cross-entropy of all pairs of a support and a query image; same and different weigh one half each."""
         scores = self.compare(query[:, None], support)  # (Q, S)
         same = (query_labels[:, None] == support_labels).to(scores.dtype)
         share = same.mean()

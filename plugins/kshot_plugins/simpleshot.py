@@ -1,4 +1,4 @@
-"""SimpleShot: train a classifier of the base classes, then take the nearest class mean, of centred unit features.
+"""SimpleShot: class training on the base classes, then nearest class mean on centred, L2-normalised features.
 
 Wang, Chao, Weinberger and van der Maaten, 2019. https://arxiv.org/abs/1911.04623
 """
@@ -31,11 +31,10 @@ from kshot_plugins.class_training import BaseHead
 class SimpleShot(FeatureLearner):
     """Logits are negative squared distances to the class means of transformed features.
 
-    Features are centred by the mean of the base classes, never of an episode. Features change while the backbone
-    trains, so the mean is taken over the last batches of class training only.
+    Features are centred by the mean over the base classes, not over an episode. As features change in training, the
+    mean is taken over the last batches of class training.
 
-    A simple baseline for any backbone: class training, a mean, a distance. Measure the gain of other learners against
-    it.
+    Good as a simple baseline for any backbone.
     """
 
     name = "simpleshot"
@@ -62,7 +61,7 @@ class SimpleShot(FeatureLearner):
         self.base = BaseHead(self.backbone.features, classes)
 
     def meta_loss(self, episodes: Episodes) -> Tensor:
-        """Cross-entropy over all base classes, of every image of the episodes, support and query alike."""
+        """Cross-entropy over all base classes, averaged over the support and query images of the episodes."""
         images, labels = episodes.pooled()
         features = self.embed(images)  # (N, D)
         if self.training:

@@ -1,4 +1,4 @@
-"""Any of timm's networks as a backbone: [backbone] name = "timm/NAME", with weights of a file or of the hub's cache.
+"""timm's networks as backbones, `[backbone] name = "timm/NAME"`, with weights from a file, the hub or its cache.
 
 Wightman, 2019, PyTorch Image Models. https://github.com/huggingface/pytorch-image-models
 """
@@ -21,11 +21,11 @@ from kshot import Backbone, KshotError, PretrainedBackbone, Resize, hookimpl, po
 
 
 class Timm(PretrainedBackbone):
-    """Images of any size, grey ones too, to the pooled features of a network as timm pools them.
+    """Grey or colour images of any size to the features of a timm network, as timm pools them.
 
-    They are resized and normalised in here as the network's pretraining did, and so in the graph of a bundle. Its inner
-    stages are at most five outputs before the last: maps averaged over positions; of a transformer with a class token,
-    that token and the mean of the patches.
+    Resizing and normalisation, as in pretraining, are part of the backbone and so of a bundle's graph. Inner stages are
+    at most five intermediate outputs: pooled feature maps, or in a transformer with a class token, that token and the
+    mean of the patches.
     """
 
     class Config(PretrainedBackbone.Config):
@@ -34,7 +34,7 @@ class Timm(PretrainedBackbone):
             description="'default' (the hub's cache, or a download), 'none', or a .safetensors, .pth or .bin file",
         )
         size: int | None = Field(
-            None, ge=16, le=1024, description="pixels a side that images are brought to; as in pretraining if unset"
+            None, ge=16, le=1024, description="side in pixels that images are resized to; as in pretraining if unset"
         )
 
     name: ClassVar[str]
@@ -64,7 +64,7 @@ class Timm(PretrainedBackbone):
         self.tokens = token and "return_prefix_tokens" in inspect.signature(shows or len).parameters
         try:
             self.widths = self.measure(len(self.blocks) + 1)
-        except KshotError:  # some, as Hiera, end their intermediate outputs otherwise than their features
+        except KshotError:  # in some networks, such as Hiera, the last intermediate output differs from the features
             self.blocks = []
             self.widths = self.measure(1)
 
@@ -99,7 +99,7 @@ def _timm() -> ModuleType:
 
 
 def _network(name: str, facts: Any, size: int, weights: str) -> Any:
-    """The network without its classifier, for images of this size where it takes one size only."""
+    """The network without its classifier, built for this image size if it accepts only one."""
     options: dict[str, Any] = {"img_size": size} if facts.fixed_input_size else {}
     if weights not in ("default", "none"):  # with as many classes as the file has, so that all of it must fit
         head = facts.classifier if isinstance(facts.classifier, str) else next(iter(facts.classifier or ()), "")
@@ -126,7 +126,7 @@ def _read(weights: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _answering_hub() -> Iterator[None]:
-    """The hub's client for the block: it looks in its cache only where no hub answers, and not for minutes."""
+    """Configure the hub's client within the block: if no hub answers, it falls back to its cache within seconds."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -1,4 +1,4 @@
-"""Whitened cosine: class means in a space whitened by the scatter within the user's own base classes.
+"""Whitened cosine: nearest class mean by cosine after whitening with the within-class covariance of the base classes.
 
 Within-class covariance normalisation: Hatch, Kajarekar and Stolcke, 2006, in speaker recognition.
 https://www.isca-archive.org/interspeech_2006/hatch06_interspeech.html
@@ -18,15 +18,15 @@ from kshot_plugins.whitening import WhitenedSpace
 class Whitened(WhitenedSpace):
     """Logits are cosines to the class means in the whitened space, times a scale.
 
-    Good for photographs of similar things on a frozen pretrained backbone, above all with `features = "stages"`. Its
-    statistics take seconds; three base classes help already, and with none of them it still gains from several photos
-    of a class. `plda` is better with one photo of a class and at telling what belongs to none.
+    Good for photographs of similar things on a frozen pretrained backbone, especially with `features = "stages"`. Its
+    statistics take seconds. Three base classes already help, and without base classes it still gains from several
+    photos per class. `plda` is better with one photo per class and at rejecting unknown photos.
     """
 
     name = "whitened"
 
     class Config(WhitenedSpace.Config):
-        scale: float = Field(25.0, gt=0, description="what cosines are multiplied by to become logits")
+        scale: float = Field(25.0, gt=0, description="logits per unit of cosine")
 
     config: Config
 

@@ -1,7 +1,6 @@
-"""Whitening: a feature space in which the variance within the base classes is the same in all directions.
+"""Whitening by within-class covariance of the base classes: the common base of `whitened`, `plda` and `ridge`.
 
-Photos of one user share nuisances (one camera, one shelf, one light), and the scatter within the base classes holds
-just these. Not a learner: the base of `whitened`, `plda` and `ridge`.
+The photos of one user share nuisance variation (camera, shelf, light), which the within-class covariance captures.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _STEPS = 16  # of conjugate gradients
 
 
 class Scatter(NamedTuple):
-    """The pooled scatter within base classes of x = unit(z - mean): S = V diag(values) V' + rest (I - VV')."""
+    """The pooled within-class covariance of x = unit(z - mean): S = V diag(values) V' + rest (I - VV')."""
 
     mean: Tensor  # (D,)
     vectors: Tensor  # V (D, r), orthonormal
@@ -33,11 +32,11 @@ class Scatter(NamedTuple):
 
 
 class WhitenedSpace(FeatureLearner):
-    """Centres features, whitens them by the scatter within the base classes, and brings them to unit length.
+    """Centres features, whitens them by the within-class covariance of the base classes, and normalises their length.
 
-    The covariance is shrunk towards a multiple of the identity by `shrinkage`, so that few base photos will do: without
-    any, features are as they came, of unit length. In `adapt`, the scatter within the support set itself is added to
-    it, which needs two photos of a class.
+    The covariance is shrunk towards a multiple of the identity by `shrinkage`, so few base photos are enough; without
+    any, features are only normalised. `adapt` adds the within-class scatter of the support set, which is zero
+    for one photo per class.
     """
 
     norms = ("running", "group")
@@ -45,7 +44,7 @@ class WhitenedSpace(FeatureLearner):
 
     class Config(LearnerConfig):
         shrinkage: float | None = Field(
-            None, gt=0, le=1, description="of the scatter within base classes; chosen on validation if unset"
+            None, gt=0, le=1, description="shrinkage of the within-class covariance; chosen on validation if unset"
         )
         prior: float = Field(
             20.0,
@@ -74,14 +73,14 @@ class WhitenedSpace(FeatureLearner):
         self.mean, self.vectors, self.damping = found.mean, found.vectors, ratio.sqrt() - 1
 
     def space(self, features: Tensor) -> Tensor:
-        """Whitened rows (N, D) of unit length. The scale of what the base classes say nothing of cancels in it."""
+        """Whitened rows (N, D) of unit length, so that the overall scale of the covariance cancels."""
         if not self.damping.numel():
             return unit(features)
         x = unit(features - self.mean)
         return unit(x + ((x @ self.vectors) * self.damping) @ self.vectors.t())
 
     def corrected_means(self, rows: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """The class means P (W, D) of support rows (S, D), and M P, with the scatter within the support set taken out.
+        """The class means P (W, D) of support rows (S, D), and M P, corrected for the support set's own scatter.
 
         M = (I + R'R / (prior t))^-1 for residuals R (S, D) about the class means and their variance t in a dimension:
         by Woodbury's identity an (S, S) system. One photo of each class has no residual, and then M = I.
@@ -103,7 +102,7 @@ class WhitenedSpace(FeatureLearner):
 
 @lru_cache(maxsize=16)  # the shrinkages that are tried share it
 def scatter(base: Sequence[Tensor]) -> Scatter:
-    """The scatter within classes, given the features (N, D) of each: seconds for a thousand photos."""
+    """The within-class covariance, from the features (N, D) of each class; takes seconds for a thousand photos."""
     most = max(2, _MOST // max(len(base), 1))
     classes = [features[:most].float() for features in base]
     mean = torch.cat(classes).mean(0)
