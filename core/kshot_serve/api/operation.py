@@ -186,6 +186,7 @@ PHOTOS = {"multipart/form-data": _parts(_FILES)}
 NAMED_PHOTOS = {"multipart/form-data": _parts(_FILES, "name")}
 PAIR = {"multipart/form-data": _parts({"a": _FILE, "b": _FILE})}
 ONE_PHOTO = {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")}
+JPEG = {"image/jpeg": {"schema": _FILE}}
 ZIP = {"application/zip": {"schema": _FILE}}
 
 

@@ -287,6 +287,9 @@ class AdaptationLimits(BaseModel):
 class Limits(BaseModel):
     """What is taken."""
 
+    scope: Literal["read", "write", "admin"] = Field(
+        description="what the key of this request may do; admin where no keys are needed"
+    )
     formats: list[str]
     photo: PhotoLimits
     request: RequestLimits

@@ -16,7 +16,7 @@ from typing import IO, Final, Literal, ParamSpec, TypeVar
 import numpy as np
 from PIL import Image
 
-from kshot_runtime.images import ImageRule
+from kshot_runtime.images import ImageLimits, ImageRule
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
@@ -37,6 +37,7 @@ from kshot_serve.storage.values import ORIGINAL, Class, Key, Revision, Snapshot,
 P = ParamSpec("P")
 T = TypeVar("T")
 _LACKING_AT_ONCE = 256
+THUMBNAIL = ImageRule(size=160, fit="crop", resize="bilinear")
 
 
 class Keep:
@@ -289,6 +290,15 @@ class Spaces:
         content = await self._engine.in_thread(_picture, kept, rule)
         return content, archive.media_type(content), digest(content)
 
+    async def thumbnail_tag(self, space: str, photo_id: str) -> str:
+        """Changes with what `thumbnail` gives; to ask costs no reading or decoding of the photo."""
+        return f"{await self._read(self._store.sha256, space, photo_id)}-{THUMBNAIL.size}"
+
+    async def thumbnail(self, space: str, photo_id: str) -> bytes:
+        """The middle of a photo as a JPEG of 160 x 160 pixels, upright and without metadata."""
+        content, _, _ = await self.photo(space, photo_id)
+        return await self._engine.in_thread(_thumbnail, content, self._settings.image)
+
     async def _add(
         self,
         space: str,
@@ -508,4 +518,11 @@ def _picture(kept: dict[Key, bytes], rule: ImageRule) -> bytes:
     pixels = 255 - pixels if rule.invert else pixels
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if rule.channels == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _thumbnail(content: bytes, limits: ImageLimits) -> bytes:
+    pixels = archive.decoded("the photo", content, THUMBNAIL, limits)  # (C, H, W)
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=80)
     return file.getvalue()

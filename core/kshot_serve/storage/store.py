@@ -167,6 +167,12 @@ class Store:
             photo_row(connection, space, photo)
             return {key: content for key in keys for _, content in contents_of(connection, [photo], key)}
 
+    def sha256(self, space: str, photo: str) -> str:
+        """Of the file as it came."""
+        with self.reading() as connection:
+            row_of(connection, space)
+            return str(photo_row(connection, space, photo).sha256)
+
     def lacking(self, keys: Sequence[Key], limit: int, after: str = "") -> list[str]:
         """Photos of any label space and revision that have none of these contents, in the order of their ids."""
         has = select(CONTENTS.c.photo).where(CONTENTS.c.photo == PHOTOS.c.id, or_(*map(is_of, keys)))

@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from kshot_serve.api import schemas
 from kshot_serve.api.forms import read_form
 from kshot_serve.api.operation import (
+    JPEG,
     JSON,
     NAMED_PHOTOS,
     ONE_PHOTO,
@@ -106,6 +107,26 @@ async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=kind, headers=headers)
+
+
+@router.get(
+    "/v1/spaces/{space_id}/photos/{photo_id}/thumbnail", tags=["classes"], response_class=Response,
+    **operation(
+        "read", "space_unknown", "photo_unknown", "not_ready", "busy",
+        answers={200: {"content": JPEG}, 304: {"description": "unchanged"}},
+    ),
+)  # fmt: skip
+async def get_thumbnail(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
+    """The middle of a photo as a JPEG of 160 x 160 pixels."""
+    headers = {
+        "ETag": f'"{await backend.spaces.thumbnail_tag(space_id, photo_id)}"',
+        "Cache-Control": "private, no-cache",  # kept by a browser, which asks with the tag whether it is still there
+    }
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    with backend.engine.admit(1):
+        content = await backend.spaces.thumbnail(space_id, photo_id)
+    return Response(content, media_type="image/jpeg", headers=headers)
 
 
 @router.delete(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
@@ -51,14 +51,16 @@ async def metrics(backend: Serving) -> Response:
 
 
 @router.get("/v1/limits", **operation("read"))
-async def limits(backend: Serving) -> Limits:
+async def limits(request: Request, backend: Serving) -> Limits:
     """What is taken, so that a client need not find out by being refused."""
     settings = backend.settings
     adaptation = None
     if backend.champions.ready:
         most = backend.champions.current.bundle.manifest.limits
         adaptation = AdaptationLimits(ways=most.ways, shots=most.shots, support=most.support)
+    key = request.scope.get("state", {}).get("key")
     return Limits(
+        scope=key.scope if key else "admin",
         formats=[name.lower() for name in FORMATS],
         photo=PhotoLimits(**settings.image.model_dump()),
         request=RequestLimits(photos=settings.photos, bytes=settings.body_mb * 1_000_000),
