@@ -63,6 +63,8 @@ class Settings(_Part):
     image: ImageLimits = ImageLimits()
     engine: EngineSettings = EngineSettings()
 
+    strip_metadata: bool = Field(False, description="keep originals without EXIF, GPS, XMP, IPTC and comments")
+
     @property
     def database_url(self) -> str:
         return self.database or f"sqlite:///{self.folder / 'spaces.db'}"

@@ -147,7 +147,7 @@ class Added(BaseModel):
     class_: Class = Field(alias="class", description="as it is now")
     photos: list[str] = Field(description="ids of those that are new")
     revision: int
-    notes: list[str] = Field(description="what may be wrong with the photos, for people")
+    notes: list[str] = Field(description="what may be wrong with the photos or the name, for people")
 
 
 class NewName(BaseModel):
@@ -160,6 +160,7 @@ class Revised(BaseModel):
     """A write is done, and made this revision."""
 
     revision: int
+    notes: list[str] = Field([], description="what may be wrong with a new name, for people")
 
 
 class Revision(BaseModel):

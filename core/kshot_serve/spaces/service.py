@@ -25,7 +25,8 @@ from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
 from kshot_serve.spaces import archive
 from kshot_serve.spaces.decisions import closer, operating, unit
-from kshot_serve.spaces.names import named, normal, numbered
+from kshot_serve.spaces.metadata import stripped
+from kshot_serve.spaces.names import alike, named, normal, numbered
 from kshot_serve.spaces.questions import Answering, Classified, Query, Verified
 from kshot_serve.spaces.states import States, features_of, needed, pixels_by
 from kshot_serve.spaces.uploads import Upload
@@ -259,7 +260,8 @@ class Spaces:
                     raise Problem("conflict", f"another class is named {name!r}", reason="name")
                 if class_.name != name:
                     change.rename_class(class_id, name)
-            return Written(change.revision, replace(class_, name=name))
+            notes = alike(name, [each.name for each in there.classes if each.id != class_id])
+            return Written(change.revision, replace(class_, name=name), notes=tuple(notes))
 
         return await self._write(write)
 
@@ -314,6 +316,7 @@ class Spaces:
         await self.revision(space)  # before any work is done for one that is not there
         query = await self._answering.query(champion, uploads, until, as_support=True)
         strange = await self._closer(champion, space, class_id, query, until)
+        kept = await self._engine.in_thread(self._contents, champion, uploads, query)
 
         def write() -> Written:
             with self._store.write(space, action, who) as change:
@@ -325,7 +328,6 @@ class Spaces:
                     holders.setdefault(photo.sha256, []).append(photo.class_id)
                 notes: list[str] = []
                 added: list[str] = []
-                kept = self._contents(champion, uploads, query)
                 for number, (upload, contents, closer) in enumerate(zip(uploads, kept, strange, strict=True), 1):
                     sha256 = digest(upload.content)
                     others = holders.setdefault(sha256, [])
@@ -340,7 +342,9 @@ class Spaces:
                     others.append(class_)
                 there = change.snapshot()
                 self._check(there, change)
-            return Written(change.revision, _class_of(there, class_), tuple(added), tuple(notes))
+            made = _class_of(there, class_)
+            twins = [] if class_ in names else alike(made.name, names.values())
+            return Written(change.revision, made, tuple(added), (*twins, *notes))
 
         return await self._write(write)
 
@@ -351,7 +355,7 @@ class Spaces:
         for i, upload in enumerate(uploads):
             contents: dict[Key, bytes] = {pixels: query.images[i].tobytes()}
             if self._settings.keep_photos:
-                contents[ORIGINAL] = upload.content
+                contents[ORIGINAL] = stripped(upload.content) if self._settings.strip_metadata else upload.content
             if query.features is not None:
                 contents[features] = query.features[i].tobytes()
             kept.append(contents)

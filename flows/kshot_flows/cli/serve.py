@@ -58,6 +58,9 @@ def serve(
     keep_photos: Annotated[
         Literal["yes", "no"], typer.Option(help="Store original photos, or only what adapting needs.")
     ] = "yes",
+    strip_metadata: Annotated[
+        bool, typer.Option("--strip-metadata", help="Store photos without EXIF, GPS, XMP, IPTC and comments.")
+    ] = False,
     keys: Annotated[
         Literal["auto", "required", "off"],
         typer.Option(help="API keys: auto requires them unless only this machine can connect."),
@@ -112,6 +115,7 @@ def serve(
             database=database,
             engine={"device": device},
             keep_photos=keep_photos == "yes",
+            strip_metadata=strip_metadata,
             keys=keys,
             exposed=exposed,
             origins=tuple(origin or ()),

@@ -62,7 +62,7 @@ async def rename_class(
 ) -> schemas.Revised:
     """Give a class another name."""
     written = await backend.spaces.rename_class(space_id, class_id, wanted.name, who=author(request))
-    return schemas.Revised(revision=written.revision)
+    return schemas.Revised(revision=written.revision, notes=list(written.notes))
 
 
 @router.delete(
