@@ -10,7 +10,7 @@ import sys
 from starlette.requests import Request
 
 from kshot_runtime.errors import KshotError
-from kshot_serve.budgets import Bodies
+from kshot_serve.budgets import Budgets
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champions import Champions
@@ -46,7 +46,7 @@ class Backend:
         self.store = Store(settings.database_url)
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
         self.keys = Keys(self.store)
-        self.bodies = Bodies(settings.bodies_mb * 1_000_000)
+        self.budgets = Budgets(settings)
         self._fillings = [Filling(source) for source in settings.fill]
         self.leaving = self.draining = False
         self.idle = True  # once it has stopped: whether no thread still loads or adapts, for nobody any more

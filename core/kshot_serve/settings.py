@@ -60,6 +60,14 @@ class Settings(_Part):
     stalled_s: float = Field(120.0, gt=0, description="an image that waits or runs so long makes the server not live")
     headers_s: float = Field(10.0, gt=0, description="longest time for a request's head to arrive")
     idle_s: float = Field(75.0, gt=0, description="a kept connection's longest pause; load balancers' own are 60 s")
+    share: float = Field(
+        0.5, gt=0, le=1, description="of bodies, answers, requests and the queue, for one key (without keys: address)"
+    )
+    answers_mb: int = Field(256, ge=1, description="answers above 64 kB that a worker has under way")
+    unread_s: float = Field(30.0, gt=0, description="a client that reads nothing of an answer for so long is cut off")
+    connections: int = Field(4096, ge=16, description="of a worker; fewer if the system's limit of files is lower")
+    requests_per_s: float = Field(0.0, ge=0, description="requests a second of one key; 10 s of them at once; 0: any")
+    wrong_keys_per_s: float = Field(5.0, ge=0, description="unknown keys a second of one address, likewise; 0: any")
     image: ImageLimits = ImageLimits()
     engine: EngineSettings = EngineSettings()
 

@@ -1,38 +1,53 @@
-"""Request bodies: counted and timed as they arrive."""
+"""Request bodies: counted and timed as they arrive. Answers: sent in pieces, and counted until they are read."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from starlette.types import Message, Receive
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Send
 
-from kshot_serve.budgets import Bodies
+from kshot_serve.budgets import Share
 from kshot_serve.errors import Problem
 
 _BODY_PACE = 100_000  # bytes of a body that earn it another second
+_PIECE = 64_000  # bytes of an answer that are sent at once; smaller answers are not counted
+_STREAM = 1_000_000  # bytes counted for an answer whose length is not known: its pieces are no larger
 
 
 class Body:
-    """A request's body on its way in: at most `limit` bytes, in time, and within what all bodies may take.
+    """A request's body on its way in: at most `limit` bytes, in time, and within its caller's share of all bodies.
 
-    It has so many `seconds`, and earns more as it comes, so that a large one may take its time and one that drips may
-    not. Bytes are counted as they come, so a body without Content-Length, or with a false one, gains nothing. `arrived`
-    is called when it is complete or given up.
+    Only bytes that have arrived are counted: an announced length reserves nothing, and is refused if it is above the
+    limit. The body has so many `seconds`, and earns more as it comes, so that a large one may take its time and one
+    that drips may not. `arrived` is called when it is complete or given up. With `whole` it may take all of the bodies'
+    bytes that are free, and not its caller's share only.
     """
 
-    def __init__(self, receive: Receive, bodies: Bodies, length: int | None, limit: int, seconds: float) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        bodies: Share,
+        caller: str,
+        length: int | None,
+        limit: int,
+        seconds: float,
+        *,
+        whole: bool = False,
+    ) -> None:
         self.arrived: Callable[[], None] = lambda: None
         self._receive = receive
         self._bodies = bodies
+        self._caller = caller
         self._limit = limit
         self._seconds = seconds
+        self._whole = whole
         self._now = asyncio.get_running_loop().time
         self._until = self._now() + seconds
-        self._came = self._taken = 0
+        self._taken = 0
         self.complete = asyncio.Event()
-        if length is not None:
-            self._take(length)
+        self._check(length or 0)
 
     async def receive(self) -> Message:
         """ASGI's receive."""
@@ -48,8 +63,9 @@ class Body:
             ) from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
-            self._came += size
-            self._take(self._came - self._taken)
+            self._check(self._taken + size)
+            self._bodies.take(self._caller, size, all_of_it=self._whole)
+            self._taken += size
             if message.get("more_body", False):
                 self._until = min(self._until + size / _BODY_PACE, self._now() + self._seconds)
             else:
@@ -57,15 +73,54 @@ class Body:
                 self.arrived()
         return message
 
-    def _take(self, more: int) -> None:
-        if more <= 0:
-            return
-        if self._taken + more > self._limit:
+    def _check(self, size: int) -> None:
+        if size > self._limit:
             raise Problem("body_too_large", f"a body may have at most {self._limit:,} bytes here")
-        self._bodies.take(more)
-        self._taken += more
 
     def close(self) -> None:
         self.arrived()
-        self._bodies.give(self._taken)
+        self._bodies.give(self._caller, self._taken)
+        self._taken = 0
+
+
+class AnswerRefusedError(Exception):
+    """An answer that is larger than its caller may have now; nothing of it was sent."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class Answer:
+    """An answer on its way out, within its caller's share of all answers.
+
+    Its body is handed on in pieces, and each piece waits until the connection has room for it, so that of a large
+    answer the connection holds two pieces at most. The answer itself is in memory until then, and is counted.
+    """
+
+    def __init__(self, send: Send, answers: Share, caller: str) -> None:
+        self._send = send
+        self._answers = answers
+        self._caller = caller
+        self._taken = 0
+
+    async def send(self, message: Message) -> None:
+        """ASGI's send. Raises AnswerRefusedError before anything is sent."""
+        if message["type"] == "http.response.start":
+            size = int(Headers(raw=message["headers"]).get("content-length", _STREAM))
+            if size > _PIECE and message["status"] != 204:
+                try:
+                    self._answers.take(self._caller, size)
+                except Problem as problem:
+                    raise AnswerRefusedError(problem) from None
+                self._taken = size
+        elif len(content := message.get("body", b"")) > _PIECE:
+            for start in range(0, len(content) - _PIECE, _PIECE):
+                await self._send(message | {"body": content[start : start + _PIECE], "more_body": True})
+            rest = len(content) % _PIECE or _PIECE
+            message = message | {"body": content[-rest:]}
+        await self._send(message)
+
+    def close(self) -> None:
+        self._answers.give(self._caller, self._taken)
         self._taken = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 from collections.abc import Iterable
 from math import ceil
 from time import perf_counter
@@ -14,13 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kshot_serve.backend import Backend
+from kshot_serve.budgets import address_of, caller_of
 from kshot_serve.errors import Problem
 from kshot_serve.observe import trace
-from kshot_serve.storage.keys import OPEN
+from kshot_serve.storage.keys import OPEN, Key
 
 log = logging.getLogger("kshot.serve")
 
 _GONE = 499  # the client hung up before its answer: only ever in logs and metrics
+
+_NOT_IN_HOST = re.compile(r"[\s@/?#,\\]")  # a user's name before an @, above all
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -116,15 +120,27 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        budgets = self.backend.budgets
         try:
             await self._check(scope)
+            if scope["path"] in OPEN:
+                return await self.app(scope, receive, send)
+            caller = caller_of(scope)
+            budgets.request_rate.take(caller)
+            budgets.requests.take(caller, 1)
         except Problem as problem:
             await refuse(problem, scope, self.backend)(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            budgets.requests.give(caller, 1)
 
     async def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
+        hosts = headers.getlist("host")
+        if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1") or _NOT_IN_HOST.search("".join(hosts)):
+            raise Problem("bad_request", "a request has one Host header, with a name or address and perhaps a port")
         if not self._is_ours(headers.get("host", "")):
             raise Problem("host_not_allowed", "this server does not go by the name in Host; see --allow-host")
         if not self._may_come_from(headers.get("origin"), headers.get("host", "")):
@@ -132,10 +148,25 @@ class Guard:
         if self.backend.draining and path not in OPEN:
             raise Problem("draining", "this server is shutting down: ask another, or again", retry_after=1)
         if self.backend.settings.needs_keys and path not in self._open:
-            key = await self.backend.keys.check(_key_in(headers))
+            key = await self._key(_key_in(headers), address_of(scope))
             scope.setdefault("state", {})["key"] = key
             if (request := trace.current.get()) is not None:
                 request.more["key"] = key.id
+
+    async def _key(self, text: str | None, address: str) -> Key:
+        """The key of this text, or a Problem. An address may ask the database about so many wrong keys a second."""
+        keys, rate = self.backend.keys, self.backend.budgets.wrong_key_rate
+        if not text or keys.remembers(text):
+            return await keys.check(text)
+        rate.take(address)
+        try:
+            key = await keys.check(text)
+        except Problem as problem:
+            if problem.code != "key_unknown":
+                rate.give(address)
+            raise
+        rate.give(address)
+        return key
 
     def _may_come_from(self, origin: str | None, host: str) -> bool:
         """Whether the page that calls, if it is one, is ours or one that was named.

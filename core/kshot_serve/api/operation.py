@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
-from kshot_serve.api.bodies import Body
+from kshot_serve.api.bodies import Answer, AnswerRefusedError, Body
 from kshot_serve.api.schemas import Failure
 from kshot_serve.backend import DEADLINE, Backend
+from kshot_serve.budgets import caller_of
 from kshot_serve.errors import STATUS, Code, Problem
 from kshot_serve.observe import trace
 from kshot_serve.storage import keys as access
@@ -102,16 +103,23 @@ class Operation(APIRoute):
             backend.engine.admit()
         settings, length = backend.settings, Headers(scope=scope).get("content-length")
         limit = settings.body_mb * 1_000_000 if declared.get("requestBody") else _JSON_BYTES
-        if declared.get("x-kshot-whole"):
+        if whole := bool(declared.get("x-kshot-whole")):
             limit = max(limit, settings.space_mb * 1_000_000 + _JSON_BYTES)
-        body = Body(receive, backend.bodies, int(length) if length else None, limit, settings.body_s)
+        budgets, caller = backend.budgets, caller_of(scope)
+        body = Body(
+            receive, budgets.bodies, caller, int(length) if length else None, limit, settings.body_s, whole=whole
+        )
+        response = Answer(send, budgets.answers, caller)
         if takes_photos:
             body.arrived = backend.engine.expect()
         try:
-            answer = super().handle(scope, body.receive, send)
+            answer = super().handle(scope, body.receive, response.send)
             await (_unless_gone(answer, body, receive) if declared.get("x-kshot-cancels") else answer)
+        except AnswerRefusedError as refused:
+            raise refused.problem from None
         finally:
             body.close()
+            response.close()
 
 
 def _authorise(scope: Scope, needed: access.Scope) -> None:

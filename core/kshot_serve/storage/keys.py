@@ -29,6 +29,7 @@ OPEN = frozenset({"/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/hea
 
 _KEY = re.compile(r"kshot_([0-9a-z]{10})_([0-9a-f]{64})")
 _REMEMBERED_S = 5.0  # a revoked key may live on for so long
+_WRONG_KEYS = 1000  # that are remembered, for as long
 
 _metadata = MetaData()
 _keys = Table(
@@ -68,6 +69,7 @@ class Keys:
         self._store = store
         self._clock = clock
         self._known: dict[bytes, tuple[Key, float]] = {}  # valid keys, by their hash, and until when to trust that
+        self._wrong: dict[bytes, float] = {}  # others, by their hash, and until when not to ask again
         with store.writing() as connection:
             create(connection, _metadata)
 
@@ -109,12 +111,22 @@ class Keys:
         whole = _hash(text)
         if (known := self._known.get(whole)) is not None and self._clock() < known[1]:
             return known[0]
-        self._known.pop(whole, None)
-        key = await self._store.run(self._find, text)
-        if key is None:
-            raise Problem("key_unknown", "this API key is not valid: it is unknown or was revoked")
+        if self._clock() < self._wrong.get(whole, 0):
+            raise _wrong()
+        if (key := await self._store.run(self._find, text)) is None:
+            self._known.pop(whole, None)
+            self._wrong.pop(whole, None)
+            self._wrong[whole] = self._clock() + _REMEMBERED_S  # at the end: the first is the oldest
+            if len(self._wrong) > _WRONG_KEYS:
+                del self._wrong[next(iter(self._wrong))]
+            raise _wrong()
         self._known[whole] = key, self._clock() + _REMEMBERED_S
         return key
+
+    def remembers(self, text: str) -> bool:
+        """Whether this text was a valid key not long ago, or is known to be none; others cost a question."""
+        whole = _hash(text)
+        return whole in self._known or self._clock() < self._wrong.get(whole, 0)
 
     def _find(self, text: str) -> Key | None:
         parts = _KEY.fullmatch(text)
@@ -125,6 +137,10 @@ class Keys:
         if row is None or not hmac.compare_digest(row["hash"], _hash(parts[2])) or row["revoked"] is not None:
             return None
         return _key(row)
+
+
+def _wrong() -> Problem:
+    return Problem("key_unknown", "this API key is not valid: it is unknown or was revoked")
 
 
 def _hash(text: str) -> bytes:

@@ -469,25 +469,6 @@ def test_a_request_behind_a_body_that_was_refused_is_answered_however_the_bytes_
         assert kept.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_bodies_of_all_requests_share_a_bound(features_bundle: Path, tmp_path: Path, running: Start) -> None:
-    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, bodies_mb=1)
-    with running(settings) as server:
-        host = server.url.removeprefix("http://")
-        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as holder:
-            holder.sendall(f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Length: 900000\r\n".encode())
-            holder.sendall(b"Content-Type: image/png\r\nExpect: 100-continue\r\n\r\n")
-            assert b"100" in holder.recv(1000)  # its body is awaited now
-            refused = server.http.post("/v1/embed", content=b"x" * 200_000, headers=PNG)
-            assert error(refused) == (429, "busy")
-            assert refused.json()["error"]["reason"] == "bodies"
-            assert int(refused.headers["retry-after"]) >= 1
-
-        def asked() -> int:
-            return server.http.post("/v1/embed", content=b"x" * 200_000, headers=PNG).status_code
-
-        until(lambda: asked() == 422)  # no image; once the server has noticed that the holder hung up
-
-
 def test_a_full_queue_refuses_before_it_reads_a_body(
     features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
 ) -> None:
