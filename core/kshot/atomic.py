@@ -1,4 +1,4 @@
-"""Replaces a folder by a new one, so that one of the two always exists."""
+"""Replaces a folder by a new one, so that the old or the new content always exists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def replace(folder: Path, new: Path) -> None:
-    """Move `new` to `folder`; what was there is left beside where `new` was, for the caller to clear away."""
+    """Move `new` to `folder`. The old folder is left beside the former place of `new`, for the caller to delete."""
     if not folder.exists():
         new.rename(folder)
         return

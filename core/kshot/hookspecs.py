@@ -19,7 +19,7 @@ _hookimpl = pluggy.HookimplMarker("kshot")
 
 
 def hookimpl(function: _Function) -> _Function:
-    """Mark a function as this plugin's answer to the hook of the same name."""
+    """Mark a function as the plugin's implementation of the hook of the same name."""
     return _hookimpl(function)
 
 
@@ -30,9 +30,9 @@ def kshot_learners() -> Sequence[type[Learner]]:  # type: ignore[empty-body]  # 
 
 @hookspec
 def kshot_backbones() -> Mapping[str, type[Backbone]]:  # type: ignore[empty-body]  # likewise
-    """Backbones by name: subclasses of `kshot.Backbone`. One named "x/*" gives "x/NAME" by its `named(NAME)`."""
+    """Backbones by name: subclasses of `kshot.Backbone`. A class under "x/*" provides "x/NAME" by `named(NAME)`."""
 
 
 @hookspec
 def kshot_datasets() -> Mapping[str, Importer]:  # type: ignore[empty-body]  # likewise
-    """Data sources by name: `kshot.data.sources.Importer`, which list images and say how to pack them."""
+    """Data sources by name: `kshot.data.sources.Importer`, which list images and define how to pack them."""

@@ -1,9 +1,9 @@
 """Tunes glibc's malloc for torch on a CPU: inside `kept()`, freed memory stays in the heap and is used again.
 
-By default each large block is mapped anew and unmapped when it is freed, and the system clears it page by page: half
-of a training step, and more of an evaluation (`python bench/training_memory.py`). Two things to know of glibc: memory
-of threads with an arena of their own is unmapped whatever the settings, so there is one arena; and any setting ends
-the adjustment of its thresholds by itself, so `kept` leaves the highest that this adjustment would have led to.
+By default glibc maps each large block from the system and unmaps it when it is freed. The page faults take half the
+time of a training step, and more of an evaluation (`python bench/training_memory.py`). glibc unmaps the memory of
+secondary arenas whatever the settings, so `kept` allows one arena only. Any setting also disables glibc's dynamic
+thresholds, so `kept` leaves behind the largest value that these would have reached.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # malloc.h
 _NEVER = 2**31 - 1
-_MAPPED_FROM = 32 << 20  # bytes of a block: the most that glibc accepts, and comes to by itself
+_MAPPED_FROM = 32 << 20  # bytes of a block: the largest threshold, which glibc's dynamic one also reaches
 
 _lock = threading.Lock()
-_blocks = 0  # that are inside `kept`, of the whole process
+_blocks = 0  # number of active `kept` blocks in this process
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Within the block, what is freed stays with this process; afterwards it is returned. Without glibc a no-op.
+    """Inside the block, freed memory stays with this process; afterwards it is returned. A no-op without glibc.
 
-    Blocks may be nested, and only the outermost counts. Where blocks of many sizes alternate, the heap takes up to
-    twice the memory that is in use at once: `give_back` between two stages.
+    Blocks may be nested; the outermost decides. If allocations of many sizes alternate, the heap fragments to up to
+    twice the memory in use: call `give_back` between stages.
     """
     _enter(+1)
     try:
@@ -36,7 +36,7 @@ def kept() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Return what is free to the system."""
+    """Return free memory to the system."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

@@ -1,11 +1,11 @@
-"""Normalisation as a decision: where the statistics come from decides what a query's answer may depend on.
+"""Normalisation layers. The norm decides which statistics are used, and so what the features of a query depend on:
 
-running        averages kept while meta-training; a query depends on nothing else
-support        the support set's statistics, kept in the state; a query depends on the support set only
-batch          while meta-training each batch's own, queries included; `support` when served
-group          each image's own (GroupNorm)
+running        running averages from training (BatchNorm): on no other image
+support        the statistics of the support set, which the state holds: on the support set
+batch          in training, the statistics of each batch, queries included; in evaluation as `support`
+group          the statistics of each image (GroupNorm): on no other image
 
-`convolve` runs a convolution, its norm and a max-pooling together, in the order that costs least.
+`convolve` fuses a convolution, its norm and a max-pooling.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BY_ITSELF: tuple[Norm, ...] = ("running", "group")
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance (C,) of every channel."""
 
-_recorder: ContextVar[dict[nn.Module, Statistics] | None] = ContextVar("recorder", default=None)
+_recorded: ContextVar[dict[nn.Module, Statistics] | None] = ContextVar("recorded", default=None)
 
 
 class BatchStatisticsNorm(nn.Module):
-    """Batch normalisation by the statistics that are given, else by those of its input.
+    """Batch normalisation by given statistics, or else by those of its input.
 
-    In plain operations, so that derivatives of any order are right under any transform: `F.batch_norm` between two
-    levels of `torch.func.grad` with `vmap` in between gives a wrong second-order gradient, silently.
+    Written in elementary operations, since `F.batch_norm` gives wrong second-order gradients, without an error, under
+    two levels of `torch.func.grad` with `vmap` in between.
     """
 
     weight: Tensor
@@ -44,14 +44,14 @@ class BatchStatisticsNorm(nn.Module):
 
     @abstractmethod
     def given(self) -> Statistics | None:
-        """The statistics to normalise with; None for the input's own."""
+        """The statistics to normalise by; None for those of the input."""
 
     @abstractmethod
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Take note of the input's own statistics, over so many values a channel."""
+        """Called with the statistics of the input, over `count` values of each channel."""
 
     def scale_and_shift(self, mean: Tensor, var: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C,) that normalise the input, or the input times `sign`, given the statistics of that."""
+        """Scale and shift (C,) that normalise an input with these statistics, which was multiplied by any `sign`."""
         scale = (self.weight if sign is None else self.weight * sign) * (var + self.eps).rsqrt()
         return scale, self.bias - mean * scale
 
@@ -64,10 +64,10 @@ class BatchStatisticsNorm(nn.Module):
 
 
 class SupportNorm(BatchStatisticsNorm):
-    """Batch normalisation that keeps no averages.
+    """Batch normalisation without running averages, by the statistics of the input or of a support set.
 
-    The buffers `mean` and `var` are empty, which means "use the input's own"; a call that fills them (see
-    `Learner.embed`) normalises with those.
+    The buffers `mean` and `var` are empty, which means those of the input; `Learner.embed` overrides them with the
+    support statistics of a state.
     """
 
     mean: Tensor
@@ -85,11 +85,11 @@ class SupportNorm(BatchStatisticsNorm):
         return (self.mean, self.var) if self.mean.numel() else None
 
     def record(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if (seen := _recorder.get()) is not None:
+        if (seen := _recorded.get()) is not None:
             seen[self] = mean, var
 
 
-class RunningNorm(BatchStatisticsNorm, nn.BatchNorm2d):  # type: ignore[misc]  # which may have no scale and shift
+class RunningNorm(BatchStatisticsNorm, nn.BatchNorm2d):  # type: ignore[misc]  # there weight may be None
     """Batch normalisation by running averages; while training, by the input's own statistics."""
 
     running_mean: Tensor
@@ -108,7 +108,7 @@ class RunningNorm(BatchStatisticsNorm, nn.BatchNorm2d):  # type: ignore[misc]  #
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """The normalisation layer for feature maps of so many channels."""
+    """The normalisation layer for feature maps of `channels` channels."""
     if norm == "running":
         return RunningNorm(channels)
     if norm == "group":
@@ -121,9 +121,9 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 1) -> Tensor:
     """`norm(convolution(maps))` of maps (N, C, H, W), max-pooled over windows of `pool` by `pool`.
 
-    Given statistics become part of the convolution's weights. Of its own statistics, a norm needs all positions, but
-    its scale and shift are applied to the pooled ones: that commutes where no scale is negative, so the signs go into
-    the convolution's weights. A convolution of few channels into many gets its statistics from its input.
+    Given statistics are folded into the convolution's weights. Otherwise scale and shift are applied after pooling,
+    which commutes if no scale is negative; the signs of the scales are therefore folded into the convolution's weights.
+    For a convolution from few channels to many, the statistics are computed from its input.
     """
     assert isinstance(convolution, nn.Conv2d)
     if not isinstance(norm, BatchStatisticsNorm):
@@ -133,7 +133,7 @@ def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 
         return _pooled(_scaled(maps, convolution, scale, shift), pool)
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)  # (C,)
     signed = _scaled(maps, convolution, sign)
-    if _reads_little(maps, convolution):
+    if _widens(maps, convolution):
         mean, var = _moments_of_windows(maps, convolution, sign)
     else:
         mean, var = moments(signed)
@@ -142,17 +142,17 @@ def convolve(maps: Tensor, convolution: nn.Module, norm: nn.Module, pool: int = 
     return _affine(_pooled(signed, pool), scale, shift)
 
 
-def _reads_little(maps: Tensor, convolution: nn.Conv2d) -> bool:
-    """Whether a convolution makes at least twice as many values of a window as it reads, as a network's first does."""
+def _widens(maps: Tensor, convolution: nn.Conv2d) -> bool:
+    """Whether a convolution has at least twice as many output channels as values in a window, as first layers have."""
     exact = maps.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return exact and convolution.groups == 1 and 2 * convolution.weight[0].numel() <= convolution.out_channels
 
 
 def _moments_of_windows(maps: Tensor, convolution: nn.Conv2d, sign: Tensor) -> Statistics:
-    """`moments` of sign * convolution(maps), from the mean and covariance of the windows (K values) that it reads."""
+    """`moments` of sign * convolution(maps), computed from the mean and covariance of its windows of K values."""
     kernel = convolution.weight.flatten(1)  # (C, K)
-    picks = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).view(-1, *convolution.weight.shape[1:])
-    windows = convolution._conv_forward(maps, picks, None).flatten(2)  # (N, K, positions)
+    eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device).view(-1, *convolution.weight.shape[1:])
+    windows = convolution._conv_forward(maps, eye, None).flatten(2)  # (N, K, positions)
     centre = windows.mean((0, 2))
     centred = windows - centre[:, None]
     covariance = (centred @ centred.mT).mean(0) / windows.shape[2]  # (K, K)
@@ -178,13 +178,13 @@ def _pooled(maps: Tensor, size: int) -> Tensor:
 
 
 def moments(maps: Tensor) -> Statistics:
-    """Mean and variance (C,) of the channels of maps (N, C, H, W), in float32 at least."""
+    """Mean and variance (C,) of each channel of maps (N, C, H, W), in float32 or float64."""
     mean, var = _Moments.apply(maps.movedim(1, -1).to(torch.promote_types(maps.dtype, torch.float32)))
     return mean, var
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance (C,) of x (N, H, W, C), with a backward pass of one operation on all of x, not of six."""
+    """Mean and variance (C,) of x (N, H, W, C), with a fused backward pass."""
 
     generate_vmap_rule = True
 
@@ -208,14 +208,14 @@ class _Moments(torch.autograd.Function):
 
 @contextmanager
 def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the statistics that `module`'s SupportNorms use inside the block, under their buffers' names."""
+    """Collect the statistics of the inputs of `module`'s SupportNorms inside the block, by buffer name."""
     statistics: dict[str, Tensor] = {}
     seen: dict[nn.Module, Statistics] = {}
-    token = _recorder.set(seen)
+    token = _recorded.set(seen)
     try:
         yield statistics
     finally:
-        _recorder.reset(token)
+        _recorded.reset(token)
         if seen:
             for name, layer in module.named_modules():
                 if layer in seen:

@@ -22,7 +22,7 @@ GROUP = "kshot"
 
 @dataclass(frozen=True)
 class Provided:
-    """Something that a plugin provides, and where it came from."""
+    """A learner, backbone or data source, and the plugin that provides it."""
 
     kind: str  # the hook without its prefix: learners, backbones, datasets
     name: str
@@ -83,7 +83,7 @@ class Found:
         broken = "".join(f" Plugin {b.plugin!r} is broken: {b.reason}" for b in self.broken)
         raise KshotError(
             f"no {noun} named {name!r}{hint} (installed: {', '.join(names) or 'none'}). "
-            f"A plugin that you have just added is seen once it is installed again: pip install -e .{broken}"
+            f"A plugin that was just added to a project is found after installing it again: pip install -e .{broken}"
         )
 
 
@@ -94,7 +94,7 @@ def find() -> Found:
 
 
 def load(points: Iterator[EntryPoint] | Any) -> Found:
-    """Load these entry points, each in a manager of its own."""
+    """Load these entry points, each in a separate plugin manager."""
     found = Found()
     for point in sorted(points, key=lambda p: p.name):
         dist = point.dist
@@ -108,7 +108,7 @@ def load(points: Iterator[EntryPoint] | Any) -> Found:
 
 
 def place(error: BaseException, module: str) -> str:
-    """The innermost line of the package of `module` that an error, or what caused it, went through; "" if none is."""
+    """The innermost line in the package of `module` in the traceback of an error or its causes; "" if there is none."""
     package = module.partition(".")[0]
     cause: BaseException | None = error
     while cause is not None:

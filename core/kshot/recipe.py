@@ -1,4 +1,4 @@
-"""A recipe: one experiment as a TOML file, from the data it takes to the gate it must pass."""
+"""Recipes: one experiment as a TOML file, from its data to the gate for promotion."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class _Settings(BaseModel):
 
 
 class DataSettings(_Settings):
-    """Which packed data sets, and which of their splits serve for what.
+    """The packed data sets, and the splits to train, validate and test on.
 
     A split is `SPLIT` of the data set `name`, or `DATASET:SPLIT` of another, or several joined by `+`.
     """
 
-    name: str = Field(description="the folder under data/; its images say how a user's photos are decoded")
-    source: str | None = Field(None, description="the importer that makes it where it is missing")
+    name: str = Field(description="the folder under data/; its image rule decides how a user's photos are decoded")
+    source: str | None = Field(None, description="the importer to run if it is missing")
     rotations: bool = Field(
-        False, description="make each class of this data set four, one for every quarter turn, after splitting"
+        False, description="make four classes of each class, one for each quarter turn, after splitting"
     )
     across_groups: bool = Field(
-        False, description="take the support and the queries of a class from different groups, where an import has any"
+        False, description="take the support and the queries of a class from different groups, if an import has groups"
     )
     train: str = Field("train", description="classes to meta-train on")
-    validation: str = Field("val", description="classes to choose the best weights on, and to calibrate on")
+    validation: str = Field("val", description="classes to select the best weights and to calibrate on")
     test: str = Field("test", description="classes to test on")
     unlabelled: str | None = Field(
-        None, description="a split whose images, without their labels, the learner sees while meta-training"
+        None, description="a split whose images are given to the learner without labels while meta-training"
     )
 
     @field_validator("train", "validation", "test", "unlabelled")
@@ -55,7 +55,7 @@ class DataSettings(_Settings):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every data set that the recipe names, its own first."""
+        """All data sets of the recipe, `name` first."""
         references = (self.train, self.validation, self.test, self.unlabelled)
         return tuple(dict.fromkeys([self.name, *(name for r in references if r for name in splits_of(r, self.name))]))
 
@@ -66,7 +66,7 @@ class DataSettings(_Settings):
 
 
 class PluginSettings(BaseModel):
-    """A plugin's name, and the settings that its Config accepts."""
+    """A plugin's name, and settings for its Config."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -78,9 +78,9 @@ class PluginSettings(BaseModel):
 
 
 class LearnerSettings(PluginSettings):
-    """A learner's name and settings, or the names of several of which the best is chosen on validation episodes."""
+    """A learner's name and settings, or the names of several, of which validation episodes choose the best."""
 
-    name: str | tuple[str, ...]  # type: ignore[assignment]  # wider than a backbone's
+    name: str | tuple[str, ...]  # type: ignore[assignment]  # a backbone has one name
 
     @model_validator(mode="after")
     def _has_settings_of_one(self) -> Self:
@@ -94,17 +94,17 @@ class LearnerSettings(PluginSettings):
 
     @property
     def one(self) -> str:
-        """The learner's name, where it is one."""
+        """The learner's name; a KshotError if there are several."""
         if len(self.names) > 1:
             raise KshotError(f"choose one of {', '.join(self.names)} first")
         return self.names[0]
 
 
 class EvaluationSettings(_Settings):
-    """The test episodes. The first of `shapes` is what the gate compares and the bundle states."""
+    """The test episodes. The gate compares results on the first of `shapes`, and the bundle reports them."""
 
     ways: tuple[Annotated[int, Field(ge=2)], ...] = Field(
-        (5,), min_length=1, description="one row of the result for each, with each of shots"
+        (5,), min_length=1, description="evaluated with each of shots"
     )
     shots: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
     queries: int = Field(15, ge=1)
@@ -116,7 +116,7 @@ class EvaluationSettings(_Settings):
 
 
 class Recipe(_Settings):
-    """One experiment. `Recipe.load(path, {"training.lr": "0.01"})` reads a file and changes single values."""
+    """One experiment. `Recipe.load(path, {"training.lr": "0.01"})` reads a file and overrides single values."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="of the experiment and of the registered model")
     seed: int = Field(1, ge=0)
@@ -125,7 +125,7 @@ class Recipe(_Settings):
     learner: LearnerSettings
     training: Training = Training()
     evaluation: EvaluationSettings = EvaluationSettings()
-    gate: dict[str, Any] = Field({}, description="what a version must reach to be promoted")
+    gate: dict[str, Any] = Field({}, description="the criteria for promotion of a version")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -134,7 +134,7 @@ class Recipe(_Settings):
         try:
             content = tomllib.loads(path.read_text())
         except FileNotFoundError:
-            raise KshotError(f"there is no recipe at {path}. `kshot recipes` lists those that come along.") from None
+            raise KshotError(f"there is no recipe at {path}. `kshot recipes` lists the included ones.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise KshotError(f"{path} is not a readable recipe: {error}") from None
         for key, value in (overrides or {}).items():
@@ -156,12 +156,12 @@ class Recipe(_Settings):
             self.training.check_parts(learner, backbone, norm)
         if self.training.steps and len(self.variants()) > 1:
             raise KshotError(
-                "several learners or kinds of features are chosen among without training: training.steps = 0"
+                "choosing between several learners or kinds of features works only without training: training.steps = 0"
             )
-        self._refuse_seen()
+        self._refuse_test_overlap()
 
     def variants(self) -> list[Recipe]:
-        """This recipe with each learner and kind of features that it leaves open."""
+        """This recipe once for each learner and kind of features to choose from."""
         found = []
         for name in self.learner.names:
             learner = plugins.find().learner(name).value
@@ -180,29 +180,29 @@ class Recipe(_Settings):
         return found
 
     def build(self, image: tuple[int, int, int]) -> Learner:
-        """A fresh learner for images of shape (channels, height, width)."""
+        """A new learner for images of shape (channels, height, width)."""
         return self.build_head(self.build_backbone(image))
 
     def build_backbone(self, image: tuple[int, int, int]) -> Backbone:
-        """A fresh backbone for images of shape (channels, height, width)."""
+        """A new backbone for images of shape (channels, height, width)."""
         settings, backbone = self._backbone_config(), plugins.find().backbone(self.backbone.name).value
-        body: Backbone = backbone(image, settings)
+        built: Backbone = backbone(image, settings)
         if settings.start:
-            load_start(body, Path(settings.start))
-        return body
+            load_start(built, Path(settings.start))
+        return built
 
     def build_head(self, backbone: Backbone) -> Learner:
-        """A fresh learner on this backbone."""
+        """A new learner on this backbone."""
         learner: Learner = plugins.find().learner(self.learner.one).value(backbone, self._learner_config())
         return learner
 
-    def _refuse_seen(self) -> None:
+    def _refuse_test_overlap(self) -> None:
         """Refuse test splits that are also used for training or for selection."""
         splits = self.dataset
         trained = {"train": splits.train, "unlabelled": splits.unlabelled} if self.training.steps else {}
-        tested = _single(splits.test, splits.name)
+        tested = _single_splits(splits.test, splits.name)
         for what, reference in {**trained, "validation": splits.validation}.items():
-            if reference and (both := tested & _single(reference, splits.name)):
+            if reference and (both := tested & _single_splits(reference, splits.name)):
                 raise KshotError(
                     f"{min(both)} is in dataset.{what} = {reference!r} and in dataset.test = {splits.test!r}, "
                     "but test classes must be new to the learner. Use another split for one of them."
@@ -218,21 +218,21 @@ class Recipe(_Settings):
             plugins.find().backbone(self.backbone.name).value,
         )
         settings = _configure(backbone.Config, self.backbone, "backbone")
-        common = [norm for norm in learner.norms if norm in backbone.norms]
-        asked = settings.norm  # type: ignore[attr-defined]  # of every BackboneConfig
-        if not common or asked not in (None, *common):
+        common = [each for each in learner.norms if each in backbone.norms]
+        norm = settings.norm  # type: ignore[attr-defined]  # of every BackboneConfig
+        if not common or norm not in (None, *common):
             remedy = (
-                f"Set it to {' or '.join(map(repr, common))}, or leave it out" if common else "Take another backbone"
+                f"Set it to {' or '.join(map(repr, common))}, or leave it out" if common else "Use another backbone"
             )
             raise KshotError(
-                f"[backbone] norm = {asked!r}: {self.learner.one} works with {', '.join(learner.norms)}, and "
+                f"[backbone] norm = {norm!r}: {self.learner.one} works with {', '.join(learner.norms)}, and "
                 f"{self.backbone.name} with {', '.join(backbone.norms)}. {remedy}."
             )
-        return settings.model_copy(update={"norm": asked or common[0]})
+        return settings.model_copy(update={"norm": norm or common[0]})
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A validation error, a line for each fault: where, what is wrong, and for an unknown key the nearest known."""
+    """A validation error in words, one line per fault; for an unknown key with the closest known one."""
     lines = []
     for fault in error.errors():
         place = ".".join(str(part) for part in fault["loc"])
@@ -245,13 +245,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"{place} is missing")
         else:
             what = fault["msg"].removeprefix("Value error, ")
-            given = f"{place} = {fault['input']!r}: " if place else ""  # what is wrong with several names them itself
+            given = f"{place} = {fault['input']!r}: " if place else ""  # errors about several keys name them
             lines.append(f"{given}{what[0].lower()}{what[1:]}")
     return "\n".join(lines)
 
 
-def _single(reference: str, own: str) -> set[str]:
-    """The splits that a reference names, each by itself: {"omniglot:train", "glyphs:train"}."""
+def _single_splits(reference: str, own: str) -> set[str]:
+    """The single splits of a reference, such as {"omniglot:train", "glyphs:train"}."""
     return {f"{name}:{split}" for name, splits in splits_of(reference, own).items() for split in splits.split("+")}
 
 

@@ -1,4 +1,4 @@
-"""Choosing a head by k folds over classes, and the number of inner steps for each number of shots."""
+"""Model selection: a head by cross-validation over classes, and the number of inner steps for each number of shots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kshot_runtime.errors import KshotError
 
 @dataclass(frozen=True)
 class Tried:
-    """A learner with its settings, and what it reached on classes that its statistics were not learned from."""
+    """A candidate: a learner with its settings, and its scores on classes that its statistics do not come from."""
 
     recipe: Recipe
     settings: dict[str, Any]  # those that the recipe leaves open
@@ -44,9 +44,9 @@ class Tried:
 
 
 def choose(tried: Sequence[Tried]) -> Tried:
-    """The first of those that are not clearly worse than the best, by the paired difference over all episodes.
+    """The first candidate that is not clearly worse than the best, by the paired difference over all episodes.
 
-    So candidates are listed in order of preference, and random differences between equals do not decide.
+    List candidates in order of preference: random differences between equals then do not decide.
     """
 
     def accuracies(one: Tried) -> np.ndarray:
@@ -61,10 +61,9 @@ def choose(tried: Sequence[Tried]) -> Tried:
 def choose_steps(
     learner: InnerLoop, classes: ClassImages, shapes: Sequence[Shape], episodes: int, *, seed: int, device: str = "cpu"
 ) -> dict[int, int]:
-    """For each number of shots the fewest inner steps that are not clearly worse than the best, on validation episodes.
+    """For each number of shots, the fewest inner steps that are not clearly worse than the best on validation episodes.
 
-    Each episode is answered after every step up to `learner.most_steps`; a number of shots is judged over all `shapes`
-    that have it.
+    Each episode is evaluated after every step up to `learner.most_steps`; `shapes` with equal shots are pooled.
     """
     images, found = embedded(learner, classes, device=device), dict[int, list[np.ndarray]]()
     with evaluating(learner):
@@ -81,29 +80,29 @@ def choose_steps(
 
 
 def _accuracies_by_step(learner: InnerLoop, episode: Episode) -> np.ndarray:
-    """The share of queries that are right after 1, 2, ... `most_steps` inner steps."""
-    given, right = (episode.support, episode.support_labels, episode.classes), []
+    """Accuracy (most_steps,) on the queries of an episode after 1, 2, ... `most_steps` inner steps."""
+    given, accuracies = (episode.support, episode.support_labels, episode.classes), []
     for state in itertools.islice(learner.states(*given, learner.most_steps), 1, None):
         logits = learner.classify(learner.finish(state, *given), episode.query)
-        right.append((logits.argmax(1) == episode.query_labels).double().mean())
-    return torch.stack(right).cpu().numpy()
+        accuracies.append((logits.argmax(1) == episode.query_labels).double().mean())
+    return torch.stack(accuracies).cpu().numpy()
 
 
 def held_out(classes: int, folds: int, seed: int) -> list[np.ndarray]:
-    """For each fold the numbers of the classes that it holds out: at least 2, and not all, unless there is one fold."""
+    """The numbers of the classes that each fold holds out: at least 2, but not all, unless there is one fold only."""
     if folds == 1:
         return [np.arange(classes)]
     if classes < 3:
         raise KshotError(
-            f"folds over classes need 3 classes, to learn from one and to test on two; there are {classes}"
+            f"cross-validation over classes needs 3 classes, one to learn from and two to test on; there are {classes}"
         )
-    order, each = np.random.default_rng(seed).permutation(classes), max(2, -(-classes // folds))
+    order, size = np.random.default_rng(seed).permutation(classes), max(2, -(-classes // folds))
     starts = [fold * classes // folds for fold in range(min(folds, classes))]
-    return [order[(start + np.arange(each)) % classes] for start in starts]
+    return [order[(start + np.arange(size)) % classes] for start in starts]
 
 
 Fold = tuple[ClassImages, ClassImages]
-"""Classes to learn statistics from, and classes to try them on."""
+"""Classes to learn statistics from, and classes to evaluate on."""
 
 
 def folds_of(classes: ClassImages, folds: int, seed: int) -> list[Fold]:
@@ -114,7 +113,7 @@ def folds_of(classes: ClassImages, folds: int, seed: int) -> list[Fold]:
 
 
 def trials(learner: Learner, folds: Sequence[Fold]) -> list[Trial]:
-    """For each fold the learner with the statistics of the classes to learn from, beside the classes to try it on."""
+    """For each fold, a copy of the learner with the statistics of its first classes, and the classes to evaluate on."""
     found: list[Trial] = []
     for known, new in folds:
         head = copy.deepcopy(learner, {id(learner.backbone): learner.backbone})
@@ -136,7 +135,7 @@ def select(
 ) -> Iterator[Tried]:
     """Evaluate each learner with each of its open settings on the same episodes; `choose` selects one.
 
-    `embedded` gives the base classes as features of a learner's backbone. Each fold takes its share of the `episodes`.
+    `embedded` returns the base classes as features of a learner's backbone. The `episodes` are divided over the folds.
     """
     parts: dict[int, list[Fold]] = {}  # by backbone, which variants share
     for recipe, learner in variants:
@@ -155,7 +154,7 @@ def select(
 def evaluate_folds(
     parts: Sequence[Trial], shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", **options: Any
 ) -> Score:
-    """One score over all folds, each with its share of the episodes, of a size that it can draw; see `evaluate`."""
+    """One score over all folds, which share the episodes; see `evaluate`. Shapes are reduced to what a fold allows."""
     scores = [
         evaluate(learner, new, fitting(shape, new), max(2, episodes // len(parts)), seed=seed, stream=stream, **options)
         for learner, new in parts
@@ -170,7 +169,7 @@ def evaluate_folds(
 
 
 def fitting(shape: Shape, classes: ClassImages) -> Shape:
-    """The shape with no more ways than there are classes, nor shots and queries than the smallest has photos."""
+    """The shape, reduced to the number of classes and to the number of photos of the smallest class."""
     fewest = int(classes.counts.min())
     shots = max(1, min(shape.shots, fewest - 1))
     return Shape(min(shape.ways, len(classes)), shots, max(1, min(shape.queries, fewest - shots)))

@@ -1,4 +1,4 @@
-"""Imports torchvision next to a CPU-only torch build, which works only if two operators are declared first."""
+"""Imports torchvision beside a CPU-only build of torch, for which two operators must be declared first."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _library: Any = None  # the declarations live as long as this object does
 def torchvision() -> ModuleType:
     """The torchvision package, importable with any build of torch.
 
-    Its published wheel is compiled for CUDA. Beside a CPU build of torch the compiled part cannot load, and then the
-    import fails on the schemas of two operators that classification never calls; declaring them is enough.
+    The published wheel of torchvision is compiled for CUDA. Beside a CPU build of torch its compiled part cannot load,
+    and the import fails on two undeclared operators; classification never calls them, so declaring them is enough.
     """
     global _library
     if find_spec("torchvision") is None:

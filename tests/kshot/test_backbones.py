@@ -61,7 +61,7 @@ def test_a_norm_that_one_of_them_does_not_work_with_is_refused_in_a_sentence():
 
 def test_no_norm_in_common_is_refused_in_a_sentence():
     with pytest.raises(
-        KshotError, match=r"clusters works with group, support, and efficientnet-lite0 with running\. Take another"
+        KshotError, match=r"clusters works with group, support, and efficientnet-lite0 with running\. Use another"
     ):
         recipe("clusters", "efficientnet-lite0")
 

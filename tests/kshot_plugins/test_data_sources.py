@@ -105,7 +105,7 @@ def test_an_archive_that_is_not_omniglots_is_refused(archives, data):
 def test_a_folder_without_the_archives_says_what_should_be_there(tmp_path, data):
     with pytest.raises(KshotError, match=r"has no images_background.zip"):
         take("omniglot", data, from_dir=tmp_path)
-    with pytest.raises(KshotError, match="is no folder"):
+    with pytest.raises(KshotError, match="is not a folder"):
         take("omniglot", data, from_dir=tmp_path / "nowhere")
 
 

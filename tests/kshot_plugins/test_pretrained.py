@@ -150,7 +150,7 @@ def test_a_network_that_shows_no_stages_gives_its_last_features_only():
     ("model", "says"),
     [
         ("squeezenet1_0", "ends in no linear layer"),
-        ("vit_b_32", r"makes no features of images \(3, 20, 20\): Wrong image height"),
+        ("vit_b_32", r"does not accept images \(3, 20, 20\): Wrong image height"),
     ],
 )
 def test_a_network_that_makes_no_features_of_such_images_is_refused(model, says):

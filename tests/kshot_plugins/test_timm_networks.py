@@ -137,7 +137,7 @@ def test_a_network_that_shows_no_stages_gives_its_last_features_only():
 
 
 def test_a_size_that_no_patches_fill_is_refused_in_a_sentence():
-    with pytest.raises(KshotError, match="makes no features of images"):
+    with pytest.raises(KshotError, match="does not accept images"):
         small(size=33)
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: while meta-training, every image is seen a little moved, turned, scaled, mirrored or tinted."""
+"""Augmentation of training images: random shifts, rotations, scales, flips and changes of brightness."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.nn import functional as F
 from kshot.data.episodes import Episodes
 from kshot.data.placed import sent
 
-_STREAM = 100  # of random numbers: apart from every stream that draws episodes
+_STREAM = 100  # of random numbers: different from the streams of episodes
 
 
 class Augmentation(BaseModel):
-    """The largest change of each kind; how large it is for an image is drawn evenly, for every image by itself."""
+    """The maximum of each change; for each image it is drawn uniformly up to that."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shift: float = Field(0.0, ge=0, lt=1, description="move by up to this share of the image's side")
-    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to so many degrees")
+    shift: float = Field(0.0, ge=0, lt=1, description="move by up to this fraction of the side")
+    rotate: float = Field(0.0, ge=0, le=180, description="rotate by up to this number of degrees")
     scale: float = Field(0.0, ge=0, lt=1, description="enlarge or shrink by up to this factor: 0.1 for 0.9 to 1.1")
-    flip: bool = Field(False, description="mirror left and right, every second image; not for characters")
+    flip: bool = Field(False, description="mirror half of the images left to right; not for characters")
     light: float = Field(0.0, ge=0, lt=1, description="change brightness and contrast by up to this factor")
 
     @property
@@ -34,9 +34,9 @@ class Augmentation(BaseModel):
 
 
 def augment(episodes: Episodes, settings: Augmentation, *, seed: int, step: int) -> Episodes:
-    """The same episodes with every image changed, on the images' device.
+    """The episodes with every image changed at random, on its device.
 
-    What is drawn, on the host, depends on (seed, step) alone, as episodes do.
+    The random numbers are drawn on the CPU and depend on (seed, step) only.
     """
     if settings == Augmentation():
         return episodes

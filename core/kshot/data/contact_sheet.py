@@ -1,4 +1,4 @@
-"""Contact sheets: a picture of example images of a data set's classes."""
+"""Contact sheets: one picture with example images of a data set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ROWS, _COLUMNS, _SIDE, _LABEL, _GAP = 8, 10, 64, 220, 4
 
 
 def contact_sheet(data_set: ImageSet) -> Image.Image:
-    """A few classes of each split, evenly spread, a row each."""
+    """A picture with a few, evenly spaced classes of each split, a row for each class."""
     rows = []
     for split in data_set.splits:
         classes = [c for c in data_set.classes if c.split == split]
-        spread = np.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().astype(int)
-        rows += [classes[i] for i in spread]
+        chosen = np.linspace(0, len(classes) - 1, min(_ROWS, len(classes))).round().astype(int)
+        rows += [classes[i] for i in chosen]
     step = _SIDE + _GAP
     sheet = Image.new("RGB", (_LABEL + _COLUMNS * step, len(rows) * step + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)

@@ -1,6 +1,6 @@
-"""A packed data set: images memory-mapped as uint8, with classes, splits and what each file was.
+"""Packed data sets: images memory-mapped as uint8, and an index of classes, splits and files.
 
-`data/NAME/images.npy` holds the images, class after class; `data/NAME/index.json` says everything about them.
+`data/NAME/images.npy` holds the images, class after class; `data/NAME/index.json` is the index.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from kshot_runtime.images import ImageRule
 
 IMAGES, INDEX, SHEET = "images.npy", "index.json", "sheet.png"
 SPLITS = ("train", "val", "test")
-MIRRORED = 4  # in the place of quarter turns: left and right exchanged
+MIRRORED = 4  # instead of a number of quarter turns: mirrored left to right
 Protocol = Literal["random photos", "across groups"]
-"""Where an episode takes a class's queries from: any of its photos, or those of other groups than its support."""
+"""How the queries of a class are drawn: from all of its photos, or from other groups than the support set."""
 
 
 def splits_of(reference: str, own: str) -> dict[str, str]:
-    """What a split reference names: each data set, in order, and its splits.
+    """The data sets of a split reference, in order, and the splits of each; a KshotError if a split does not exist.
 
     A reference is `SPLIT` of the data set `own`, or `DATASET:SPLIT` of another, or several of these joined by `+`:
     `train+glyphs:train+val` names `{own: "train+val", "glyphs": "train"}`.
@@ -39,8 +39,8 @@ def splits_of(reference: str, own: str) -> dict[str, str]:
             close = difflib.get_close_matches(split, SPLITS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise KshotError(
-                f"{part!r} is no split; {hint}"
-                f"Write SPLIT or DATASET:SPLIT, joined by '+'; a split is one of {', '.join(SPLITS)}"
+                f"{part!r} is not a split; {hint}"
+                f"write SPLIT or DATASET:SPLIT, joined by '+'; a split is one of {', '.join(SPLITS)}"
             )
         name = name or own
         found[name] = f"{found[name]}+{split}" if name in found else split
@@ -69,18 +69,18 @@ class FileEntry(_Part):
 
 
 class Skipped(_Part):
-    """A file that was not taken, and why."""
+    """A file that was not imported, and the reason."""
 
     name: str
     why: str
 
 
 class Index(_Part):
-    """All that is known of a data set besides its pixels. The same input gives the same bytes: no dates, no paths."""
+    """The metadata of a data set. Equal inputs give equal bytes: it contains no dates and no paths."""
 
     schema_version: Literal[1] = 1
     name: str
-    source: str  # what it was imported from
+    source: str  # the importer's name, or the name of the folder or zip
     provenance: str
     licence: str
     rule: ImageRule
@@ -88,7 +88,7 @@ class Index(_Part):
     classes: tuple[ClassEntry, ...]
     files: tuple[FileEntry, ...]
     skipped: tuple[Skipped, ...]
-    duplicates: tuple[tuple[str, ...], ...]  # groups of files that are the same to the byte
+    duplicates: tuple[tuple[str, ...], ...]  # groups of identical files
 
     def to_bytes(self) -> bytes:
         return self.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
@@ -96,12 +96,12 @@ class Index(_Part):
 
 @lru_cache(maxsize=4)
 def _parsed(content: bytes) -> tuple[Index, str]:
-    """The index in a file's bytes, and their sha256: a run opens its data sets many times."""
+    """The index in a file's bytes, and their sha256; cached, since a run opens its data sets many times."""
     return Index.model_validate_json(content), hashlib.sha256(content).hexdigest()
 
 
 class ImageSet:
-    """A data set on disk. `open` reads its index and maps its images; `split` gives what episodes are drawn from."""
+    """A data set on disk. `open` reads the index and maps the images; `split` returns classes to draw episodes from."""
 
     def __init__(self, folder: Path, index: Index, images: np.ndarray, version: str) -> None:
         self.folder = folder
@@ -130,7 +130,7 @@ class ImageSet:
         if images.shape != expected or images.dtype != np.uint8:
             raise KshotError(
                 f"{folder / IMAGES} holds {images.dtype} {images.shape}, and its index says uint8 {expected}: "
-                f"the two are not of one import. {_again(folder)}"
+                f"they are not of the same import. {_again(folder)}"
             )
         return cls(folder, index, images, version)
 
@@ -153,7 +153,7 @@ class ImageSet:
         return {split: count for split, count in counts.items() if count}
 
     def split(self, name: str, rotations: bool = False) -> ClassImages:
-        """The classes of one split, or of several: `train+val`. With `rotations`, each class four times, turned."""
+        """The classes of one split, or of several: `train+val`. `rotations` adds rotated classes."""
         parts = name.split("+")
         for part in parts:
             if part not in self.splits:
@@ -170,17 +170,17 @@ class ImageSet:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """The number of each image's group (N,), if the import was given groups; equal names have equal numbers."""
+        """The number of each image's group (N,), if all images have one; equal names have equal numbers."""
         names = [f.group for f in self.index.files if f.group is not None]
         return np.unique(names, return_inverse=True)[1] if len(names) == len(self.index.files) else None
 
     def hashes(self, splits: str) -> dict[str, str]:
-        """The sha256 of each image's file in a split, or in several, with the file's name."""
+        """Maps the sha256 of each file in a split, or in several (`train+val`), to its name."""
         chosen = (c for c in self.classes if c.split in splits.split("+"))
         return {f.sha256: f.name for c in chosen for f in self.index.files[c.start : c.start + c.count]}
 
     def verify(self) -> None:
-        """Read every byte of the images and compare it with the index; a difference is a KshotError."""
+        """Compare the sha256 of the images with the index; a KshotError if they differ."""
         found = file_sha256(self.folder / IMAGES)
         if found != self.index.images_sha256:
             raise KshotError(
@@ -190,7 +190,7 @@ class ImageSet:
 
 
 class PackedImages(NamedTuple):
-    """The images of one data set, of all its classes."""
+    """The images of one data set."""
 
     images: np.ndarray  # (N, C, H, W) uint8
     key: str | None = None  # the sha256 of images.npy; None for images in memory
@@ -198,11 +198,11 @@ class PackedImages(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The groups of some classes: a group is a run of its class's images, once these are sorted by group."""
+    """The groups of some classes. With a class's images sorted by group, a group is a contiguous range of them."""
 
-    order: np.ndarray  # (images,) class after class, each one's sample numbers sorted by group
+    order: np.ndarray  # (images,) class after class, the sample numbers of each sorted by group
     klass: np.ndarray  # (groups,) int: in ascending order
-    start: np.ndarray  # (groups,) where the run begins among its class's images in `order`
+    start: np.ndarray  # (groups,) where the range begins among its class's images in `order`
     size: np.ndarray  # (groups,) images in it
 
 
@@ -234,7 +234,7 @@ class ClassImages:
         names: Sequence[str] | None = None,
         groups_per_class: Sequence[Sequence[int]] | None = None,
     ) -> ClassImages:
-        """One uint8 array (images, C, H, W) per class, all of one C, H, W; and the group of each image, where known."""
+        """Classes from uint8 arrays (images, C, H, W), one per class, and optionally the group of each image."""
         counts = np.array([len(images) for images in images_per_class], dtype=np.int64)
         names = [str(i) for i in range(len(counts))] if names is None else names
         if len(names) != len(counts):
@@ -247,7 +247,7 @@ class ClassImages:
 
     @classmethod
     def joined(cls, parts: Sequence[ClassImages]) -> ClassImages:
-        """The classes of several, one after the other. The images stay where they are."""
+        """The classes of several, concatenated without copying images; a KshotError if image shapes differ."""
         if len(parts) == 1:
             return parts[0]
         if len(shapes := dict.fromkeys(part.shape for part in parts)) > 1:
@@ -262,7 +262,7 @@ class ClassImages:
         ).with_protocol(parts[0].protocol)
 
     def rotated(self) -> ClassImages:
-        """These classes, then each again turned by 90, by 180 and by 270 degrees."""
+        """These classes, followed by those rotated by 90, 180 and 270 degrees, as separate classes."""
         if self.shape[1] != self.shape[2]:
             raise KshotError(f"only square images can be rotated as classes, and these are {self.shape}")
         if self._turns.any():
@@ -275,13 +275,13 @@ class ClassImages:
         return turned.with_protocol(self.protocol)
 
     def with_protocol(self, protocol: Protocol) -> ClassImages:
-        """The same classes, whose episodes are drawn in this way."""
+        """The same classes with this protocol."""
         view = copy.copy(self)
         view.protocol = protocol
         return view
 
     def limited(self, most: int) -> Self:
-        """The same classes with their first images only, at most so many of each."""
+        """The same classes with at most the first `most` images of each."""
         fewer = self._view()
         fewer.counts = np.minimum(self.counts, most)
         return fewer
@@ -304,7 +304,7 @@ class ClassImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """One image: (C, H, W)."""
+        """The shape of an image: (C, H, W)."""
         _, channels, height, width = self._packed[0].images.shape
         return channels, height, width
 
@@ -318,12 +318,12 @@ class ClassImages:
 
     @property
     def packed_counts(self) -> tuple[int, ...]:
-        """How many packed images each joined data set has, whether or not they are of these classes."""
+        """The number of packed images of each joined data set, including those of other classes."""
         return tuple(len(packed.images) for packed in self._packed)
 
     @cached_property
     def groups(self) -> Groups | None:
-        """The groups of these classes, if they are known of every image."""
+        """The groups of these classes; None unless every image has one."""
         known = [packed.groups for packed in self._packed if packed.groups is not None]
         if len(known) < len(self._packed):
             return None
@@ -332,15 +332,15 @@ class ClassImages:
         home, row, _ = self.rows(classes, samples)
         offsets = np.cumsum(self.packed_counts) - self.packed_counts
         group = np.concatenate(known)[offsets[home] + row]  # (images,)
-        order = np.lexsort((group, classes))  # leaves `classes` as it is
+        order = np.lexsort((group, classes))  # sorts within classes
         first = np.flatnonzero(np.diff(classes, prepend=-1) | np.diff(group[order], prepend=-1))  # (groups,)
         klass = classes[first]
         return Groups(samples[order], klass, first - before[klass], np.diff(first, append=len(classes)))
 
     def rows(self, classes: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the images with these numbers within these classes are packed: (home, row, turn), each (*batch,) int.
+        """Where images are packed, from class numbers and image numbers within them: (home, row, turn), each (*batch,).
 
-        That is `row` in the packed images of joined data set number `home`, turned by so many quarters.
+        An image is `row` of the packed images of data set number `home`, rotated by `turn` quarter turns.
         """
         classes, samples = np.broadcast_arrays(classes, samples)
         outside = (samples < 0) | (samples >= self.counts[classes])
@@ -350,11 +350,11 @@ class ClassImages:
         return self._home[classes], self._starts[classes] + samples, self._turns[classes]
 
     def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> np.ndarray:
-        """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
+        """Images by class numbers and image numbers within them, broadcast together: uint8 (*batch, C, H, W)."""
         return self.read(*self.rows(classes, samples))
 
     def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """The images at these places, as `rows` gives them, or mirrored: uint8 (*batch, C, H, W)."""
+        """The images at these locations, as returned by `rows`, or `MIRRORED`: uint8 (*batch, C, H, W)."""
         images = np.empty((*row.shape, *self.shape), np.uint8)  # (*batch, C, H, W)
         for number, packed in enumerate(self._packed):
             here = home == number
@@ -379,11 +379,11 @@ def data_sets(root: Path) -> list[str]:
 
 
 def _again(folder: Path) -> str:
-    return f"Import it again (--replace), or bring back what was recorded: kshot data pull {folder.name}"
+    return f"Import it again (--replace), or restore the recorded version: kshot data pull {folder.name}"
 
 
 def _no_such_data_set(folder: Path) -> str:
     others = data_sets(folder.parent)
     close = difflib.get_close_matches(folder.name, others, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f" (there: {', '.join(others) or 'none'})."
-    return f"no data set {folder.name!r} in {folder.parent}{hint} Bring one in: kshot data import SOURCE {folder.name}"
+    return f"no data set {folder.name!r} in {folder.parent}{hint} Import one: kshot data import SOURCE {folder.name}"

@@ -1,4 +1,4 @@
-"""The embedding store: features of the images of a data set under a backbone, each computed once and kept on disk."""
+"""The embedding store: features of images, computed once for each backbone and cached in memory or on disk."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from kshot.data.episodes import as_floats
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
 
-_AT_ONCE = 64  # images in a forward pass: of 84 x 84 pixels, a layer's maps then take 115 MB; on a CPU fewer if larger
-_PIXELS = 64 * 84 * 84  # of a forward pass on a CPU
-_KEPT = 256  # images between two writes to disk, which is what a kill can lose
-_MOST_BYTES = 20 << 30  # of all features in a store; what was not used for longest goes first
-_UNSEEN = {"features", "frozen", "mirror", "start"}  # settings that leave the outputs of all stages as they are
+_AT_ONCE = 64  # images in a forward pass
+_PIXELS = 64 * 84 * 84  # in a forward pass on a CPU, which bounds the memory of larger images
+_WRITE_EVERY = 256  # images between writes to disk: the most that are lost if the process is killed
+_MAX_BYTES = 20 << 30  # of all features in a store; the least recently used are deleted first
+_IRRELEVANT = {"features", "frozen", "mirror", "start"}  # settings that do not change the outputs of the stages
 
 Watch = Callable[[int, int], None]
-"""Called with the number of images that have been embedded, and how many there are to embed."""
+"""Called with the number of images embedded so far, and the number to embed."""
 
 
 def embedded(
     learner: Learner, images: ClassImages, *, store: Path | None = None, device: str = "cpu", watch: Watch | None = None
 ) -> ClassImages:
-    """`images` as features of the learner's backbone, if it takes features; else as they are.
+    """`images` as features of the learner's backbone, if it takes features; else unchanged.
 
-    Features are computed when they are first asked for, and kept in memory, or on disk in the folder `store`.
+    Features are computed on first use and cached in memory, or on disk in the folder `store`.
     """
     if isinstance(images, ClassFeatures):
         if images.backbone is not learner.backbone:
-            raise ValueError("these features are of another backbone than the learner's")
+            raise ValueError("these features come from another backbone than the learner's")
         return images
     return ClassFeatures(images, learner.backbone, store, device, watch) if learner.takes_features else images
 
 
 class ClassFeatures(ClassImages):
-    """Some classes as the features of their images: `gather` gives float32 (*batch, D) in the place of pixels."""
+    """Classes as features of their images: `gather` returns float32 (*batch, D) instead of pixels."""
 
     def __init__(
         self,
@@ -76,12 +76,12 @@ class ClassFeatures(ClassImages):
         }
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]  # a row of numbers is no image
-        """One row of features: (D,)."""
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]  # features have one dimension
+        """The shape of the features of an image: (D,)."""
         return (self.backbone.features,)
 
     def complete(self) -> Self:
-        """Compute all features of these classes that are not there yet; itself."""
+        """Compute all features of these classes that are not cached yet, and return self."""
         classes = np.repeat(np.arange(len(self)), self.counts)
         samples = np.arange(len(classes)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         home, row, turn = self.rows(classes, samples)
@@ -91,17 +91,17 @@ class ClassFeatures(ClassImages):
         return self
 
     def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> np.ndarray:
-        """The features of these images: float32 (*batch, D); of support images over both views where asked for."""
+        """Features of images: float32 (*batch, D). With `support`, averaged over mirror images if that is set."""
         home, row, turn = self.rows(classes, samples)
         own = self.read(home, row, turn)
         if not (support and self.backbone.mirrors):
             return own
         if turn.any():
-            raise KshotError("classes made by rotation have no mirror images: set mirror = false in [backbone]")
+            raise KshotError("rotated classes have no mirror images: set mirror = false in [backbone]")
         return (own + self.read(home, row, np.full_like(turn, MIRRORED))) / 2
 
     def read(self, home: np.ndarray, row: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """The features of the images at these places: float32 (*batch, D)."""
+        """The features of the images at these locations: float32 (*batch, D)."""
         found = np.empty((*row.shape, self.backbone.features), np.float32)
         for here, table in self._by_table(home, row, turn):
             found[here] = self._selected(table.values[row[here]])
@@ -110,7 +110,7 @@ class ClassFeatures(ClassImages):
     def _by_table(
         self, home: np.ndarray, row: np.ndarray, turn: np.ndarray
     ) -> Iterator[tuple[np.ndarray, _InMemory | _OnDisk]]:
-        """Each table that holds some of these rows, by then computed, with a mask of which."""
+        """The tables with these rows, which are computed if missing, each with a mask (*batch,) of the rows in it."""
         for (number, quarters), table in self._tables.items():
             here = (home == number) & (turn == quarters)
             if here.any():
@@ -120,16 +120,16 @@ class ClassFeatures(ClassImages):
     def pixels(self) -> ClassImages:
         """The same classes as images."""
         images = copy.copy(self)
-        images.__class__ = ClassImages  # type: ignore[assignment]  # whose `read` gives pixels
+        images.__class__ = ClassImages  # type: ignore[assignment]  # whose `read` returns pixels
         return images
 
     @cached_property
     def by_class(self) -> Sequence[Tensor]:
-        """The features (N, D) of each class, read when they are asked for."""
+        """The features (N, D) of each class, read on access."""
         return _ByClass(self)
 
     def _selected(self, raw: np.ndarray) -> np.ndarray:
-        """Features (N, D) of the rows of a table, which hold the outputs of all stages (N, width)."""
+        """Features (N, D) from rows of a table, which hold the outputs of all stages (N, width)."""
         if not isinstance(self.backbone, PretrainedBackbone):
             return raw
         widths, wanted = self.backbone.widths, set(self.backbone.stages)
@@ -140,7 +140,7 @@ class ClassFeatures(ClassImages):
 
     @torch.no_grad()
     def _embed(self, home: int, turn: int, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """What a table keeps of its images with these numbers (N,): (n, width) for some after some."""
+        """Compute the rows of a table with these numbers (N,), and yield them in batches (n, width)."""
         was_training, (_, height, width) = self.backbone.training, self.images.shape
         at_once = _AT_ONCE if self._device != "cpu" else max(4, min(_AT_ONCE, _PIXELS // (height * width)))
         self.backbone.eval()
@@ -152,10 +152,10 @@ class ClassFeatures(ClassImages):
                     floats = as_floats(pixels).to(self._device)
                     if isinstance(self.backbone, PretrainedBackbone):
                         every = range(len(self.backbone.widths))
-                        made = torch.cat(self.backbone.pooled(floats, every), 1)
+                        outputs = torch.cat(self.backbone.pooled(floats, every), 1)
                     else:
-                        made = self.backbone(floats)
-                    yield made.float().cpu().numpy()
+                        outputs = self.backbone(floats)
+                    yield outputs.float().cpu().numpy()
                     self._watch(min(start + at_once, len(rows)), len(rows))
         finally:
             self.backbone.train(was_training)
@@ -176,18 +176,18 @@ class _ByClass(Sequence[Tensor]):
 
 
 Compute = Callable[[np.ndarray], Iterator[np.ndarray]]
-"""Gives the rows (n, width) of a table with these numbers (N,), some after some."""
+"""Yields the rows of a table with these numbers (N,), in batches (n, width)."""
 
 
 class _InMemory:
-    """Features of `count` images, for as long as this object lives."""
+    """A table of features of `count` images in memory."""
 
     def __init__(self, count: int, width: int) -> None:
         self._done = np.zeros(count, bool)
-        self.values = np.empty((count, width), np.float32)  # takes no memory before it is written to
+        self.values = np.empty((count, width), np.float32)  # takes no memory until it is written to
 
     def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
-        """Compute those of these rows (N,), in ascending order, that are not there yet."""
+        """Compute the rows with these numbers (N,), in ascending order, that are not cached yet."""
         new, start = numbers[~self._done[numbers]], 0
         for part in compute(new) if len(new) else ():
             self.values[new[start : start + len(part)]] = part
@@ -196,10 +196,10 @@ class _InMemory:
 
 
 class _OnDisk:
-    """Features of `count` images in a file, with a byte for each that says whether it is there; processes share them.
+    """A table of features of `count` images in a file, with a flag byte for each row; processes can share it.
 
-    Plain writes: on a full disk these fail, where a memory map would crash. Features are on disk before their bytes
-    say so, so a kill loses what was not yet written, and nothing half written is read.
+    Written with plain writes, which fail on a full disk where a memory map would crash. Features are written before
+    their flags, so an incomplete row is never read.
     """
 
     def __init__(self, folder: Path, turn: int, count: int, width: int) -> None:
@@ -208,15 +208,15 @@ class _OnDisk:
 
     @property
     def values(self) -> np.ndarray:
-        """The features (count, width); a row means something once it has been ensured."""
+        """The features (count, width); a row is valid after `ensure`."""
         return self._opened[0]
 
     def ensure(self, numbers: np.ndarray, compute: Compute) -> None:
-        """As `_InMemory.ensure`; other processes wait meanwhile, and then find them."""
+        """As `_InMemory.ensure`, under a lock that other processes wait for."""
         done = self._opened[1]
         if not done[numbers].all():
             with FileLock(self._folder / "lock"):
-                new = numbers[done[numbers] == 0]  # another process may have come first
+                new = numbers[done[numbers] == 0]  # another process may have computed some
                 self._write(new, compute(new))
 
     @cached_property
@@ -230,7 +230,7 @@ class _OnDisk:
                     _make_room(self._folder.parent, self._folder)
                     for file, size in sizes.items():
                         with file.open("wb") as empty:
-                            empty.truncate(size)  # a hole, which takes no room before it is written to
+                            empty.truncate(size)  # sparse: takes no space until it is written to
             os.utime(self._folder)
         except OSError as error:
             raise _no_room(self._folder, error) from None
@@ -243,7 +243,7 @@ class _OnDisk:
         start, held = 0, list[np.ndarray]()
         for part in parts:
             held.append(part)
-            if (count := sum(map(len, held))) >= _KEPT or start + count == len(numbers):
+            if (count := sum(map(len, held))) >= _WRITE_EVERY or start + count == len(numbers):
                 self._put(numbers[start : start + count], np.concatenate(held))
                 start, held = start + count, []
 
@@ -264,11 +264,11 @@ class _OnDisk:
 
 
 def backbone_key(backbone: Backbone) -> str:
-    """sha256 of all that decides a backbone's outputs: its weights, its settings, the image's size and its code."""
+    """sha256 of all that determines a backbone's outputs: weights, settings, image size and code."""
     digest = hashlib.sha256(type(backbone).__qualname__.encode())
     with suppress(OSError, TypeError):
         digest.update(Path(inspect.getfile(type(backbone))).read_bytes())
-    settings = backbone.config.model_dump(mode="json", exclude=_UNSEEN)
+    settings = backbone.config.model_dump(mode="json", exclude=_IRRELEVANT)
     digest.update(json.dumps([settings, backbone.norm, backbone.image], sort_keys=True).encode())
     for name, value in sorted({**backbone.state_dict(), **dict(backbone.named_buffers())}.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -276,17 +276,17 @@ def backbone_key(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _make_room(store: Path, but: Path) -> None:
-    """Delete what was not used for longest where a store has become too large."""
-    folders = sorted((f for f in store.iterdir() if f.is_dir() and f != but), key=lambda f: f.stat().st_mtime)
+def _make_room(store: Path, keep: Path) -> None:
+    """Delete the least recently used features if a store is too large."""
+    folders = sorted((f for f in store.iterdir() if f.is_dir() and f != keep), key=lambda f: f.stat().st_mtime)
     sizes = [sum(file.stat().st_blocks * 512 for file in folder.iterdir()) for folder in folders]
     for folder, left in zip(folders, np.cumsum(sizes[::-1])[::-1], strict=True):
-        if left > _MOST_BYTES:
+        if left > _MAX_BYTES:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _no_room(folder: Path, error: OSError) -> KshotError:
     return KshotError(
-        f"features cannot be kept in {folder}: {error.strerror or error}. What was computed before is kept; free some "
+        f"features cannot be stored in {folder}: {error.strerror or error}. Those stored before remain; free some "
         "space, or delete that folder, and run the same command again."
     )

@@ -1,4 +1,4 @@
-"""Episodes: few-shot problems drawn from the classes of one split, seeded so that any step can be drawn again."""
+"""Episodes: few-shot problems drawn from the classes of a split; a seed and a step number determine a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kshot.data.datasets import ClassImages, Groups
 from kshot_runtime.errors import KshotError
 
 Stream = Literal["train", "val", "test", "calibration"]
-"""Which sequence of episodes: the same seed and step give other episodes on another stream."""
+"""Selects a sequence of episodes: streams with equal seeds and steps are independent."""
 
 _STREAMS: dict[Stream, int] = {"train": 0, "val": 1, "test": 2, "calibration": 3}
 _UNLABELLED = 4
@@ -22,7 +22,7 @@ _UNLABELLED = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of an episode: classes, support images of each, query images of each."""
+    """The size of an episode: classes, and support and query images of each class."""
 
     ways: int
     shots: int
@@ -38,14 +38,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Episode:
-    """One few-shot problem. Support images come class by class; which class has which label is drawn at random."""
+    """One few-shot problem. Images are sorted by label; which class has which label is random."""
 
     support: Tensor  # (ways * shots, C, H, W) float in 0..1
     support_labels: Tensor  # (ways * shots,) int64
     query: Tensor  # (ways * queries, C, H, W)
     query_labels: Tensor  # (ways * queries,)
     classes: Tensor  # (ways,) int64: the labels, 0..ways-1
-    source: Tensor  # (ways,) int64: which class of the split each label stands for
+    source: Tensor  # (ways,) int64: the class of the split for each label
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Episodes:
     support: Tensor  # (episodes, ways * shots, C, H, W) float in 0..1
     query: Tensor  # (episodes, ways * queries, C, H, W)
     source: Tensor  # (episodes, ways) int64
-    unlabelled: Tensor | None = None  # (images, C, H, W): of the recipe's unlabelled pool, where it has one
+    unlabelled: Tensor | None = None  # (images, C, H, W), if the recipe has unlabelled images
 
     def __len__(self) -> int:
         return len(self.support)
@@ -103,11 +103,11 @@ class Episodes:
 def draw_indices(
     images: ClassImages, shape: Shape, count: int, *, seed: int, step: int, stream: Stream = "train"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which classes (count, ways) and which of their images (count, ways, shots + queries) each episode takes.
+    """The classes (count, ways) and the numbers of their images (count, ways, shots + queries) in each episode.
 
-    Without replacement, so support and query are disjoint. Across groups, the support of a class comes from one of
-    its groups, drawn at random, and its queries from all others. The draw depends on (seed, stream, step) alone: a run
-    that resumes at a step, or a worker that takes every n-th, gets what one uninterrupted worker would have drawn.
+    Drawn without replacement, so support and query are disjoint. Across groups, the support of a class comes from one
+    random group, and its queries from the others. The draw depends on (seed, stream, step) only, so a run resumed at a
+    step draws the same episodes.
     """
     check_shape(images, shape)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAMS[stream], step])))
@@ -128,7 +128,7 @@ def draw_indices(
 def sample_episodes(
     images: ClassImages, shape: Shape, count: int, *, seed: int, step: int, stream: Stream = "train"
 ) -> Episodes:
-    """A batch of `count` episodes as tensors, gathered from the packed images in one go."""
+    """A batch of `count` episodes; see `draw_indices`. A KshotError if the classes are too few or too small."""
     classes, samples = draw_indices(images, shape, count, seed=seed, step=step, stream=stream)
     support = images.gather(classes[..., None], samples[..., : shape.shots], support=True)  # (count, ways, shots, ...)
     query = images.gather(classes[..., None], samples[..., shape.shots :])  # (count, ways, queries, C, H, W) uint8
@@ -137,20 +137,20 @@ def sample_episodes(
 
 
 def sample_images(images: ClassImages, count: int, *, seed: int, step: int) -> Tensor:
-    """So many different images of any classes (all, where there are fewer), without their labels: (N, C, H, W) float.
+    """`count` different images of any classes (or all, if there are fewer): (N, C, H, W) float.
 
-    As with episodes, (seed, step) alone decide which.
+    The draw depends on (seed, step) only.
     """
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _UNLABELLED, step])))
     ends = np.cumsum(images.counts)
-    chosen = random.choice(ends[-1], min(count, ends[-1]), replace=False)  # (N,) counting through all classes
+    chosen = random.choice(ends[-1], min(count, ends[-1]), replace=False)  # (N,) indices over the images of all classes
     classes = np.searchsorted(ends, chosen, side="right")
     pixels = images.gather(classes, chosen - (ends - images.counts)[classes])  # (N, C, H, W) uint8
     return as_floats(pixels)
 
 
 def check_shape(images: ClassImages, shape: Shape, settings: tuple[str, str] = ("ways={}", "queries={}")) -> None:
-    """Refuse a shape that cannot be drawn from these classes; an error names the one of `settings` to change."""
+    """A KshotError if episodes of this shape cannot be drawn from these classes; `settings` names those to change."""
     ways, queries = settings
     if shape.ways > len(images):
         remedy = f"Set {ways.format(len(images))}, or add classes." if len(images) > 1 else "Add classes."
@@ -161,7 +161,7 @@ def check_shape(images: ClassImages, shape: Shape, settings: tuple[str, str] = (
         spare = int(images.counts.min()) - shape.shots
         raise KshotError(
             f"class {images.names[short[0]]!r} has {images.counts[short[0]]} images; "
-            f"{shape.shots} shots + {shape.queries} queries need {needed}{_others(short)}. "
+            f"{shape.shots} shots + {shape.queries} queries need {needed}{_more_classes(short)}. "
             f"{f'Set {queries.format(spare)}' if spare > 0 else 'Ask for fewer shots'}, or add images."
         )
     if images.protocol == "across groups":
@@ -171,13 +171,13 @@ def check_shape(images: ClassImages, shape: Shape, settings: tuple[str, str] = (
             sizes = groups.size[groups.klass == short[0]]
             raise KshotError(
                 f"class {images.names[short[0]]!r} has {len(sizes)} groups of {sizes.min()} to {sizes.max()} images; "
-                f"{shape.shots} shots of one and {shape.queries} queries of the others are too many{_others(short)}. "
+                f"{shape.shots} shots of one and {shape.queries} queries of others are too many{_more_classes(short)}. "
                 "Ask for fewer shots or queries, add images of other groups, or set dataset.across_groups=false."
             )
 
 
 def protocols(images: ClassImages, shape: Shape) -> list[ClassImages]:
-    """The same classes under each protocol that episodes of `shape` can be drawn by, their own first."""
+    """The same classes under each protocol that allows episodes of `shape`, their current one first."""
     other = images.with_protocol("across groups" if images.protocol == "random photos" else "random photos")
     try:
         check_shape(other, shape)
@@ -187,7 +187,7 @@ def protocols(images: ClassImages, shape: Shape) -> list[ClassImages]:
 
 
 def _able_to_support(images: ClassImages, shape: Shape) -> tuple[Groups, np.ndarray]:
-    """The groups of these classes, and which of them have photos enough for the support and leave enough to query."""
+    """The groups, and the numbers of those with enough images for the support that leave enough others for queries."""
     if (groups := images.groups) is None:
         raise KshotError(
             "episodes across groups need the group of every image, and these have none: import them again with "
@@ -197,14 +197,14 @@ def _able_to_support(images: ClassImages, shape: Shape) -> tuple[Groups, np.ndar
     return groups, np.flatnonzero((groups.size >= shape.shots) & (others >= shape.queries))
 
 
-def _others(short: np.ndarray) -> str:
+def _more_classes(short: np.ndarray) -> str:
     return f" (and {len(short) - 1} more classes are short)" if len(short) > 1 else ""
 
 
 def _distinct(random: np.random.Generator, populations: np.ndarray, size: int) -> np.ndarray:
     """For each of populations (*batch,), `size` distinct numbers below it, in random order: (*batch, size).
 
-    By Floyd's algorithm: `size` random numbers, however large the population.
+    Floyd's algorithm, which needs `size` random numbers for any population.
     """
     chosen = np.empty((*populations.shape, size), np.int64)
     for i in range(size):
@@ -216,10 +216,10 @@ def _distinct(random: np.random.Generator, populations: np.ndarray, size: int) -
 
 
 def as_floats(pixels: np.ndarray | Tensor) -> Tensor:
-    """uint8 (*batch, C, H, W) as floats in 0..1 of that shape, on their device; features (*batch, D) stay as they are.
+    """uint8 (*batch, C, H, W) as floats in 0..1 of the same shape and device; features (*batch, D) unchanged.
 
-    Channels last: a convolution is several times faster in that layout on a CPU, and no slower on a GPU. It is
-    copied into place because for one channel both layouts look alike to `contiguous`.
+    In channels-last layout, in which convolutions are several times faster on a CPU. Copied into an empty tensor of
+    that layout, since `contiguous` does not change the strides of images with one channel.
     """
     source = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
     if source.dtype != torch.uint8:

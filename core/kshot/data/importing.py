@@ -1,6 +1,6 @@
-"""Import: packs the images of a folder, a zip or a plugin's source as a data set, or leaves nothing behind.
+"""Imports the images of a folder, a zip or a plugin's source as a packed data set; on failure leaves no files.
 
-Every picture is decoded once, by `kshot_runtime.images`. Files that are not imported are listed with the reason.
+`kshot_runtime.images` decodes each picture. Files that are not imported are listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kshot.data.sources import Importer, Picture, Request, Split, grouped, list_
 from kshot_runtime.errors import KshotError
 from kshot_runtime.images import ImageError, ImageRule, decode, render
 
-FRACTIONS = (0.6, 0.2, 0.2)  # of the classes for train, val and test, if a source has no splits of its own
+FRACTIONS = (0.6, 0.2, 0.2)  # of the classes for train, val and test, if a source has no splits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -43,7 +43,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """The result of an import; `skipped` and `duplicates` are worth a look by a person."""
+    """The result of an import; check `skipped` and `duplicates`."""
 
     folder: Path
     version: str
@@ -52,7 +52,7 @@ class ImportReport:
     skipped: Sequence[Skipped]
     duplicates: Sequence[tuple[str, ...]]  # groups of identical files
     leaks: Sequence[tuple[str, ...]]  # duplicates that are in more than one split
-    groups: Mapping[str, int]  # how many groups each class has photos of, where groups are known
+    groups: Mapping[str, int]  # number of groups of each class, if groups are known
 
     @property
     def sheet(self) -> Path:
@@ -75,14 +75,13 @@ def import_dataset(
 ) -> Iterator[Progress | ImportReport]:
     """Pack `source` (a folder, a zip, or a plugin's source by name) as `root/name`; yields progress, then the report.
 
-    `rule` changes single fields of the source's own ImageRule. `from_dir` is where a named source's archives lie; if
-    it is not given, they are looked for in the folder `$KSHOT_MIRROR/<source>`. For a folder or a zip that is not
-    split already, `split` is the share of its classes in train/val/test, such as `0.6/0.2/0.2`. `group_by` says which
-    pictures belong together (see `kshot.data.sources.grouped`). Equal files in two splits are refused unless
-    `allow_leaks`.
+    `rule` overrides fields of the source's ImageRule. `from_dir` is the folder with a named source's archives, by
+    default `$KSHOT_MIRROR/<source>`. For a folder or a zip without splits, `split` gives the fractions of classes in
+    train/val/test, such as `0.6/0.2/0.2`. `group_by` defines which pictures belong together (see
+    `kshot.data.sources.grouped`). Identical files in two splits are a KshotError unless `allow_leaks`.
     """
     if not _NAME.fullmatch(name):
-        raise KshotError(f"{name!r} cannot name a data set: take letters, digits, '-', '_' and '.', such as my-photos")
+        raise KshotError(f"{name!r} cannot name a data set: use letters, digits, '-', '_' and '.', such as my-photos")
     importer = _importer(source)
     request = Request(_archives(source, from_dir), root / ".downloads", split, seed)
     full_rule = _changed(importer.rule, rule or {})
@@ -130,7 +129,7 @@ def finish(events: Iterable[Progress | ImportReport]) -> ImportReport:
 
 
 def _importer(source: str) -> Importer:
-    from kshot import plugins  # here, for a user of folders needs none of them
+    from kshot import plugins  # imported here, since folders and zips need no plugins
 
     if os.sep in source or source.startswith(".") or source.lower().endswith(".zip"):
         return _own_images(Path(source))
@@ -158,7 +157,7 @@ def _own_images(path: Path) -> Importer:
 def _archives(source: str, from_dir: Path | None) -> Path | None:
     if from_dir is not None:
         if not from_dir.is_dir():
-            raise KshotError(f"--from {from_dir} is no folder; give the folder that holds the archives of {source}")
+            raise KshotError(f"--from {from_dir} is not a folder; give the folder that holds the archives of {source}")
         return from_dir
     mirror = os.environ.get("KSHOT_MIRROR")
     folder = Path(mirror, source) if mirror else None
@@ -169,7 +168,7 @@ def _archives(source: str, from_dir: Path | None) -> Path | None:
 
 
 class _Packing:
-    """Writes images.npy class after class, by plain writes: a full disk fails them, and would crash a memory map."""
+    """Writes images.npy class by class, with plain writes, which fail on a full disk where a memory map would crash."""
 
     def __init__(self, place: Path, rule: ImageRule) -> None:
         self.place = place
@@ -194,7 +193,7 @@ class _Packing:
                     if done % 100 == 0:
                         yield Progress(done, len(pictures), label)
                 if 0 < len(files) < min_images:
-                    why = f"its class {label!r} has {len(files)} usable; at least {min_images} are needed"
+                    why = f"its class {label!r} has too few usable images: {len(files)} of at least {min_images}"
                     self.skipped += [Skipped(name=file.name, why=why) for file in files]
                 elif files:
                     output.write(np.stack(arrays).tobytes())  # (count, C, H, W)
@@ -222,7 +221,7 @@ class _Packing:
         return None
 
     def _write_header(self, output: Any, count: int) -> None:
-        """The same length whatever the count: numpy leaves room for the first axis to grow."""
+        """Write the header; its length does not depend on the count, since numpy reserves space for the first axis."""
         output.seek(0)
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *self.rule.shape)}
         np.lib.format.write_array_header_1_0(output, header)
@@ -235,14 +234,14 @@ def _refuse_classes_in_two_splits(pictures: Iterable[Picture]) -> None:
     for label, where in splits.items():
         if len(where) > 1:
             raise KshotError(
-                f"class {label!r} is in {' and in '.join(sorted(map(str, where)))}. Splits are by class: what is "
-                "tested must be new. Move each class to one split, or import without train/, val/ and test/ folders."
+                f"class {label!r} is in {' and in '.join(sorted(map(str, where)))}. Splits are by class: test classes "
+                "must be new. Move each class to one split, or import without train/, val/ and test/ folders."
             )
 
 
 def _nothing_usable(skipped: Sequence[Skipped]) -> str:
     if not skipped:
-        return "there are no files. Put the images of each class in a folder of their own: cats/1.jpg, dogs/1.jpg, ..."
+        return "there are no files. Put the images of each class in a separate folder: cats/1.jpg, dogs/1.jpg, ..."
     examples = "".join(f"\n  {s.name}: {s.why}" for s in skipped[:5])
     return f"not one of {len(skipped)} files can be used:{examples}"
 
@@ -251,7 +250,7 @@ def _split_by_class(
     classes: Sequence[tuple[str, Split | None, int, int]], fractions: Sequence[float], seed: int
 ) -> list[ClassEntry]:
     splits: dict[str, Split] = {name: split for name, split, _, _ in classes if split}
-    free = [name for name, split, _, _ in classes if not split]  # sorted: the same on every file system
+    free = [name for name, split, _, _ in classes if not split]  # sorted, so the same on every file system
     if free:
         splits |= random_split(free, fractions, seed)
     return [ClassEntry(name=name, split=splits[name], start=start, count=count) for name, _, start, count in classes]
@@ -264,7 +263,7 @@ def _fractions(text: str) -> tuple[float, ...]:
         fractions = ()
     if len(fractions) != 3 or min(fractions) < 0 or not 0 < sum(fractions) < float("inf"):
         raise KshotError(
-            f"--split {text!r}: give the shares of classes in train/val/test, such as 0.6/0.2/0.2 or 0/0/1"
+            f"--split {text!r}: give the fractions of classes in train/val/test, such as 0.6/0.2/0.2 or 0/0/1"
         )
     return fractions
 
@@ -285,7 +284,7 @@ def _duplicates(files: Iterable[FileEntry]) -> list[tuple[str, ...]]:
 
 
 def _leaks(index: Index) -> dict[tuple[str, ...], dict[Split, str]]:
-    """Identical files that are in more than one split; for each of these splits one of the files."""
+    """Identical files in more than one split, and one of the files for each of these splits."""
     split_of = {f.name: c.split for c in index.classes for f in index.files[c.start : c.start + c.count]}
     by_split = {names: {split_of[name]: name for name in reversed(names)} for names in index.duplicates}
     return {names: files for names, files in by_split.items() if len(files) > 1}
@@ -324,7 +323,7 @@ def _report(folder: Path, index: Index) -> ImportReport:
 
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[Iterator[Progress]]:
-    """Allow one import of a name at a time; the iterator given reports the wait for another one."""
+    """Lock a name against other imports; yields an iterator that waits for the lock and reports it."""
     (root / ".locks").mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".locks" / name)
 
@@ -343,7 +342,7 @@ def _locked(root: Path, name: str) -> Iterator[Iterator[Progress]]:
 
 @contextmanager
 def _workplace(root: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside the data set, removed at the end, together with those of killed imports."""
+    """A temporary folder beside the data set, deleted at the end, together with those of killed imports."""
     for stale in root.glob(f".importing-{name}~*"):
         shutil.rmtree(stale, ignore_errors=True)
     try:

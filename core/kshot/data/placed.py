@@ -1,4 +1,4 @@
-"""Images in the memory of a device, as uint8, so that a training step there copies indices only."""
+"""Images in GPU memory, as uint8, so that a training step transfers indices only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kshot.data.datasets import ClassImages
 
 
 def placed(images: ClassImages, device: str) -> ClassImages:
-    """The same classes with their images on a GPU, if they fill at most half of its free memory; else as they are."""
+    """The same classes with their images on a GPU, if they fit into half of its free memory; else unchanged."""
     if not device.startswith("cuda"):
         return images
     free, _ = torch.cuda.mem_get_info(device)
@@ -20,7 +20,7 @@ def placed(images: ClassImages, device: str) -> ClassImages:
 
 
 class PlacedImages(ClassImages):
-    """The same classes with all their images, turned where the class is, on a device: `gather` gives tensors there."""
+    """Classes with all their images (rotated if the class is) on a device: `gather` returns tensors there."""
 
     def __init__(self, images: ClassImages, device: str) -> None:
         vars(self).update(vars(images))
@@ -31,15 +31,15 @@ class PlacedImages(ClassImages):
             self._rows[first : first + count] = torch.from_numpy(images.gather(np.array(number), np.arange(count)))
 
     def gather(self, classes: np.ndarray, samples: np.ndarray, *, support: bool = False) -> Tensor:  # type: ignore[override]  # on the device
-        """The images with these numbers within these classes (broadcast together): uint8 (*batch, C, H, W)."""
+        """Images by class numbers and image numbers within them, broadcast together: uint8 (*batch, C, H, W)."""
         rows = torch.from_numpy(self._first[classes] + samples)  # (*batch,)
         chosen = self._rows.index_select(0, sent(rows.flatten(), self.device))
         return chosen.unflatten(0, rows.shape)
 
     def _view(self) -> Self:
-        return self.images._view()  # type: ignore[return-value]  # a selection stays on the host
+        return self.images._view()  # type: ignore[return-value]  # a selection uses images in CPU memory
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on a device, without waiting for it."""
+    """CPU values on a device, copied without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

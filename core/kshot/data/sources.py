@@ -1,6 +1,6 @@
 """Data sources: the interface of importers, and readers of folders and zips.
 
-A zip is never unpacked: its members are read one at a time, and a malicious archive is refused as a whole.
+A zip is never unpacked: its members are read one at a time. A malicious archive is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Split = Literal["train", "val", "test"]
 _SPLIT_FOLDERS: dict[str, Split] = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
 }  # fmt: skip
-_MAX_RATIO = 200  # images hardly compress: a larger ratio is a zip bomb
+_MAX_RATIO = 200  # of unpacked to packed size; images hardly compress, so a larger ratio is a zip bomb
 _MAX_MEMBERS = 5_000_000
 
 
@@ -35,14 +35,14 @@ class Picture(NamedTuple):
 
     name: str  # unique in the source
     label: str  # its class
-    split: Split | None  # None: split by class, by the source's fractions
+    split: Split | None  # None: assigned by random_split
     read: Callable[[], bytes | Image.Image]  # an encoded file, or pixels that need no decoding
     group: str | None = None  # pictures that belong together: a visit, a camera, a patient
 
 
 @dataclass
 class Listing:
-    """The contents of a source: its images, not read yet, and the files that were skipped."""
+    """The contents of a source: its images, not read yet, and the files skipped."""
 
     pictures: list[Picture]
     skipped: list[Skipped] = field(default_factory=list)
@@ -60,22 +60,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Importer:
-    """A source of images by name, as a plugin offers it through `kshot_datasets`."""
+    """A source of images, as a plugin provides it through `kshot_datasets`."""
 
     about: str  # one line for the user
     licence: str
     provenance: str
     rule: ImageRule  # how its images are packed unless the user says otherwise
-    open: Callable[[Request], AbstractContextManager[Listing]]  # the archives stay open while its pictures are read
-    splits: Mapping[str, str] = field(default_factory=dict)  # by name, with a line each; the first is the default
+    open: Callable[[Request], AbstractContextManager[Listing]]  # archives stay open inside the context
+    splits: Mapping[str, str] = field(default_factory=dict)  # names with descriptions; the first is the default
     embedded: bool = False  # needs neither files nor network
 
 
 def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, Split]:
-    """Each name's split: shares of a seeded shuffle, at least one in each split with a share over 0."""
+    """The split of each name: fractions of a seeded shuffle, at least one name in each split with a fraction over 0."""
     order: tuple[Split, ...] = ("train", "val", "test")
-    asked = sum(f > 0 for f in fractions)
-    if len(names) < asked:
+    needed = sum(f > 0 for f in fractions)
+    if len(names) < needed:
         has = f"only one class ({names[0]!r})" if len(names) == 1 else f"only {len(names)} classes"
         raise KshotError(
             f"there {'is' if len(names) == 1 else 'are'} {has}, and train, val and test need one each at least. "
@@ -85,7 +85,7 @@ def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) ->
     counts = [max(int(share), 1) if share else 0 for share in exact]
     while sum(counts) > len(names):
         counts[int(np.argmax(counts))] -= 1
-    while sum(counts) < len(names):  # the remainder of rounding goes to the split that lost most
+    while sum(counts) < len(names):  # the split that rounding reduced most gets the remainder
         counts[int(np.argmax(np.array(exact) - counts))] += 1
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     chosen = [split for split, count in zip(order, counts, strict=True) for _ in range(count)]
@@ -95,8 +95,8 @@ def random_split(names: Sequence[str], fractions: Sequence[float], seed: int) ->
 def grouped(pictures: Sequence[Picture], group_by: str) -> list[Picture]:
     """The images with their groups, taken from the last folder (then not part of the class name) or the file name.
 
-    `group_by` is `folder`, or a glob of file names with the group in braces: `{visit}_*`. Where it may end in several
-    places, a group is as short as it can be.
+    `group_by` is `folder`, or a glob of file names with the group in braces, such as `{visit}_*`; of several possible
+    matches the shortest group counts. A KshotError if a picture has no group.
     """
     named = re.fullmatch(r"([^{}]*)\{\w*\}([^{}]*)", group_by)
     if group_by == "folder":
@@ -111,7 +111,7 @@ def grouped(pictures: Sequence[Picture], group_by: str) -> list[Picture]:
             "(cats/visit1/a.jpg), or a pattern of file names with the group in braces, such as {visit}_*"
         )
     if without := [picture.name for picture, pair in zip(pictures, found, strict=True) if not all(pair)]:
-        where = "not in a folder of a group in that of a class" if group_by == "folder" else "not of that pattern"
+        where = "not in a group's folder inside a class's folder" if group_by == "folder" else "not matched"
         raise KshotError(
             f"--group-by {group_by!r}: {len(without)} of {len(pictures)} pictures are {where}, such as "
             f"{', '.join(without[:5])}. Every picture needs a group: write a pattern that fits all, or move these."
@@ -121,7 +121,7 @@ def grouped(pictures: Sequence[Picture], group_by: str) -> list[Picture]:
 
 @contextmanager
 def list_images(paths: Sequence[Path]) -> Iterator[Listing]:
-    """The pictures of some folders and zips with one folder per class, perhaps under train/, val/ and test/."""
+    """The pictures of folders and zips with one folder per class, optionally under train/, val/ and test/."""
     with ExitStack() as stack:
         files: dict[str, Callable[[], bytes]] = {}
         skipped: list[Skipped] = []
@@ -133,16 +133,16 @@ def list_images(paths: Sequence[Path]) -> Iterator[Listing]:
             else:
                 raise KshotError(f"there is no folder or zip {path}")
             if again := files.keys() & found.keys():
-                raise KshotError(f"{min(again)} is in {path.name} and in what was read before it")
+                raise KshotError(f"{min(again)} is in {path.name} and in a folder or zip read before it")
             files |= found
         yield _listing(files, skipped)
 
 
 def _listing(files: Mapping[str, Callable[[], bytes]], skipped: list[Skipped]) -> Listing:
-    """Sort files into classes and splits by the folders they lie in."""
+    """Assign files to classes and splits by their folders."""
     paths = {name: PurePosixPath(name).parts for name in sorted(files)}
     wrapped = {parts[0] for parts in paths.values()}
-    depth = 0  # one folder around everything, as archives have it, is no class
+    depth = 0  # 1 if a single folder contains everything, as in many archives: it is not a class
     if len(wrapped) == 1 and min(wrapped).lower() not in _SPLIT_FOLDERS and all(len(p) > 2 for p in paths.values()):
         depth = 1
     images = {name: parts[depth:] for name, parts in paths.items() if len(parts) > depth + 1}
@@ -179,7 +179,7 @@ def _folder_files(folder: Path, skipped: list[Skipped]) -> dict[str, Callable[[]
 
 def _limited_reader(path: Path) -> Callable[[], bytes]:
     def read() -> bytes:
-        if not path.is_file():  # a pipe or a device would never end
+        if not path.is_file():  # reading a pipe or a device would not end
             raise ImageError("not a regular file")
         with path.open("rb") as file:
             return file.read(LIMITS.max_bytes + 1)
@@ -188,7 +188,7 @@ def _limited_reader(path: Path) -> Callable[[], bytes]:
 
 
 def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str, Callable[[], bytes]]:
-    """The files in a zip, read one at a time and never unpacked. A malicious archive is refused as a whole."""
+    """The files in a zip. A KshotError if it is damaged, encrypted or malicious."""
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except (zipfile.BadZipFile, NotImplementedError):
@@ -200,7 +200,7 @@ def _zip_files(path: Path, stack: ExitStack, skipped: list[Skipped]) -> dict[str
         raise KshotError(f"{path} has {len(members):,} files; at most {_MAX_MEMBERS:,} are taken")
     packed, unpacked = path.stat().st_size, sum(m.file_size for m in members)
     if unpacked > _MAX_RATIO * max(packed, 4096):
-        raise KshotError(f"{path} unpacks from {packed:,} to {unpacked:,} bytes: no archive of images does. Refused.")
+        raise KshotError(f"{path} unpacks from {packed:,} to {unpacked:,} bytes; no archive of images does. Refused.")
     files: dict[str, Callable[[], bytes]] = {}
     for member in members:
         parts = PurePosixPath(member.filename).parts
@@ -224,7 +224,7 @@ def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callabl
         try:
             with archive.open(member) as file:
                 return file.read(LIMITS.max_bytes + 1)
-        except Exception:  # zipfile, zlib and lzma each have errors of their own
+        except Exception:  # zipfile, zlib and lzma raise different errors
             raise ImageError("damaged in the zip") from None
 
     return read

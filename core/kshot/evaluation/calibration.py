@@ -19,9 +19,9 @@ from kshot.learner import Learner
 from kshot_runtime.bundle import evidence
 from kshot_runtime.manifest import By
 
-ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # shares of known queries to choose from
+ACCEPTED = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)  # of known queries, at other thresholds
 
-_ENOUGH = 8  # classes from which a temperature can be fitted to a learner whose statistics come from them
+_MIN_CLASSES = 8  # to fit a temperature to a learner whose statistics come from the validation classes
 
 Trial = tuple[Learner, ClassImages]
 """A learner, and classes that it was not trained on."""
@@ -29,24 +29,24 @@ Trial = tuple[Learner, ClassImages]
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What a threshold does: the share of known queries that pass it, and of unknown ones."""
+    """A threshold, and the shares of known and of unknown queries that pass it."""
 
     accepted: float
     threshold: float
-    false_accepts: float  # NaN where there were no unknown classes to try
+    false_accepts: float  # NaN if there were no unknown classes
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to read the logits of one shape of episode. A query below the threshold belongs to none of the classes."""
+    """Temperature and threshold for episodes of one shape. Queries that score below the threshold are unknown."""
 
     shape: Shape
     temperature: float  # divide logits by this before the softmax
     by: By  # the score that is compared with the threshold
-    threshold: float  # where both errors are the same share: known queries refused, unknown ones let in
+    threshold: float  # of equal error: known queries that fail and unknown ones that pass have the same share
     accepted: float  # share of known queries that pass it
     false_accepts: float  # share of unknown queries that pass it
-    auroc: float  # of telling known from unknown classes by that score
+    auroc: float  # of that score, for known against unknown queries
     ece: float  # of the probabilities at this temperature
     episodes: int
     points: tuple[OperatingPoint, ...] = ()  # other thresholds, from lenient to strict
@@ -62,16 +62,16 @@ def calibrate(
     seen: Trial | None = None,
     device: str = "cpu",
 ) -> Calibration:
-    """Fit temperature and threshold on `episodes` validation episodes, with known and unknown classes in each.
+    """Fit temperature and threshold on `episodes` validation episodes with known and unknown classes.
 
-    An episode has as many unknown classes as its split allows, up to `shape.ways`: their images are queries only. With
-    several trials, say the folds of a cross-validation, each takes its share of the episodes. The threshold is on the
-    score that tells known from unknown best, or on the one that `by` asks for.
+    An episode has as many unknown classes as its split allows, up to `shape.ways`, whose images are queries only.
+    Several trials, such as the folds of a cross-validation, share the episodes. The threshold is on the score with the
+    best AUROC, or on the score `by`.
 
-    `seen` is for a learner whose statistics come from the validation classes themselves, beside folds with those of
-    fewer classes as trials. On classes that it has seen it is over-confident, with fewer under-confident: the
-    temperature is the geometric mean of the two, and a threshold the mean. Shares stay those of the trials. Of very few
-    classes a temperature says too little: the learner's own scale then stays.
+    `seen` is for a learner whose statistics come from all validation classes; the trials then hold folds, with
+    statistics of fewer classes. It is over-confident on classes that it has seen, and the trials are under-confident:
+    the temperature is the geometric mean of both fits, and a threshold their mean; shares are those of the trials. With
+    fewer than 8 classes the temperature is 1.
     """
     parts = [
         known_and_unknown(learner, images, shape, math.ceil(episodes / len(trials)), seed, "calibration", device)
@@ -82,7 +82,7 @@ def calibrate(
     temperature = fit_temperature(known["logits"], labels)
     within = known_and_unknown(*seen, shape, episodes, seed, "calibration", device) if seen else None
     if within and seen:
-        enough = len(seen[1]) >= _ENOUGH
+        enough = len(seen[1]) >= _MIN_CLASSES
         temperature = math.sqrt(temperature * fit_temperature(within[0]["logits"], within[2])) if enough else 1.0
     probabilities = (torch.from_numpy(known["logits"]) / temperature).softmax(1).numpy()
     right = probabilities.argmax(1) == labels
@@ -106,23 +106,24 @@ def calibrate(
 
 
 def operating_point(accepted: float, known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
+    """The threshold that the share `accepted` of the known scores passes."""
     threshold = float(np.quantile(known, 1 - accepted))
     return OperatingPoint(accepted, threshold, float((unknown >= threshold).mean()) if len(unknown) else math.nan)
 
 
 def _balanced(known: np.ndarray, unknown: np.ndarray) -> OperatingPoint:
-    """The threshold at which the share of known queries refused is that of unknown ones let in, as near as there is."""
+    """The threshold of equal error: of the known queries, the share fails that passes of the unknown ones."""
     if not len(unknown):
         return operating_point(0.95, known, unknown)
     shares = np.linspace(0, 1, 1001)
-    refused, let_in = np.quantile(known, shares), np.quantile(unknown, 1 - shares)
-    share = int(np.argmin(np.abs(refused - let_in)))
-    threshold = float((refused[share] + let_in[share]) / 2)
+    fail, passing = np.quantile(known, shares), np.quantile(unknown, 1 - shares)  # thresholds for these shares
+    share = int(np.argmin(np.abs(fail - passing)))
+    threshold = float((fail[share] + passing[share]) / 2)
     return OperatingPoint(float((known >= threshold).mean()), threshold, float((unknown >= threshold).mean()))
 
 
 def scores_of(answers: Mapping[str, np.ndarray]) -> list[By]:
-    """The scores for unknown that these answers hold or give."""
+    """The scores for unknown queries that can be computed from these results."""
     given: tuple[By, ...] = ("ratio", "nearest")
     return ["logit", "probability", "energy", *(name for name in given if name in answers)]
 
@@ -131,17 +132,17 @@ def scores_of(answers: Mapping[str, np.ndarray]) -> list[By]:
 def known_and_unknown(
     learner: Learner, images: ClassImages, shape: Shape, episodes: int, seed: int, stream: Stream, device: str
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """What known queries (N, ways) and unknown ones (M, ways) get, and the labels of the known (N,).
+    """The results of `answer` for known queries (N, ...) and unknown ones (M, ...), and the known ones' labels (N,).
 
-    An episode has as many unknown classes as there are, up to its ways: their images are queries only.
+    An episode has as many unknown classes as there are, up to its ways; their images are queries only.
     """
     unknown = min(shape.ways, len(images) - shape.ways)
-    wider = Shape(shape.ways + unknown, shape.shots, shape.queries)
+    both = Shape(shape.ways + unknown, shape.shots, shape.queries)
     images = embedded(learner, images, device=device)
     answers: list[dict[str, np.ndarray]] = []
     with evaluating(learner), malloc.kept():
         for start in range(0, episodes, AT_ONCE):
-            batch = sample_episodes(images, wider, AT_ONCE, seed=seed, step=start, stream=stream).to(device)
+            batch = sample_episodes(images, both, AT_ONCE, seed=seed, step=start, stream=stream).to(device)
             batch = batch.part(0, episodes - start)
             first, known = batch[0], shape.ways * shape.shots  # support comes class by class
             found = answer(
@@ -158,5 +159,6 @@ def known_and_unknown(
 
 
 def concatenated(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of several dicts, concatenated by name."""
     first, *others = parts
     return {name: np.concatenate([value, *(part[name] for part in others)]) for name, value in first.items()}

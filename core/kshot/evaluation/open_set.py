@@ -1,4 +1,4 @@
-"""Open-set recognition: how well queries of unknown classes are told from those of known ones."""
+"""Open-set recognition: how well queries of unknown classes are detected."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kshot_runtime.bundle import evidence
 
 @dataclass(frozen=True)
 class OpenSet:
-    """What a threshold from validation classes does on test episodes that hold as many unknown classes as known."""
+    """The effect of a threshold from validation classes on test episodes with as many unknown classes as known ones."""
 
     accepted: float  # share of known queries that pass
     false_accepts: float  # share of unknown queries that pass
-    auroc: float  # of telling known from unknown classes, at any threshold
-    let_in: float  # share of unknown queries that pass where 95 % of the known do, the threshold set on these episodes
+    auroc: float  # of the score, for known against unknown queries
+    let_in: float  # share of unknown queries that pass at the threshold, of these episodes, that 95 % of the known pass
     episodes: int
 
 
 def open_set(
     parts: Sequence[Trial], shape: Shape, fit: Calibration, episodes: int, *, seed: int, device: str = "cpu"
 ) -> OpenSet | None:
-    """Hold the threshold of `fit` against test episodes of `shape`; None where there is no class to be unknown.
+    """Evaluate the threshold of `fit` on test episodes of `shape`; None if no class is left to be unknown.
 
-    With several parts, say the folds of a cross-validation, each takes its share of the episodes.
+    Several parts, such as the folds of a cross-validation, share the episodes.
     """
     parts = [(learner, images) for learner, images in parts if len(images) > shape.ways]
     if not parts:

@@ -1,4 +1,4 @@
-"""Honest evaluation: fixed seeded episodes, a mean with its interval over episodes, and calibration."""
+"""Evaluation on fixed, seeded episodes: accuracy with its 95 % interval, and calibration error."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kshot.data.episodes import Episode, Episodes, Shape, Stream, sample_episode
 from kshot.evaluation.statistics import calibration_error, interval
 from kshot.learner import FeatureLearner, InnerLoop, Learner, State, over_episodes, without_statistics
 
-AT_ONCE = 8  # episodes sampled together, and answered together where that goes
+AT_ONCE = 8  # episodes in a batch
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy over episodes with its 95 % interval, and how far the probabilities can be trusted."""
+    """Accuracy over episodes with its 95 % interval, and the calibration of the probabilities."""
 
     shape: Shape
-    accuracies: np.ndarray  # (episodes,) share of each episode's queries that were right
+    accuracies: np.ndarray  # (episodes,) share of correct queries
     confidences: np.ndarray  # (episodes * ways * queries,) probability of the predicted class
-    right: np.ndarray  # (episodes * ways * queries,) bool
+    right: np.ndarray  # (episodes * ways * queries,) bool: whether the prediction is correct
     seconds: float
     transductive: bool = False
 
@@ -71,9 +71,9 @@ def evaluate(
     temperature: float = 1.0,
     device: str = "cpu",
 ) -> Score:
-    """Score a learner on `episodes` episodes that (seed, stream) fix; another learner gets the very same ones.
+    """Score a learner on `episodes` episodes, which (seed, stream) determine: all learners get the same ones.
 
-    The learner is in eval mode meanwhile and keeps no graph. `transductive` normalises queries by their own batch
+    The learner runs in eval mode and without gradients. `transductive` normalises queries by their own batch
     (see `kshot.learner.without_statistics`).
     """
     started = time.perf_counter()
@@ -93,7 +93,7 @@ def answers(
 ) -> Iterator[tuple[Episode, Tensor]]:
     """Each test episode with the logits (ways * queries, ways) that the learner gives it.
 
-    Episodes hold features in the place of images where the learner takes them (see `kshot.data.embeddings`).
+    Episodes hold features in place of images if the learner takes them (see `kshot.data.embeddings`).
     """
     for batch, logits in _answered(
         learner, images, shape, episodes, seed=seed, stream="test", transductive=False, device=device
@@ -117,7 +117,7 @@ def _answered(
     images = embedded(learner, images, device=device)
     draws = episodes * shape.ways * (shape.shots + shape.queries)
     if isinstance(images, ClassFeatures) and not images.backbone.mirrors and draws > 4 * images.counts.sum():
-        images.complete()  # these draws would miss 2 % of the images, and find the last of them in ever smaller passes
+        images.complete()  # nearly all images will be drawn; embedding them first avoids many small passes
     with evaluating(learner, transductive=transductive), malloc.kept():
         for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
             support, first = batch.support, batch[0]
@@ -137,9 +137,9 @@ def answer(
     transductive: bool = False,
     evidence: bool = False,
 ) -> State:
-    """The `logits` (E, Q, W) of the queries of E episodes that share their labels, and the learner's `evidence` (E, Q).
+    """The `logits` (E, Q, W) of the queries of E episodes with the same labels; if asked, also `evidence` (E, Q).
 
-    `support` (E, S, ...) and `query` (E, Q, ...) are images or features; heads on features answer all episodes at once.
+    `support` (E, S, ...) and `query` (E, Q, ...) are images or features; heads on features run all episodes at once.
     """
 
     def one(support: Tensor, query: Tensor) -> State:
@@ -151,7 +151,7 @@ def answer(
             state = without_statistics(state)
         if not (evidence and isinstance(learner, FeatureLearner)):
             return {"logits": learner.classify(state, query)}
-        features = learner.embed(query, state)  # once: `classify` lets features pass
+        features = learner.embed(query, state)  # once: `classify` also takes features
         return {"logits": learner.classify(state, features), **learner.evidence(state, features)}
 
     features = isinstance(learner, FeatureLearner) and learner.batched and support.dim() == 3
@@ -161,7 +161,7 @@ def answer(
 def drawn(
     images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream = "test", device: str = "cpu"
 ) -> Iterator[Episode]:
-    """The evaluation's episodes, one by one: of images, or of their features."""
+    """The evaluation's episodes, one by one, of images or of their features."""
     for batch in batches(images, shape, episodes, seed=seed, stream=stream, device=device):
         yield from batch
 
@@ -169,7 +169,7 @@ def drawn(
 def batches(
     images: ClassImages, shape: Shape, episodes: int, *, seed: int, stream: Stream, device: str
 ) -> Iterator[Episodes]:
-    """The evaluation's episodes, `AT_ONCE` at a time: of images, or of their features."""
+    """The evaluation's episodes in batches of `AT_ONCE`, of images or of their features."""
     for step in range(math.ceil(episodes / AT_ONCE)):
         batch = sample_episodes(images, shape, AT_ONCE, seed=seed, step=step, stream=stream).to(device)
         yield batch.part(0, episodes - step * AT_ONCE)
@@ -177,7 +177,7 @@ def batches(
 
 @contextmanager
 def evaluating(learner: Learner, *, transductive: bool = False) -> Iterator[None]:
-    """A learner in eval mode for the block."""
+    """Put the learner in eval mode inside the block."""
     was_training = learner.training
     learner.eval().transductive = transductive
     try:

@@ -1,4 +1,4 @@
-"""The statistics of an evaluation: intervals, calibration error, AUROC, fits of a temperature and a logistic curve."""
+"""Statistics of evaluations: intervals, calibration error, AUROC, temperature and logistic fits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature that minimises the cross-entropy of logits (N, W) to labels (N,) (Guo et al., 2017).
 
-    Between exp(-7) and exp(7). By Newton's method on its inverse, in which the cross-entropy is convex; a step that
-    would leave the interval known to hold the minimum bisects it instead.
+    Between exp(-7) and exp(7), by Newton's method on its inverse, in which the cross-entropy is convex. A step that
+    would leave the interval that brackets the minimum is replaced by a bisection.
     """
     rows = logits.astype(np.float64)
     rows -= rows[np.arange(len(rows)), labels, None]
@@ -39,7 +39,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their counts."""
+    """Expected calibration error: mean |confidence - accuracy| over equal bins of confidence, weighted by count."""
     bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
     confidence = np.bincount(bin_of, confidences, minlength=bins)
     accuracy = np.bincount(bin_of, right, minlength=bins)
@@ -47,7 +47,7 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15
 
 
 def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
-    """The chance that a known query scores higher than an unknown one (ties count half)."""
+    """Area under the ROC curve: the probability that a known query scores above an unknown one (ties count half)."""
     scores, ranks_of = np.unique(np.concatenate([known, unknown]), return_inverse=True)
     counts = np.bincount(ranks_of, minlength=len(scores))
     ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each score, from 1
@@ -56,7 +56,7 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def logistic(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of the logistic regression of truth (N,) on values (N,), with a light pull to zero."""
+    """Slope and offset of the logistic regression of truth (N,) on values (N,), lightly regularised (L2)."""
     mean, scale = values.mean(), values.std() + 1e-12
     design, line = np.stack([(values - mean) / scale, np.ones(len(values))], 1), np.zeros(2)  # (N, 2), (2,)
 

@@ -24,42 +24,42 @@ Similarity = Literal["logit", "cosine", "distance"]
 
 @dataclass(frozen=True)
 class Verification:
-    """How to tell from two images whether they show one class: sigmoid(slope * similarity + offset)."""
+    """The probability that two images show the same class is sigmoid(slope * similarity + offset)."""
 
     by: Similarity  # see `similarities`
     slope: float
     offset: float
-    auroc: float  # of telling same from different pairs
-    accuracy: float  # share of pairs on the right side of one half, as many same as different
+    auroc: float  # of the similarity, for pairs of one class against pairs of two
+    accuracy: float  # at probability 0.5, with as many pairs of one class as of two
     pairs: int
 
 
 def verification(trials: Sequence[Trial], pairs: int, *, seed: int, device: str = "cpu") -> Verification:
-    """Fit `pairs` pairs of validation images, half of one class and half of two, by the similarity that tells best.
+    """Fit on `pairs` pairs of validation images, half of one class and half of two, the similarity of best AUROC.
 
-    With several trials, say the folds of a cross-validation, each takes its share of the pairs.
+    Several trials, such as the folds of a cross-validation, share the pairs.
     """
     parts: dict[Similarity, list[np.ndarray]] = {}
     for number, (learner, images) in enumerate(trials):
         images, share = embedded(learner, images, device=device), (pairs // 2 + number) // len(trials)
         for batch in batches(images, Shape(2, 1, 1), share, seed=seed, stream="calibration", device=device):
-            for by, alike in similarities(learner, batch.support[:, :1], batch.query).items():
-                parts.setdefault(by, []).append(alike.flatten())
+            for by, values in similarities(learner, batch.support[:, :1], batch.query).items():
+                parts.setdefault(by, []).append(values.flatten())
     same = np.tile([True, False], pairs // 2)
-    values = {by: np.concatenate(part) for by, part in parts.items()}
-    areas = {by: auroc(value[same], value[~same]) for by, value in values.items()}
+    similarity = {by: np.concatenate(part) for by, part in parts.items()}
+    areas = {by: auroc(each[same], each[~same]) for by, each in similarity.items()}
     best = max(areas, key=lambda by: areas[by])
-    slope, offset = logistic(values[best], same)
-    right = (slope * values[best] + offset >= 0) == same
+    slope, offset = logistic(similarity[best], same)
+    right = (slope * similarity[best] + offset >= 0) == same
     return Verification(best, slope, offset, areas[best], float(right.mean()), len(same))
 
 
 @torch.no_grad()
 def similarities(learner: Learner, images: Tensor, others: Tensor) -> dict[Similarity, np.ndarray]:
-    """How alike images (E, 1, C, H, W) and the `others` of each (E, N, C, H, W) are, in up to three ways, (E, N) each.
+    """Similarities (E, N) of images (E, 1, C, H, W) and the `others` of each (E, N, C, H, W), in up to three measures.
 
-    `logit`: the logit of each other image after adapting to the image as the only class; `cosine` and `distance` of the
-    features, where an image's are its own (distance is Euclidean, and negative). Features may come for images.
+    `logit` is the logit of each other image after adapting to the image as the only class. If features do not depend on
+    other images, also the `cosine` of the features and their negative Euclidean `distance`. Takes features too.
     """
     only = torch.zeros(1, dtype=torch.int64, device=images.device)
     with evaluating(learner):

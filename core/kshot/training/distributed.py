@@ -1,7 +1,7 @@
-"""One training by several processes (ranks): each takes some episodes of a step, and gradients are summed over all.
+"""Distributed training: each process (rank) takes some episodes of a step, and gradients are summed over the ranks.
 
-torchrun starts the ranks, or `launched` does on this machine. Results equal those of one process but for rounding, if
-`meta_loss` draws no random numbers; those that it does draw differ between ranks.
+torchrun starts the ranks, or `launched` does on this machine. Results equal those of one process up to rounding, if
+`meta_loss` uses no random numbers; these differ between ranks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.distributed.rendezvous import rendezvous
 from kshot.data.episodes import Episodes
 from kshot_runtime.errors import KshotError
 
-_STARTING = datetime.timedelta(minutes=5)  # for all ranks to be there
-_PATIENCE = datetime.timedelta(days=1)  # the first rank validates while the others wait
+_STARTING = datetime.timedelta(minutes=5)  # timeout for all ranks to connect
+_WAITING = datetime.timedelta(days=1)  # timeout of an operation: other ranks wait while the first one validates
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among those of one training, and how many they are."""
+    """The rank of this process, and the number of ranks."""
 
     number: int = 0
     count: int = 1
@@ -48,7 +48,7 @@ class Ranks:
         return batch if self.count == 1 else batch.part(start, stop)
 
     def add_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The sum of the ranks' losses (); the gradient of each parameter becomes the ranks' sum too."""
+        """Sum the gradients of the parameters over the ranks, in place, and return the sum of the losses ()."""
         if self.count == 1:
             return loss
         trained = [parameter for parameter in parameters if parameter.grad is not None]
@@ -63,12 +63,12 @@ class Ranks:
         """Call `make` on the first rank only, and return its result on all ranks."""
         if self.count == 1:
             return make()
-        held: list[Any] = [make() if self.first else None]
-        dist.broadcast_object_list(held, device=torch.device("cpu"))
-        return held[0]
+        result: list[Any] = [make() if self.first else None]
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+        return result[0]
 
     def check_alike(self, learner: nn.Module) -> None:
-        """A KshotError if weights or buffers differ between ranks: such a learner learns from more than gradients."""
+        """A KshotError if weights or buffers differ between ranks, as they do if the learner updates buffers."""
         if self.count == 1:
             return
         for name, value in learner.state_dict().items():
@@ -77,28 +77,28 @@ class Ranks:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             if not torch.equal(least, most) and not (least.isnan() and most.isnan()):
                 raise KshotError(
-                    f"{name} differs between the ranks of this training: it is changed by what each rank sees, which "
-                    "several ranks do not share. Train in one process."
+                    f"{name} differs between the ranks of this training: the learner changes it other than by "
+                    "gradients, from the episodes of one rank only. Train in one process."
                 )
 
 
 def join(device: str) -> tuple[Ranks, str]:
-    """The ranks that this process was started among, and the device of this one; without any, one rank on `device`.
+    """Connect to the ranks of this training, if it has several; return them, and the device of this process.
 
-    They stay connected until this process ends, or the block of `launched`.
+    They stay connected until this process or the block of `launched` ends.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
         return Ranks(), device
     if device == "cuda":
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= gpus:
-            raise KshotError(f"each rank needs a GPU of its own, and this machine has {gpus}: start as many ranks")
+            raise KshotError(f"each rank needs a separate GPU, and this machine has {gpus}: start as many ranks")
         device = f"cuda:{number}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=_STARTING))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_WAITING)
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size()), device
 
@@ -110,7 +110,7 @@ def _leave() -> None:
 
 @contextmanager
 def launched(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
-    """Make this process the first of `count` ranks for the block: others are started, and call `work(*arguments)`."""
+    """Start `count` - 1 ranks that run `work(*arguments)`; inside the block, this process is the first rank."""
     if count == 1:
         yield
         return
@@ -132,7 +132,7 @@ def launched(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator[
     os.environ.update(_environment(0, count, port))
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's, where a rank is gone
+    except RuntimeError as error:  # from torch.distributed, if a rank has ended
         for process in processes:
             process.join(5)
         if any(process.exitcode for process in processes):
@@ -154,18 +154,18 @@ def launched(count: int, work: Callable[..., Any], *arguments: Any) -> Iterator[
 
 
 def _environment(number: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a rank."""
+    """The environment variables that torchrun sets for a rank."""
     ours = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ours.items()}}
 
 
 def _work(environment: dict[str, str], threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank gets it too, and ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank also receives it, and ends the others
     os.environ.update(environment)
     torch.set_num_threads(threads)
     try:
         work(*arguments)
-    except KshotError:  # which the first rank reports
+    except KshotError:  # the first rank reports it
         raise SystemExit(1) from None
-    except RuntimeError as error:  # most often that the first rank is gone
+    except RuntimeError as error:  # usually because the first rank has ended
         raise SystemExit(f"rank {environment['RANK']} of this training ends: {error}") from None

@@ -1,4 +1,4 @@
-"""Outer steps as CUDA graphs: all kernels of a step are launched at once, with no Python between them."""
+"""Outer steps as CUDA graphs, which launch all kernels of a step at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kshot.data.episodes import Episodes
 from kshot.learner import Learner
 from kshot_runtime.errors import KshotError
 
-_EAGER = 3  # steps of a kind before one is captured, in which libraries make their choices and gradients their memory
+_EAGER = 3  # steps before capturing, in which libraries select kernels and gradients are allocated
 
 
 class Graphs:
-    """Replays `update(batch)`, an outer step of `learner`, as a CUDA graph for each kind of batch.
+    """Replays `update(batch)`, an outer step of `learner`, as a CUDA graph for each batch shape and `learner.stage`.
 
-    The first steps of a kind run as usual, on the stream that capturing needs. What a step does may depend on the
-    batch's shape and on `learner.stage`, and on nothing else outside the GPU's memory.
+    The first steps of each kind run normally, on the stream that capturing needs. A step may depend on nothing else
+    outside the memory of the GPU.
     """
 
     def __init__(self, learner: Learner, update: Callable[[Episodes], Tensor]) -> None:
@@ -31,7 +31,7 @@ class Graphs:
         self._stream = torch.cuda.Stream()
 
     def __call__(self, batch: Episodes) -> Tensor:
-        """Take the step; the loss () is overwritten by the next step of its kind."""
+        """Take a step and return its loss (), which the next step of the same kind overwrites."""
         kind = self._learner.stage, batch.shape, *(tensor.shape for tensor in _tensors(batch).values())
         self._taken[kind] += 1
         if self._taken[kind] <= _EAGER:
@@ -49,7 +49,7 @@ class Graphs:
         return loss
 
     def _capture(self, batch: Episodes) -> tuple[torch.cuda.CUDAGraph, Episodes, Tensor]:
-        """The graph of a step, which is not taken yet, with the batch that it reads and the loss that it writes."""
+        """Capture a step without running it: the graph, the batch that it reads, and the loss that it writes."""
         clones: Any = {name: tensor.clone() for name, tensor in _tensors(batch).items()}
         inputs = replace(batch, **clones)
         graph = torch.cuda.CUDAGraph()
@@ -60,7 +60,7 @@ class Graphs:
         except RuntimeError as error:
             raise self._refusal(f"cannot be captured ({str(error).partition(chr(10))[0]})") from None
         if self._places() != before:
-            raise self._refusal("puts new tensors in the place of its buffers, which a graph would not read")
+            raise self._refusal("replaces buffers by new tensors, which a graph would not read")
         return graph, inputs, loss
 
     def _places(self) -> list[int]:

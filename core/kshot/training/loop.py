@@ -34,15 +34,15 @@ from kshot_runtime.errors import KshotError
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after an outer step."""
+    """The progress of training after an outer step."""
 
     step: int
     steps: int
     loss: float
     lr: float
-    seconds: float  # of training, over all the processes that took part
-    memory: int = 0  # bytes, the most so far: of tensors on a GPU, of this process on a CPU
-    validation: float | None = None  # accuracy, where this step was validated
+    seconds: float  # of training, those before a resumption included
+    memory: int = 0  # peak bytes so far: of tensors on a GPU, of this process on a CPU
+    validation: float | None = None  # accuracy, if this step was validated
     margin: float | None = None  # half its 95 % interval
     best_step: int | None = None
     best: float | None = None
@@ -61,19 +61,18 @@ def meta_train(
     unlabelled: ClassImages | None = None,
     store: Path | None = None,
 ) -> Iterator[Progress]:
-    """Meta-train `learner` in place, yielding after every outer step; afterwards it holds the best validated weights.
+    """Meta-train `learner` in place, yielding after every outer step; afterwards it has the best validated weights.
 
-    Each validation ends with a checkpoint in `folder`, written whole or not at all; the one before is kept too.
-    Called again with the same folder after a crash, training goes on from the newest that can be read, on a CPU to
-    the same final bits: the checkpoint holds weights, optimiser, random state and position, and episodes depend on
-    (seed, step) alone. A checkpoint of another `recipe` is refused. Batches are seeded by the outer step, so their
-    order needs no state.
+    Each validation ends with a checkpoint in `folder`, written atomically; the previous one is kept. Called again with
+    the same folder after a crash, training resumes from the newest readable checkpoint, on a CPU with bitwise the same
+    result: checkpoints hold weights, optimiser, random state and step, and episodes depend on (seed, step) only. A
+    checkpoint of another `recipe` is refused.
 
-    With `unlabelled`, some of its images come with every batch, without their labels. Features of a frozen backbone
-    are computed once, in memory or in the embedding store `store`.
+    `unlabelled` adds some of its images to every batch, without labels. Features of a frozen backbone are computed
+    once, in memory or in the embedding store `store`.
 
-    Under torchrun, or `kshot.training.launched`, the processes share the episodes of each step. The first validates,
-    writes checkpoints and yields; the others yield nothing. A run may be resumed by another number of them.
+    Under torchrun, or `kshot.training.launched`, the ranks share the episodes of each step. The first validates,
+    writes checkpoints and yields; the others yield nothing. A run may be resumed with another number of ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for shape in settings.shapes:
@@ -94,12 +93,12 @@ def meta_train(
 
 
 def _prepare(learner: Learner, train: ClassImages, seed: int, device: str, ranks: Ranks) -> None:
-    """Make what only training needs; all ranks then start from the first one's weights."""
+    """Let the learner create what only training needs, and copy the first rank's weights to all ranks."""
     torch.manual_seed(seed)
-    if not any(parameter.requires_grad for parameter in learner.parameters()):  # `prepare` adds what only it needs
+    if not any(parameter.requires_grad for parameter in learner.parameters()):  # before `prepare` adds parameters
         raise KshotError(
-            f"{learner.name!r} has nothing to train on this backbone: all weights that an answer uses are frozen. "
-            "Take it as it is with training.steps = 0, or let the backbone train."
+            f"{learner.name!r} has nothing to train on this backbone: all weights are frozen. "
+            "Use it as it is with training.steps = 0, or set frozen = false in [backbone]."
         )
     learner.prepare(train.classes_per_data_set)
     learner.load_state_dict(ranks.share(learner.state_dict))
@@ -109,7 +108,7 @@ def _prepare(learner: Learner, train: ClassImages, seed: int, device: str, ranks
 def _draw(
     train: ClassImages, unlabelled: ClassImages | None, settings: Training, seed: int, device: str, step: int
 ) -> Episodes:
-    """The batch of an outer step, on the device: (seed, step) alone decide what is in it."""
+    """The batch of an outer step, on the device; it depends on (seed, step) only."""
     shape = settings.shapes[step % len(settings.shapes)]
     batch = sample_episodes(train, shape, settings.episodes_per_step, seed=seed, step=step)
     if unlabelled is not None:
@@ -118,7 +117,7 @@ def _draw(
 
 
 class _Loop:
-    """A training and its position."""
+    """A training run, which can be resumed."""
 
     position: Run
 
@@ -131,61 +130,61 @@ class _Loop:
         )
         if settings.cuda_graph and self.device.type == "cuda":
             if ranks.count > 1:
-                raise KshotError("a CUDA graph holds the steps of one process: set training.cuda_graph = false")
+                raise KshotError("CUDA graphs do not work with several ranks: set training.cuda_graph = false")
             self.update = Graphs(learner, self.update)
         self.memory = 0
 
     def start(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Begin at step 0, or where the newest checkpoint in the folder says."""
+        """Start at step 0, or resume from the newest readable checkpoint in the folder."""
         self.position = Run(settings=self.settings.model_dump(), recipe=recipe, seed=self.seed)
-        held, damaged = self.ranks.share(lambda: checkpoint(folder))
+        content, damaged = self.ranks.share(lambda: checkpoint(folder))
         for file in damaged if self.ranks.first else ():
-            warnings.warn(f"{file} cannot be read, and is {file.name}.damaged now", stacklevel=3)
-        if held and (differ := foreign(held, self.settings, recipe, self.seed)):
+            warnings.warn(f"{file} cannot be read, and was renamed to {file.name}.damaged", stacklevel=3)
+        if content and (differ := foreign(content, self.settings, recipe, self.seed)):
             raise KshotError(
                 f"{folder} has a checkpoint of another run: {differ}. Give this run its own folder, or delete that one."
             )
-        if held:
-            self.position = resume(held, self.learner, self.optimiser)
-        if not self.ranks.first:  # each rank draws other random numbers
+        if content:
+            self.position = resume(content, self.learner, self.optimiser)
+        if not self.ranks.first:  # ranks use different random numbers
             torch.manual_seed(hash((self.seed, self.position.step, self.ranks.number)))
 
     def run(self, draw: Callable[[int], Episodes], validation: ClassImages, folder: Path) -> Iterator[Progress]:
-        """Take the steps that are left and report each; the learner then holds the best weights."""
-        at, settings = self.position, self.settings
-        began, unread = at.step, deque[_Taken]()
-        while at.step < settings.steps and not at.exhausted(settings.patience):
+        """Take the remaining steps and yield the progress of each; at the end, load the best weights."""
+        run, settings = self.position, self.settings
+        first_step, unread = run.step, deque[_Step]()
+        while run.step < settings.steps and not run.exhausted(settings.patience):
             started = time.perf_counter()
-            unread.append(self.take(draw(at.step)))
-            if at.step == began + 1:
+            unread.append(self.take(draw(run.step)))
+            if run.step == first_step + 1:
                 self.ranks.check_alike(self.learner)
-            due = at.step % settings.validate_every == 0 or at.step == settings.steps
+            due = run.step % settings.validate_every == 0 or run.step == settings.steps
             reports = [
                 self.report(unread.popleft()) for _ in range(len(unread) - (0 if due else _steps_ahead(self.device)))
             ]
             if due:
                 reports[-1] = self.validate(reports[-1], validation)
-            at.seconds += time.perf_counter() - started
+            run.seconds += time.perf_counter() - started
             if self.ranks.first:
                 if due:
-                    save(folder, at, self.learner, self.optimiser)
-                yield from (replace(report, seconds=at.seconds) for report in reports)
-        self.learner.load_state_dict(at.best_weights)
+                    save(folder, run, self.learner, self.optimiser)
+                yield from (replace(report, seconds=run.seconds) for report in reports)
+        self.learner.load_state_dict(run.best_weights)
         self.learner.eval()
 
-    def take(self, batch: Episodes) -> _Taken:
-        """Take an outer step, without waiting for a GPU."""
+    def take(self, batch: Episodes) -> _Step:
+        """Take an outer step, without waiting for its loss."""
         lr = learning_rate(self.settings, self.position.step)
         set_rate(self.optimiser, lr)
         self.learner.train()
         loss = self.update(batch)
         self.learner.stepped()
         self.position.step += 1
-        return _Taken(self.position.step, lr, loss)
+        return _Step(self.position.step, lr, loss)
 
-    def report(self, taken: _Taken) -> Progress:
-        """The progress of a step once its loss is known; a non-finite loss ends the training."""
-        at, settings, loss = self.position, self.settings, taken.loss()
+    def report(self, taken: _Step) -> Progress:
+        """The progress after a step whose loss is read now; a KshotError if it is not finite."""
+        run, settings, loss = self.position, self.settings, taken.loss()
         if not math.isfinite(loss):
             raise KshotError(
                 f"the loss became {loss} at outer step {taken.step}. "
@@ -193,12 +192,12 @@ class _Loop:
             )
         self.memory = max(self.memory, _memory(self.device))
         return Progress(
-            taken.step, settings.steps, loss, taken.lr, at.seconds, self.memory, best_step=at.best_step, best=at.best
+            taken.step, settings.steps, loss, taken.lr, run.seconds, self.memory, best_step=run.best_step, best=run.best
         )
 
     def validate(self, last: Progress, validation: ClassImages) -> Progress:
-        """Score the learner after its last step, and keep its weights if they are the best so far."""
-        at, settings = self.position, self.settings
+        """Score the learner on validation episodes, and keep a copy of its weights if they are the best so far."""
+        run, settings = self.position, self.settings
         self.ranks.check_alike(self.learner)
 
         def score() -> tuple[float, float]:
@@ -207,15 +206,15 @@ class _Loop:
             return found.accuracy, found.margin
 
         accuracy, margin = self.ranks.share(score)
-        at.history.append({"step": at.step, "loss": last.loss, "validation": accuracy, "margin": margin})
-        if at.best is None or accuracy > at.best:
-            at.best, at.best_step = accuracy, at.step
-            at.best_weights = {name: value.detach().clone() for name, value in self.learner.state_dict().items()}
-        return replace(last, validation=accuracy, margin=margin, best_step=at.best_step, best=at.best)
+        run.history.append({"step": run.step, "loss": last.loss, "validation": accuracy, "margin": margin})
+        if run.best is None or accuracy > run.best:
+            run.best, run.best_step = accuracy, run.step
+            run.best_weights = {name: value.detach().clone() for name, value in self.learner.state_dict().items()}
+        return replace(last, validation=accuracy, margin=margin, best_step=run.best_step, best=run.best)
 
 
-class _Taken:
-    """A step whose loss is copied to the host asynchronously."""
+class _Step:
+    """A step whose loss is copied to the CPU asynchronously."""
 
     def __init__(self, step: int, lr: float, loss: Tensor) -> None:
         self.step, self.lr = step, lr
@@ -231,12 +230,12 @@ class _Taken:
 
 
 def _steps_ahead(device: torch.device) -> int:
-    """Number of steps after which a loss is read: by then a GPU has finished the step, so the host does not wait."""
+    """Number of steps after which a loss is read: by then a GPU has finished the step, so the CPU does not wait."""
     return 4 if device.type == "cuda" else 0
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took; else of this process now, which keeps the memory that a step took."""
+    """Bytes: on a GPU the peak of allocated tensors, else of this process now, which keeps memory between steps."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""One outer step: the loss of a batch, differentiated in parts, and the optimiser's update. It waits for no GPU."""
+"""One outer step: the loss of a batch, backpropagated in parts, and the optimiser's update. Never waits for a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kshot.training.settings import Training
 def learner_step(
     learner: Learner, batch: Episodes, optimiser: torch.optim.Optimizer, settings: Training, ranks: Ranks | None = None
 ) -> Tensor:
-    """Update a learner in training mode; the mean loss over the batch before, () on the batch's device."""
+    """Update a learner in training mode, and return the mean loss () of the batch, on its device."""
     total = update(learner, batch, optimiser, settings, ranks or Ranks())
     learner.stepped()
     return total
@@ -27,7 +27,7 @@ def learner_step(
 def update(
     learner: Learner, batch: Episodes, optimiser: torch.optim.Optimizer, settings: Training, ranks: Ranks
 ) -> Tensor:
-    """`learner_step` but for what the learner counts: the part that a CUDA graph can replay."""
+    """`learner_step` without `learner.stepped()`: the part that a CUDA graph can replay."""
     own, at_once = ranks.part(batch), episodes_at_once(learner, settings, batch.support.device)
     total = batch.support.new_zeros(())
     optimiser.zero_grad(set_to_none=True)
@@ -48,14 +48,14 @@ def update(
 def episodes_at_once(learner: Learner, settings: Training, device: torch.device) -> int:
     """How many episodes share one backward pass.
 
-    Episodes that each adapt the backbone take turns on a CPU, which is faster and holds the graph of one only.
+    On a CPU, learners that adapt the backbone process episodes one by one: faster, with the graph of one in memory.
     """
-    take_turns = device.type == "cpu" and not isinstance(learner, FeatureLearner) and not learner.coupled
-    return settings.episodes_at_once or (1 if take_turns else settings.episodes_per_step)
+    one_by_one = device.type == "cpu" and not isinstance(learner, FeatureLearner) and not learner.coupled
+    return settings.episodes_at_once or (1 if one_by_one else settings.episodes_per_step)
 
 
 def learning_rate(settings: Training, step: int) -> float:
-    """The outer learning rate at a step: constant, down to zero on a cosine or a line, or halved every so often."""
+    """The outer learning rate at a step: constant, decayed to zero by a cosine or linearly, or halved periodically."""
     if settings.schedule == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     if settings.schedule == "linear":
@@ -66,7 +66,7 @@ def learning_rate(settings: Training, step: int) -> float:
 
 
 def make_optimiser(learner: Learner, settings: Training, device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of the outer loop; on a GPU one kernel updates all weights."""
+    """The optimiser of the outer loop; on a GPU a fused one."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
     fused, graph = True if device.type == "cuda" else None, settings.cuda_graph and device.type == "cuda"
     lr = torch.tensor(settings.lr, device=device) if graph else settings.lr
@@ -83,7 +83,7 @@ def make_optimiser(learner: Learner, settings: Training, device: torch.device) -
 
 
 def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step: in place where it is a tensor, which a CUDA graph reads."""
+    """Set the learning rate of the next step; a tensor, which a CUDA graph reads, in place."""
     held = optimiser.defaults["lr"]
     for group in optimiser.param_groups:
         group["lr"] = held.fill_(lr) if isinstance(held, Tensor) else lr
@@ -91,11 +91,11 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 @contextmanager
 def _precision(settings: Training, device: torch.device) -> Iterator[torch.autocast]:
-    """A block of the precision that is set; it gives the context that the forward pass alone runs in."""
-    # The cache of cast weights knows nothing of torch.func's levels.
+    """Set the precision inside the block; yields the autocast context for the forward pass."""
+    # Autocast's cache of cast weights does not work with nested torch.func transforms.
     bfloat16 = settings.precision == "bfloat16"
     forward = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
-    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]  # is made at import
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]  # created at import
     before = [part.fp32_precision for part in parts]
     for part in parts:
         part.fp32_precision = "tf32" if settings.precision == "tf32" else "ieee"

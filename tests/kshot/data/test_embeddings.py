@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_computed_before(limit: i
     process.join()
     assert process.exitcode == 0
     words = said.read_text()
-    assert words.startswith(f"features cannot be kept in {next(store.iterdir())}: File too large.")
+    assert words.startswith(f"features cannot be stored in {next(store.iterdir())}: File too large.")
     assert "free some space" in words
     embed_all(store, tmp_path / "log")
     assert sum(passed(tmp_path / "log")) == CLASSES * IMAGES - kept - 1
@@ -313,5 +313,5 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_computed_before(limit: i
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(KshotError, match=r"features cannot be kept in .*file.*free some space"):
+    with pytest.raises(KshotError, match=r"features cannot be stored in .*file.*free some space"):
         every(ClassFeatures(classes(), Pieces(), tmp_path / "file"))

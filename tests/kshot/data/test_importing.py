@@ -214,7 +214,7 @@ def test_a_class_with_too_few_images_is_left_out_and_listed(tmp_path, data):
     (source / "class0" / "2.png").unlink()
     report = take(source, data)
     assert [(s.name, s.why) for s in report.skipped] == [
-        ("class0/0.png", "its class 'class0' has 1 usable; at least 2 are needed")
+        ("class0/0.png", "its class 'class0' has too few usable images: 1 of at least 2")
     ]
     assert [c.name for c in ImageSet.open(data / "mine").classes] == ["class1", "class2", "class3"]
     ImageSet.open(data / "mine").verify()
@@ -286,8 +286,8 @@ def test_a_part_of_the_file_name_is_the_group(tmp_path, data):
     [
         ("visit", r"--group-by 'visit': write folder, .* or a pattern"),
         ("{visit}_{camera}", "write folder"),
-        ("{visit}_*", r"15 of 15 pictures are not of that pattern, such as class0/0.png, class0/1.png"),
-        ("folder", r"15 of 15 pictures are not in a folder of a group in that of a class, such as class0/0.png"),
+        ("{visit}_*", r"15 of 15 pictures are not matched, such as class0/0.png, class0/1.png"),
+        ("folder", r"15 of 15 pictures are not in a group's folder inside a class's folder, such as class0/0.png"),
     ],
 )
 def test_a_picture_without_a_group_is_named_and_nothing_is_taken(tmp_path, data, group_by, message):

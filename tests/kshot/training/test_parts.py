@@ -27,7 +27,7 @@ def test_parts_that_would_make_another_algorithm_are_refused_when_a_recipe_is_ch
     why = r"protonet with norm = 'running' learns from all 4 .* norm to 'support' or 'batch' or 'group' in \[backbone\]"
     with pytest.raises(KshotError, match=why):
         Recipe(**recipe("protonet")).check()
-    with pytest.raises(KshotError, match=r"episodes_at_once = 2 would .* Take them at once in one process\.$"):
+    with pytest.raises(KshotError, match=r"episodes_at_once = 2 would .* Use one process, without episodes_at_once\.$"):
         Recipe(**recipe("simpleshot")).check()
     Recipe(**recipe("protonet", backbone={"name": "conv4", "norm": "group"})).check()
     Recipe(**recipe("maml", backbone={"name": "conv4", "norm": "running"})).check()

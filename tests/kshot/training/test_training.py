@@ -166,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_the_one_before_it_lea
     for harm in (cut_off, empty, flip_a_bit, replace_by_another_file):
         folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / harm.__name__))
         harm(folder / "last.pt")
-        with pytest.warns(match=r"last\.pt cannot be read, and is last.pt.damaged now"):
+        with pytest.warns(match=r"last\.pt cannot be read, and was renamed to last.pt.damaged"):
             learner, steps = train(folder, steps=12)
         assert [progress.step for progress in steps] == [9, 10, 11, 12]
         assert equal(learner.state_dict(), whole.state_dict())
