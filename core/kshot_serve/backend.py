@@ -18,7 +18,6 @@ from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
 from kshot_serve.spaces.folders import Filling
 from kshot_serve.spaces.service import Spaces
-from kshot_serve.spaces.uploads import Decoder
 from kshot_serve.storage.keys import Keys
 from kshot_serve.storage.store import Store
 
@@ -42,9 +41,9 @@ class Backend:
         self.metrics = Metrics()
         self.engine = Engine(settings.engine, self.metrics, settings.workers)
         self.champions = Champions(settings, self.engine.open, self.metrics)
-        self.decoder = Decoder(self.engine, settings.image, self.metrics)
         self.store = Store(settings.database_url)
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
+        self.decoder = self.spaces.decoder
         self.keys = Keys(self.store)
         self.budgets = Budgets(settings)
         self._fillings = [Filling(source) for source in settings.fill]

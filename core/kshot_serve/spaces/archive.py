@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, decode
+from kshot_runtime.images import ImageRule
+from kshot_runtime.manifest import Limits
 from kshot_serve.errors import Problem
+from kshot_serve.spaces.contents import check_counts
 from kshot_serve.storage.values import Snapshot, digest
 
 _MANIFEST, _MANIFEST_BYTES = "manifest.json", 4_000_000
@@ -61,11 +62,11 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Most:
-    """What an archive may hold: bytes of one photo, bytes of all, photos."""
+    """What an archive may hold: bytes of one photo, bytes of all, classes and photos."""
 
     photo: int
     bytes: int
-    photos: int
+    limits: Limits
 
 
 def pack(snapshot: Snapshot, photo: Callable[[str], bytes | None], model: Model) -> IO[bytes]:
@@ -101,6 +102,7 @@ def unpack(content: bytes, most: Most) -> tuple[Manifest, dict[str, bytes]]:
                 raise _refused("a file is in it twice")
             _check(entries, most)
             manifest = _manifest(archive.read(_MANIFEST))
+            check_counts(most.limits, [len(each.photos) for each in manifest.classes])
             listed = {photo.file: photo.sha256 for each in manifest.classes for photo in each.photos}
             if len(listed) != sum(len(each.photos) for each in manifest.classes):
                 raise _refused(f"its {_MANIFEST} lists a photo twice")
@@ -117,16 +119,6 @@ def unpack(content: bytes, most: Most) -> tuple[Manifest, dict[str, bytes]]:
     return manifest, photos
 
 
-def decoded(file: str, content: bytes, rule: ImageRule, limits: ImageLimits) -> np.ndarray:
-    """A photo of an archive by the rule."""
-    try:
-        return decode(content, rule, limits)
-    except ImageTooLargeError as error:
-        raise Problem("photo_too_large", f"{file}: {error}") from None
-    except ImageError as error:
-        raise Problem("not_an_image", f"{file}: {error}") from None
-
-
 def media_type(photo: bytes) -> str:
     return _type(photo)[0]
 
@@ -138,8 +130,10 @@ def _type(photo: bytes) -> tuple[str, str]:
 def _check(entries: dict[str, zipfile.ZipInfo], most: Most) -> None:
     if _MANIFEST not in entries:
         raise _refused(f"it lacks {_MANIFEST}")
-    if len(entries) - 1 > most.photos:
-        raise Problem("too_many_photos", f"the archive has {len(entries) - 1} photos; at most {most.photos} are taken")
+    if len(entries) - 1 > most.limits.support:
+        raise Problem(
+            "too_many_photos", f"the archive has {len(entries) - 1} photos; at most {most.limits.support} are taken"
+        )
     for name, entry in entries.items():
         if name != _MANIFEST and not re.fullmatch(_FILE, name):
             raise _refused("it has a file that is neither its manifest nor a photo")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kshot_runtime.images import ImageRule, decode
+from kshot_runtime.images import ImageRule
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
@@ -16,7 +16,7 @@ from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
 from kshot_serve.spaces.decisions import LIKELY, Decision, Verdicts, judge, largest, nearest, same, similarity
 from kshot_serve.spaces.states import Adapted
-from kshot_serve.spaces.uploads import Upload
+from kshot_serve.spaces.uploads import Decoder, Upload
 
 _TOP_CLASSES, _TOP_PHOTOS = 5, 3
 
@@ -68,8 +68,9 @@ class Verified:
 class Answering:
     """Asks the engine, and reads what it says. `deadline` is in time.monotonic's seconds."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, decoder: Decoder) -> None:
         self._engine = engine
+        self._decoder = decoder
         self._settings = settings
         self._metrics = metrics
 
@@ -96,7 +97,8 @@ class Answering:
         if not upload.content:
             message = "another model has taken over meanwhile, which takes images in another size or way: ask anew"
             raise Problem("not_ready", message, retry_after=1)
-        return await self._engine.in_thread(decode, upload.content, rule, self._settings.image)
+        [again] = await self._decoder.read_all([upload.content], rule)
+        return again.pixels
 
     async def judge(
         self, champion: Champion, adapted: Adapted, query: Query, deadline: float

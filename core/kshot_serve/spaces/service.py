@@ -6,7 +6,6 @@ Each write is a revision, and tells what may be wrong with the photos that came;
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,31 +13,29 @@ from time import monotonic
 from typing import IO, Final, Literal, ParamSpec, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from kshot_runtime.images import ImageLimits, ImageRule
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.models.champions import Champions
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
-from kshot_serve.spaces import archive
+from kshot_serve.spaces.archive import media_type
+from kshot_serve.spaces.contents import THUMBNAIL, check_bytes, check_counts, contents, picture, thumbnail
 from kshot_serve.spaces.decisions import closer, operating, unit
-from kshot_serve.spaces.metadata import stripped
-from kshot_serve.spaces.names import alike, named, normal, numbered
+from kshot_serve.spaces.names import alike, named, normal
 from kshot_serve.spaces.questions import Answering, Classified, Query, Verified
 from kshot_serve.spaces.states import States, features_of, needed, pixels_by
-from kshot_serve.spaces.uploads import Upload
+from kshot_serve.spaces.transfer import Transfer
+from kshot_serve.spaces.uploads import Decoder, Upload
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import is_id
-from kshot_serve.storage.values import ORIGINAL, Class, Key, Revision, Snapshot, Space, digest
+from kshot_serve.storage.values import ORIGINAL, Class, Revision, Snapshot, Space, digest
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _LACKING_AT_ONCE = 256
-THUMBNAIL = ImageRule(size=160, fit="crop", resize="bilinear")
 
 
 class Keep:
@@ -70,8 +67,10 @@ class Spaces:
         self._champions = champions
         self._settings = settings
         self._metrics = metrics
-        self._answering = Answering(engine, settings, metrics)
-        self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, settings.image)
+        self.decoder = Decoder(engine, settings.image, metrics)
+        self._answering = Answering(engine, settings, metrics, self.decoder)
+        self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, self.decoder)
+        self._transfer = Transfer(store, engine, champions, settings, self.decoder, self._answering)
 
     async def start(self) -> None:
         """Follow the champions."""
@@ -157,54 +156,11 @@ class Spaces:
 
     async def export(self, space: str) -> IO[bytes]:
         """The label space as a zip, in a temporary file that is gone once closed."""
-        champion = self._champions.current
-        snapshot = await self._read(self._store.snapshot, space)
-        rule = champion.bundle.manifest.image
-
-        def photo(id_: str) -> bytes | None:
-            try:
-                return _picture(self._store.photo(space, id_, [ORIGINAL, pixels_by(rule)]), rule)
-            except Problem as problem:
-                if problem.code == "photo_unknown":
-                    return None
-                raise
-
-        model = archive.Model(name=champion.name, version=champion.version, bundle=champion.id, image=rule)
-        return await asyncio.to_thread(archive.pack, snapshot, photo, model)
+        return await self._transfer.export(space)
 
     async def import_(self, content: bytes, *, who: str = "") -> Space:
         """A label space from a zip, under new ids; where its name is taken, with a number behind it."""
-        champion = self._champions.current
-        limits = archive.Most(
-            self._settings.image.max_bytes, self._settings.space_mb * 1_000_000, champion.bundle.manifest.limits.support
-        )
-        packed, photos = await self._engine.in_thread(archive.unpack, content, limits)
-        wanted = named(packed.name, "a label space")
-        names = [named(each.name, "a class") for each in packed.classes]
-        if len(set(names)) < len(names):
-            raise Problem("conflict", "two classes in the archive have one name", reason="name")
-        rule = champion.bundle.manifest.image
-        jobs = [
-            self._engine.in_thread(archive.decoded, file, photo, rule, self._settings.image)
-            for file, photo in photos.items()
-        ]
-        uploads = list(map(Upload, photos.values(), await asyncio.gather(*jobs)))
-        kept: dict[str, dict[Key, bytes]] = {}
-        if uploads:
-            query = await self._answering.query(champion, uploads, as_support=True)
-            kept = dict(zip(photos, self._contents(champion, uploads, query), strict=True))
-
-        def write() -> Space:
-            name = next(name for name in numbered(wanted) if not self._store.taken(name))
-            with self._store.creating(name, packed.accept, who, self._settings.spaces, "import") as new:
-                for name, each in zip(names, packed.classes, strict=True):
-                    class_ = new.add_class(name)
-                    for photo in each.photos:
-                        new.add_photo(class_, photo.sha256, kept[photo.file])
-                self._check(new.snapshot(), new)
-            return self._store.space(new.space)
-
-        space = await self._write(write)
+        space = await self._transfer.import_(content, who)
         await self._count()
         return self._shown(space)
 
@@ -289,8 +245,8 @@ class Spaces:
         """A photo as it came, or as it is seen if that was not kept: the file, its media type and its sha256."""
         rule = self._champions.current.bundle.manifest.image
         kept = await self._read(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
-        content = await self._engine.in_thread(_picture, kept, rule)
-        return content, archive.media_type(content), digest(content)
+        content = await self._engine.in_thread(picture, kept, rule)
+        return content, media_type(content), digest(content)
 
     async def thumbnail_tag(self, space: str, photo_id: str) -> str:
         """Changes with what `thumbnail` gives; to ask costs no reading or decoding of the photo."""
@@ -299,7 +255,8 @@ class Spaces:
     async def thumbnail(self, space: str, photo_id: str) -> bytes:
         """The middle of a photo as a JPEG of 160 x 160 pixels, upright and without metadata."""
         content, _, _ = await self.photo(space, photo_id)
-        return await self._engine.in_thread(_thumbnail, content, self._settings.image)
+        [photo] = await self.decoder.read_all([content], THUMBNAIL)
+        return await self._engine.in_thread(thumbnail, photo.pixels)
 
     async def _add(
         self,
@@ -316,7 +273,7 @@ class Spaces:
         await self.revision(space)  # before any work is done for one that is not there
         query = await self._answering.query(champion, uploads, until, as_support=True)
         strange = await self._closer(champion, space, class_id, query, until)
-        kept = await self._engine.in_thread(self._contents, champion, uploads, query)
+        kept = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
 
         def write() -> Written:
             with self._store.write(space, action, who) as change:
@@ -328,7 +285,7 @@ class Spaces:
                     holders.setdefault(photo.sha256, []).append(photo.class_id)
                 notes: list[str] = []
                 added: list[str] = []
-                for number, (upload, contents, closer) in enumerate(zip(uploads, kept, strange, strict=True), 1):
+                for number, (upload, each, closer) in enumerate(zip(uploads, kept, strange, strict=True), 1):
                     sha256 = digest(upload.content)
                     others = holders.setdefault(sha256, [])
                     if class_ in others:
@@ -338,48 +295,21 @@ class Spaces:
                         notes.append(f"photo {number} is also in class {names[others[0]]!r}")
                     elif closer:
                         notes.append(f"photo {number} is closer to class {closer!r}")
-                    added.append(change.add_photo(class_, sha256, contents))
+                    added.append(change.add_photo(class_, sha256, each))
                     others.append(class_)
                 there = change.snapshot()
-                self._check(there, change)
+                self._check(there)
+                check_bytes(change, self._settings.space_mb)
             made = _class_of(there, class_)
             twins = [] if class_ in names else alike(made.name, names.values())
             return Written(change.revision, made, tuple(added), (*twins, *notes))
 
         return await self._write(write)
 
-    def _contents(self, champion: Champion, uploads: Sequence[Upload], query: Query) -> Sequence[dict[Key, bytes]]:
-        """What is kept of each photo."""
-        pixels, features = pixels_by(champion.bundle.manifest.image), features_of(champion)
-        kept = []
-        for i, upload in enumerate(uploads):
-            contents: dict[Key, bytes] = {pixels: query.images[i].tobytes()}
-            if self._settings.keep_photos:
-                contents[ORIGINAL] = stripped(upload.content) if self._settings.strip_metadata else upload.content
-            if query.features is not None:
-                contents[features] = query.features[i].tobytes()
-            kept.append(contents)
-        return kept
-
-    def _check(self, there: Snapshot, write: Write | None = None) -> None:
-        """A label space must fit what the bundle adapts to and what the server keeps."""
+    def _check(self, there: Snapshot) -> None:
+        """A label space must fit what the bundle adapts to."""
         limits = self._champions.current.bundle.manifest.limits
-        if len(there.classes) > limits.ways:
-            raise Problem("too_many_classes", f"this model tells at most {limits.ways} classes apart", reason="ways")
-        shots = max((len(each.photos) for each in there.classes), default=0)
-        if shots > limits.shots:
-            message = f"{shots} photos would be in one class; this model learns from at most {limits.shots}"
-            raise Problem("too_many_photos", message, reason="shots")
-        if len(there.photos) > limits.support:
-            message = f"{len(there.photos)} photos would be in this label space; the model learns from at most "
-            raise Problem("too_many_photos", f"{message}{limits.support}", reason="support")
-        if write is not None and write.stored_bytes() > self._settings.space_mb * 1_000_000:
-            raise Problem(
-                "too_many_photos",
-                f"the photos of one label space, of all its revisions, may take {self._settings.space_mb} MB here: "
-                "delete some, or send smaller ones",
-                reason="bytes",
-            )
+        check_counts(limits, [len(each.photos) for each in there.classes])
 
     async def _closer(
         self, champion: Champion, space: str, class_id: str | None, query: Query, until: float
@@ -510,23 +440,3 @@ def _class_of(there: Snapshot, class_id: str) -> Class:
         if each.id == class_id:
             return each
     raise Problem("class_unknown", "this label space has no such class")
-
-
-def _picture(kept: dict[Key, bytes], rule: ImageRule) -> bytes:
-    """A photo as it came, or its pixels as a PNG from which the rule makes the same pixels."""
-    if ORIGINAL in kept:
-        return kept[ORIGINAL]
-    if (content := kept.get(pixels_by(rule))) is None:
-        raise Problem("not_ready", "the photo is being prepared for a new model; try again", retry_after=1)
-    pixels = np.frombuffer(content, np.uint8).reshape(rule.shape).transpose(1, 2, 0)  # (H, W, C)
-    pixels = 255 - pixels if rule.invert else pixels
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if rule.channels == 1 else pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def _thumbnail(content: bytes, limits: ImageLimits) -> bytes:
-    pixels = archive.decoded("the photo", content, THUMBNAIL, limits)  # (C, H, W)
-    file = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=80)
-    return file.getvalue()

@@ -17,13 +17,14 @@ from time import monotonic
 import numpy as np
 
 from kshot_runtime.bundle import Tensors
-from kshot_runtime.images import ImageError, ImageLimits, ImageRule, decode
+from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Manifest
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.spaces.decisions import by_features, unit
+from kshot_serve.spaces.uploads import Decoder
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.values import ORIGINAL, Class, Key, Photo, Snapshot
 
@@ -106,13 +107,13 @@ def _fail(answer: asyncio.Future[int], error: Exception) -> None:
 class States:
     """Adapted states in memory, the least used of which go when there is no more room."""
 
-    def __init__(self, store: Store, engine: Engine, metrics: Metrics, room: int, limits: ImageLimits) -> None:
+    def __init__(self, store: Store, engine: Engine, metrics: Metrics, room: int, decoder: Decoder) -> None:
         self._store = store
         self._newest = _Newest(store)
         self._engine = engine
         self._metrics = metrics
         self._room = room
-        self._limits = limits
+        self._decoder = decoder
         self._kept: OrderedDict[tuple[str, str], Adapted] = OrderedDict()  # by space and bundle, the least used first
         self._used = 0
         self._building: dict[tuple[str, str, int], asyncio.Task[Adapted]] = {}
@@ -188,12 +189,17 @@ class States:
         }
         if lacking := [photo for photo in photos if photo not in pixels]:
             originals = await self._store.run(self._store.contents, lacking, ORIGINAL)
-            jobs = [self._engine.in_thread(_decoded, content, rule, self._limits) for content in originals.values()]
-            again = dict(zip(originals, await asyncio.gather(*jobs), strict=True))
+            again = dict(zip(originals, await self._again(list(originals.values()), rule), strict=True))
             contents = {photo: image.tobytes() for photo, image in again.items()}
             await self._store.run_writing(self._store.keep, key, contents)
             pixels |= again
         return pixels
+
+    async def _again(self, photos: Sequence[bytes], rule: ImageRule) -> list[np.ndarray]:
+        try:
+            return [upload.pixels for upload in await self._decoder.read_all(photos, rule)]
+        except Problem as problem:
+            raise Problem("not_supported", f"a photo that was taken once is refused now: {problem}") from None
 
     async def _made(self, champion: Champion, key: tuple[str, str, int]) -> Adapted:
         try:
@@ -296,10 +302,3 @@ def _array(champion: Champion, content: bytes) -> np.ndarray:
     if manifest.takes == "features":
         return np.frombuffer(content, np.float32)
     return np.frombuffer(content, np.uint8).reshape(manifest.image.shape)
-
-
-def _decoded(content: bytes, rule: ImageRule, limits: ImageLimits) -> np.ndarray:
-    try:
-        return decode(content, rule, limits)
-    except ImageError as error:
-        raise Problem("not_supported", f"a photo that was taken once is refused now: {error}") from None

@@ -49,9 +49,9 @@ class Decoder:
         parts = await asyncio.gather(*(self._engine.in_thread(decoded, some) for some in _together(photos)))
         return [upload for part in parts for upload in part]
 
-    async def read_all(self, photos: Sequence[bytes], rule: ImageRule) -> list[Upload]:
-        """Each photo decoded by the rule. The first that cannot be is a Problem, with its number."""
-        return all_sound(await self.read(photos, rule))
+    async def read_all(self, photos: Sequence[bytes], rule: ImageRule, names: Sequence[str] = ()) -> list[Upload]:
+        """Each photo decoded by the rule. The first that cannot be is a Problem, with its name or number."""
+        return all_sound(await self.read(photos, rule), names)
 
     def _decode(self, photo: bytes, rule: ImageRule, limits: ImageLimits) -> Upload | Problem:
         with self._metrics.stage("decode"):
@@ -74,11 +74,12 @@ def _together(photos: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
     yield photos[start:]
 
 
-def all_sound(uploads: Sequence[Upload | Problem]) -> list[Upload]:
-    """The uploads, if every photo is sound; else the first fault, with the number of its photo."""
+def all_sound(uploads: Sequence[Upload | Problem], names: Sequence[str] = ()) -> list[Upload]:
+    """The uploads, if every photo is sound; else the first fault, with the name of its photo, or its number."""
+    names = names or ([f"photo {number}" for number in range(1, len(uploads) + 1)] if len(uploads) > 1 else [])
     sound = []
-    for number, upload in enumerate(uploads, 1):
+    for i, upload in enumerate(uploads):
         if isinstance(upload, Problem):
-            raise Problem(upload.code, f"photo {number}: {upload.message}") if len(uploads) > 1 else upload
+            raise Problem(upload.code, f"{names[i]}: {upload.message}") if names else upload
         sound.append(upload)
     return sound

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from kshot_runtime.manifest import Limits
 from kshot_serve.errors import Problem
 from kshot_serve.spaces.archive import Most, unpack
 from kshot_serve.storage.values import digest
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Photo = Callable[..., bytes]
 Open = Callable[..., "AbstractAsyncContextManager[Parts]"]
 
-MOST = Most(photo=1_000_000, bytes=3_000_000, photos=10)
+MOST = Most(photo=1_000_000, bytes=3_000_000, limits=Limits(support=10, ways=10))
 MODEL = {"name": "pets", "version": "1", "bundle": "b", "image": {"size": 16}}
 
 
