@@ -1,4 +1,4 @@
-"""kshot as a pipeline: DVC versions the data, Prefect runs the steps, MLflow tracks and keeps the models."""
+"""The pipeline around kshot: DVC versions data, Prefect runs the steps, MLflow tracks runs and registers models."""
 
 import os
 
@@ -9,6 +9,6 @@ for _switch, _off in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",  # a stopping server complains of what it stops
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",  # a server logs errors while it stops
 }.items():
     os.environ.setdefault(_switch, _off)

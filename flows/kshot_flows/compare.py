@@ -1,6 +1,6 @@
-"""Recipes side by side: train, evaluate and export each, and set them beside each other on the same test episodes.
+"""Compare recipes: train, evaluate and export each, and compare them on the same test episodes.
 
-Nothing is registered and nothing promoted: `kshot run` does that, and uses again what a comparison has made.
+Nothing is registered or promoted; a later `kshot run` reuses the results.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROUNDS, _SECONDS = 25, 30.0  # of timing: so many, or fewer if they take long
 
 @dataclass(frozen=True)
 class Entrant:
-    """A recipe with its changes, and what to call the two."""
+    """A recipe with overrides, and its label."""
 
     label: str
     recipe: Recipe
@@ -49,7 +49,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Played:
-    """What an entrant's steps gave."""
+    """The results of an entrant's steps."""
 
     entrant: Entrant
     scores: Scores
@@ -58,7 +58,7 @@ class Played:
 
 @flow(name="kshot-compare", persist_result=False)
 def comparison(asked: list[str]) -> Comparison:
-    """From recipes, each a path or a name, to one table and one picture."""
+    """Compare recipes, given by path or name, in one table and one picture."""
     taking_part = entrants(asked)
     shared_shapes(taking_part)
     played = [play(entrant) for entrant in taking_part]
@@ -66,7 +66,7 @@ def comparison(asked: list[str]) -> Comparison:
 
 
 def play(entrant: Entrant) -> Played:
-    """The pipeline's steps up to the bundle; each is used again where nothing has changed."""
+    """Run the pipeline's steps up to the bundle; unchanged steps are reused."""
     if not results.recalling():
         progress.say(f"\n[bold cyan]{escape(entrant.label)}[/bold cyan]")
     data = version_data(entrant.recipe)
@@ -76,7 +76,7 @@ def play(entrant: Entrant) -> Played:
 
 
 def entrants(asked: Sequence[str]) -> list[Entrant]:
-    """Recipes and changes as they are typed: `KEY=VALUE` is for all of them, `"RECIPE KEY=VALUE"` for that one."""
+    """Parse arguments: `KEY=VALUE` overrides a value in all recipes, `"RECIPE KEY=VALUE"` in that one."""
     words = [_words(text) for text in asked]
     named = [word for word in words if "=" not in word[0] or Path(word[0]).is_file()]
     common = [text for text, word in zip(asked, words, strict=True) if word not in named]
@@ -102,7 +102,7 @@ def _words(text: str) -> list[str]:
 
 
 def shared_shapes(taking_part: Sequence[Entrant]) -> list[Shape]:
-    """The shapes of episode at which all can be compared: an error where there are none, before anything is trained."""
+    """The episode shapes that all recipes share; an error if there are none, before anything is trained."""
     tested = [(_tested_on(one.recipe), one.recipe.evaluation.shapes) for one in taking_part]
     common = shared([shapes for _, shapes in tested])
     if common and all(classes == tested[0][0] for classes, _ in tested):
@@ -119,7 +119,7 @@ def shared_shapes(taking_part: Sequence[Entrant]) -> list[Shape]:
 
 
 def standings(played: Sequence[Played]) -> Standings:
-    """Set what was played side by side, and time the bundles."""
+    """Compare the entrants' results, and time their bundles."""
     if any(_episodes_of(one) != _episodes_of(played[0]) for one in played):
         raise KshotError(
             "the data changed while the recipes were played, or their folds or seeds differ where figures are "
@@ -143,7 +143,7 @@ def standings(played: Sequence[Played]) -> Standings:
 
 
 def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> Comparison:
-    """Keep the table and the picture in the project, and log both as one MLflow run."""
+    """Save the table and the picture in the project, and log both in one MLflow run."""
     from kshot_flows.report import pictures, standings_view
 
     folder = project.home() / "runs" / EXPERIMENT / hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()[:12]
@@ -169,7 +169,7 @@ def record(asked: Sequence[str], found: Standings, played: Sequence[Played]) -> 
 
 
 def _tested_on(recipe: Recipe) -> str:
-    """Which classes the episodes are drawn from."""
+    """The classes that test episodes are drawn from."""
     own = recipe.dataset.name
     turned = " with quarter turns" if recipe.dataset.rotations else ""
     parts = splits_of(recipe.dataset.test, own).items()
@@ -177,14 +177,14 @@ def _tested_on(recipe: Recipe) -> str:
 
 
 def _episodes_of(played: Played) -> tuple[object, ...]:
-    """What fixes the episodes that were played, but for their shape."""
+    """Everything that determines the test episodes, except their shape."""
     scores, recipe = played.scores, played.entrant.recipe
     folds = (recipe.training.folds, recipe.seed) if heads.cross_validated(recipe) else None
     return scores.data.identity_of(scores.split), scores.data.split_of(scores.split), scores.seed, folds
 
 
 def _lines(scores: Scores) -> dict[Draw, Line]:
-    """The results as it is served: inductive."""
+    """The inductive results, which correspond to serving."""
     return {Draw(line.shape, line.protocol): line for line in scores.lines if not line.transductive}
 
 
@@ -197,7 +197,7 @@ def _accuracies(scores: Scores, lines: Mapping[Draw, Line]) -> dict[Draw, np.nda
 def _times(played: Sequence[Played], shape: Shape) -> tuple[int, list[tuple[float, float]]]:
     """Milliseconds that each bundle takes to adapt and to classify one photo, on one thread of the CPU.
 
-    The bundles take turns, so that whatever else this machine does slows all of them; medians over the rounds.
+    The bundles alternate, so that other load affects all of them; medians over the rounds.
     """
     first = played[0]
     images = first.scores.data.classes(first.entrant.recipe.dataset.test)
@@ -231,6 +231,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def _parameters(played: Played) -> int:
-    """Those of the learner as it is built: what `prepare` adds serves training only."""
+    """Number of the learner's parameters, without those that `prepare` adds for training."""
     learner = played.entrant.recipe.build(played.scores.data.open().rule.shape)
     return sum(parameter.numel() for parameter in learner.parameters())

@@ -14,7 +14,7 @@ from kshot_flows.steps import from_recipe_to_promotion
 from kshot_flows.store.products import Promotion
 
 Recipe = Annotated[str, Field(min_length=1)]
-Change = Annotated[str, Field(pattern=r"^\s*[\w-]+(\.[\w-]+)*\s*=.*\S")]  # Prefect's page refuses what does not match
+Change = Annotated[str, Field(pattern=r"^\s*[\w-]+(\.[\w-]+)*\s*=.*\S")]  # validated on Prefect's page
 
 
 def _name() -> str:
@@ -23,11 +23,11 @@ def _name() -> str:
 
 @flow(name="kshot", flow_run_name=_name, persist_result=False)
 def pipeline(recipe: Recipe, changes: list[Change] | None = None) -> Promotion | State[Promotion]:
-    """From a recipe to a version and its stage; Blocked where the gate keeps the version out of production.
+    """Run a recipe up to a version and its stage; the state is Blocked if the gate keeps it out of production.
 
     Args:
-        recipe: A TOML file, or the name of a recipe that comes along.
-        changes: Single values to change, such as training.lr=0.01.
+        recipe: A TOML file, or the name of a bundled recipe.
+        changes: Values to override, such as training.lr=0.01.
     """
     promotion = from_recipe_to_promotion(recipe, changes or [])
     if promotion.stage != "Production":

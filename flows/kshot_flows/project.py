@@ -1,4 +1,4 @@
-"""The project at hand: its folder, who is at work in it, and its git commit."""
+"""The current project: its folder, its user and its git commit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """The project: KSHOT_HOME, or else the current folder."""
+    """The project's folder: KSHOT_HOME, or else the current folder."""
     return Path(os.environ.get("KSHOT_HOME") or Path.cwd()).absolute()
 
 
 def user() -> str:
-    """Who is at work, as far as this machine knows: KSHOT_USER, or else name@host."""
+    """The user for audit entries: KSHOT_USER, or else name@host."""
     try:
         name = getpass.getuser()
-    except (OSError, KeyError):  # a container may run under a number without a name
+    except (OSError, KeyError):  # in a container the user id may have no name
         name = str(os.getuid())
     return os.environ.get("KSHOT_USER") or f"{name}@{socket.gethostname()}"
 
 
 def git() -> tuple[str | None, bool, str]:
-    """The project's commit (None outside git), whether anything differs from it, and the difference as a patch."""
+    """The project's commit (None outside git), whether files differ from it, and the difference as a patch."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
         return None, False, ""

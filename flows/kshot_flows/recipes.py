@@ -1,4 +1,4 @@
-"""The recipes that come along, and finding any recipe by its path or its bare name."""
+"""The bundled recipes, and loading any recipe by path or name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CHECKOUT = Path(__file__).parents[1] / "recipes"  # in a working copy
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come along, by name."""
+    """The files of the bundled recipes, by name."""
     folder = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe: a path to one, or the name of one that comes along."""
+    """The file of a recipe, given its path or the name of a bundled one."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -36,7 +36,7 @@ def find(recipe: str) -> Path:
 
 
 def about(path: Path) -> str:
-    """What a recipe says of itself: its first comment that is not its command."""
+    """A recipe's description: its first comment after the command."""
     comments = [line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     return next((line for line in comments if line and not line.startswith("kshot ")), "")
 
@@ -53,7 +53,7 @@ def changes(settings: Sequence[str]) -> Mapping[str, str]:
 
 
 def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe by path or name, with single values changed, and sound down to its gate."""
+    """A validated recipe, by path or name, with overrides applied."""
     from kshot.recipe import Recipe
     from kshot_flows import registry
     from kshot_flows.registry.gate import GateSettings
@@ -65,7 +65,7 @@ def load(recipe: str, settings: Sequence[str] = ()) -> Recipe:
 
 
 def _with_start(recipe: Recipe) -> Recipe:
-    """The recipe with the file of the registered version that its backbone starts from, if it names one."""
+    """The recipe with `backbone.start` replaced by a file, if it names a registered version."""
     start = recipe.backbone.options.get("start") or ""
     if not start.startswith("models:/"):
         return recipe

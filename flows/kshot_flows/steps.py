@@ -1,6 +1,6 @@
-"""The steps of the pipeline: from a recipe to a version in the registry that has met the champion.
+"""The steps of the pipeline: from a recipe to a registered version that was compared with the champion.
 
-Apart from the flow that they are (`kshot_flows.pipeline`), so that an unchanged run, whose steps only look up their
+Separate from the Prefect flow (`kshot_flows.pipeline`), so that an unchanged run, whose steps only look up their
 results, does not import Prefect.
 """
 
@@ -19,7 +19,7 @@ from kshot_flows.tasks.train import meta_train
 
 
 def from_recipe_to_promotion(recipe: str, changes: Sequence[str] = ()) -> Promotion:
-    """Load a recipe with single values changed, and take it through every step."""
+    """Load a recipe with overrides, and run every step."""
     experiment = recipes.load(recipe, changes)
     data = version_data(experiment)
     learner = meta_train(experiment, data)

@@ -1,4 +1,4 @@
-"""The process of a scheduled run, or of Prefect's server: `python -m kshot_flows.cli.child PARENT run ID | server`."""
+"""Entry point of child processes of a schedule: `python -m kshot_flows.cli.child PARENT run ID | server`."""
 
 from kshot_flows.cli.errors import sentence
 from kshot_flows.run import child

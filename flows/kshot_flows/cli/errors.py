@@ -1,4 +1,4 @@
-"""Errors as sentences: what happened and what to do next, for what MLflow, Prefect, torch, DVC or the system raise."""
+"""Error messages for exceptions of MLflow, Prefect, torch, DVC or the system: what happened and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kshot_runtime.errors import KshotError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = re.compile(r"No space left on device|disk is full|Disk quota exceeded|File too large")
-_LITTLE = 1 << 20  # bytes: with less left, a disk is full whatever a library says of it
+_LITTLE = 1 << 20  # bytes of free space below which a disk counts as full
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_ANSWER = re.compile(
     r"Connection refused|Max retries exceeded|timed out|Connection reset|Connection aborted|No route to host"
@@ -28,7 +28,7 @@ _DAMAGED = re.compile(r"malformed|not a database|PytorchStreamReader|zip archive
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell a user of an error. One of ours is such a sentence; others are recognised by what they hold."""
+    """The message for an exception: a KshotError's own, or one derived from the exception's type and text."""
     if isinstance(error, KshotError):
         return str(error)
     chain = list(_chain(error))
@@ -73,7 +73,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that led to it, down to the first."""
+    """An exception and its causes, down to the first."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -86,7 +86,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _full_folder(chain: list[BaseException], text: str) -> Path | None:
-    """The folder whose disk is full, if that is what an error comes from."""
+    """The folder whose disk is full, if that caused an exception."""
     named = [Path(e.filename).parent for e in chain if isinstance(e, OSError) and isinstance(e.filename, str)]
     places = [place for place in (*named, project.home(), Path(tempfile.gettempdir())) if place.is_dir()]
     emptiest = min(places, key=lambda place: shutil.disk_usage(place).free)
@@ -95,7 +95,7 @@ def _full_folder(chain: list[BaseException], text: str) -> Path | None:
 
 
 def _place(names: set[str], text: str) -> str:
-    """Which server a failed call was for."""
+    """The server that a failed call addressed."""
     if "mlflow" in names or "/api/2.0/mlflow" in text:
         from kshot_flows.tracking import stores
 

@@ -1,4 +1,4 @@
-"""Where the time and memory of a run went: each step's and stage's, and torch's operations in some of the work."""
+"""Profiles of a run: time and memory of each step and stage, and traces of torch's operations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHORT = 0.05  # seconds of a stage that no table shows
 
 @dataclass
 class Measured:
-    """A step, or a stage within one, and what it took."""
+    """The time and memory of a step, or of a stage within one."""
 
     what: str
     depth: int
@@ -40,7 +40,7 @@ class Measured:
 
 @dataclass
 class Profile:
-    """What was measured, in the order in which it began."""
+    """Measurements, ordered by start."""
 
     measured: list[Measured] = field(default_factory=list)
     _open: list[Measured] = field(default_factory=list, repr=False)
@@ -59,7 +59,7 @@ class Profile:
             this.wall, this.cpu = time.perf_counter() - this.wall, time.process_time() - this.cpu
 
     def table(self) -> Table:
-        """All steps, and the stages that took a while."""
+        """All steps, and the longer stages."""
         listed = table("where the time went", "wall s", "CPU s", "peak MB")
         numbers(listed, 3)
         for one in self.measured:
@@ -69,7 +69,7 @@ class Profile:
         return listed
 
     def write(self, folder: Path) -> None:
-        """Put the table beside the traces, for programs."""
+        """Write the table as CSV beside the traces."""
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "steps.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -77,7 +77,7 @@ class Profile:
             writer.writerows(astuple(one) for one in self.measured)
 
     def _note_peak(self) -> None:
-        """Give the peak since the last call to what is open, and begin a new one."""
+        """Record the peak since the last call for all open measurements, and reset it."""
         peak = _peak()
         for one in self._open:
             one.peak = max(one.peak, peak)
@@ -88,7 +88,7 @@ _profile: ContextVar[Profile | None] = ContextVar("profile", default=None)
 
 @contextmanager
 def profiled() -> Iterator[Profile]:
-    """Measure what runs inside the block."""
+    """Profile the block."""
     token = _profile.set(found := Profile())
     try:
         yield found
@@ -98,7 +98,7 @@ def profiled() -> Iterator[Profile]:
 
 @contextmanager
 def measured(what: str) -> Iterator[None]:
-    """Measure a step or a stage, if this run is profiled."""
+    """Measure a step or stage, if this run is profiled."""
     if profile := _profile.get():
         with profile.measure(what):
             yield
@@ -107,7 +107,7 @@ def measured(what: str) -> Iterator[None]:
 
 
 def steps(every: Iterator[T], folder: Path) -> Iterator[T]:
-    """Pass on outer steps; if this run is profiled, trace some of them."""
+    """Iterate over outer steps; trace some of them if this run is profiled."""
     if _profile.get():
         yield from islice(every, _WARM_UP)
         with traced("training", folder):
@@ -122,7 +122,7 @@ def active() -> bool:
 
 @contextmanager
 def traced(what: str, folder: Path) -> Iterator[None]:
-    """Trace torch's operations: as `WHAT.json.gz` for chrome://tracing or Perfetto, and the longest as `WHAT.txt`."""
+    """Trace torch's operations to `WHAT.json.gz` (chrome://tracing, Perfetto), and list the longest in `WHAT.txt`."""
     from torch import cuda
     from torch.profiler import ProfilerActivity, profile
 
@@ -136,7 +136,7 @@ def traced(what: str, folder: Path) -> Iterator[None]:
 
 
 def _peak() -> int:
-    """Bytes that were resident at most since the last call; elsewhere than on Linux, since the start, or now."""
+    """Peak resident bytes since the last call; since the start, or now, on systems other than Linux."""
     with suppress(OSError, StopIteration):  # on Linux
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

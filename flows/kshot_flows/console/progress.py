@@ -1,4 +1,4 @@
-"""How a running step looks to a person: a bar in a terminal, a line now and then in a log."""
+"""Progress output of running steps: a bar in a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kshot.training import Progress as Position
 from kshot_flows.console import profiling
 from kshot_flows.console.tables import console
 
-_SECONDS = 30.0  # between lines in a log, at least, where nothing was validated
+_SECONDS = 30.0  # minimum time between lines in a log, except after a validation
 
 
 def say(text: str) -> None:
-    """One line for people: on standard output, and on the page of the Prefect run that we are in."""
+    """Print a line to standard output, and log it to the current Prefect run."""
     if not _logged(text):
         console().print(text)
 
 
 def _logged(text: str) -> bool:
-    """Log a line to the Prefect run that we are in, if any; whether Prefect also prints it."""
+    """Log a line to the current Prefect run, if any; returns whether Prefect also prints it."""
     if "prefect" not in sys.modules:
         return False
     from prefect.exceptions import MissingContextError
@@ -43,7 +43,7 @@ def _logged(text: str) -> bool:
 
 
 def training(positions: Iterator[Position]) -> Iterator[Position]:
-    """Pass on where training stands, and show it."""
+    """Iterate over training progress, and show it."""
     out = console()
     with profiling.measured("outer steps, with validation"):
         yield from _bar(positions, out) if out.is_terminal else _lines(positions)
@@ -51,7 +51,7 @@ def training(positions: Iterator[Position]) -> Iterator[Position]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[ImportProgress], None]]:
-    """A function to tell how far something is; nothing is shown before it is first told."""
+    """A callback that shows progress; nothing is shown before its first call."""
     out = console()
     if not out.is_terminal:
         with profiling.measured(what):
@@ -77,7 +77,7 @@ def _counted(what: str) -> Callable[[ImportProgress], None]:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Show that something of unknown length goes on."""
+    """Show that work of unknown length is in progress."""
     out = console()
     with profiling.measured(what):
         if out.is_terminal:
@@ -91,7 +91,7 @@ def busy(what: str) -> Iterator[None]:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Show long work, which keeps the memory that it frees for its next batches, and gives it back at its end."""
+    """Show a long stage, and keep freed memory in the process until its end (`kshot.malloc`)."""
     with busy(what), malloc.kept():
         yield
 

@@ -1,4 +1,4 @@
-"""Tables as every command shows them: folded to a terminal, and never broken in a log."""
+"""Tables for all commands: wrapped to a terminal's width, unwrapped in a log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from kshot.evaluation.open_set import OpenSet
 
 TRUST = ("calibration\nerror", "known\nthat\npass", "unknown\nlet in", "AUROC")
-NARROW = (0, 1, 0, 0)  # padding, so that a table of many numbers fits 80 columns
+NARROW = (0, 1, 0, 0)  # narrow padding, so that a table of many numbers fits 80 columns
 
 
-_WIDE = 1000  # columns of a log: no table is that wide, so none is folded
+_WIDE = 1000  # width for a log: larger than any table, so nothing is wrapped
 
 
 def console(**options: Any) -> Console:
-    """Standard output, as it is now; `options` are those of rich's Console."""
+    """A rich Console on the current standard output, with these options."""
     from rich.console import Console
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
@@ -28,7 +28,7 @@ def console(**options: Any) -> Console:
 
 
 def table(*columns: str, **more: Any) -> Table:
-    """An empty table with these columns, which fold what is long; `more` is what rich's Table takes."""
+    """An empty table whose columns wrap long text; `more` is passed to rich's Table."""
     from rich import box
     from rich.table import Table
 
@@ -39,12 +39,12 @@ def table(*columns: str, **more: Any) -> Table:
 
 
 def numbers(table: Table, count: int) -> None:
-    """Let the `count` columns after the first hold numbers: to the right, and never folded."""
+    """Format the `count` columns after the first as numbers: right-aligned, not wrapped."""
     for column in table.columns[1 : 1 + count]:
         column.justify, column.no_wrap = "right", True
 
 
 def trust(ece: float, found: OpenSet | None) -> list[str]:
-    """The cells of `TRUST`: how far to trust answers at the default threshold; empty where nothing was unknown."""
+    """The cells of the `TRUST` columns, at the default threshold; empty if unknown classes were not evaluated."""
     pair = ["", "", ""] if found is None else [found.accepted, found.false_accepts, found.auroc]
     return [share if isinstance(share, str) else f"{100 * share:.1f} %" for share in (ece, *pair)]

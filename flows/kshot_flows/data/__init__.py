@@ -1,1 +1,1 @@
-"""Versions of the data sets."""
+"""Versioning of data sets with DVC."""

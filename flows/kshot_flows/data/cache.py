@@ -1,7 +1,7 @@
-"""DVC's cache and remotes: data sets are put in and copied to and fro, and it is looked at whether they arrived.
+"""DVC's cache and remotes: copies data sets between folder, cache and remote, and verifies that they arrived.
 
-Only this module imports DVC, whose `add`, `push` and `fetch` only log it when a copy fails. So every copy ends
-with a look at each object where it should be.
+Only this module imports DVC, whose `add`, `push` and `fetch` only log failed copies. So every copy ends
+with a check of each object at its destination.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kshot_flows.data import extras
 from kshot_flows.data.pointer import Entry
 from kshot_runtime.errors import KshotError
 
-_PATIENCE = 3.0  # seconds after which waiting for another process is mentioned
+_PATIENCE = 3.0  # seconds of waiting for another process before it is reported
 
 
 class Cache:
@@ -31,7 +31,7 @@ class Cache:
     def __init__(self, repo: Any, root: Path, heard: list[str]) -> None:
         self._repo = repo
         self._root = root
-        self._heard = heard  # what DVC logged, to be the reason in an error
+        self._heard = heard  # DVC's log lines, for error messages
 
     def add(self, name: str, version: str) -> Entry:
         """Copy a data set into the cache."""
@@ -41,7 +41,7 @@ class Cache:
         folder = self._root / name
         self._repo.scm_context.ignore(str(self._root))
         stage = Stage(self._repo, path=f"{self._root}.dvc", wdir=str(self._root.parent))
-        with FileLock(lock_folder(self._root) / name):  # no import replaces it meanwhile
+        with FileLock(lock_folder(self._root) / name):  # so that no import replaces it meanwhile
             out = Output(stage, str(folder))
             out.save()
             out.commit(relink=False)
@@ -54,12 +54,15 @@ class Cache:
                     f"{name} was not recorded: DVC's cache {where} did not take {', '.join(lost)}{self._why()}. "
                     "Make room, or move the cache (dvc cache dir), and do it again"
                 )
-            if self._repo.cache.local.cache_types[0] in ("hardlink", "symlink"):  # as `dvc config cache.type` asks
+            if self._repo.cache.local.cache_types[0] in (
+                "hardlink",
+                "symlink",
+            ):  # the links that `dvc config cache.type` selects
                 out.commit(relink=True)
         return Entry(md5, version, out.meta.nfiles, out.meta.size)
 
     def part(self, md5: str, name: str) -> Entry:
-        """One data set of a folder that was recorded as a whole."""
+        """The hash of one data set in a folder that was recorded as a whole."""
         from dvc_data.hashfile.db import add_update_tree
 
         here = self._repo.cache.local
@@ -72,7 +75,7 @@ class Cache:
         return Entry(tree.oid, None, len(tree))
 
     def lacking(self, md5: str, only: str | None = None, there: Any = None, read: bool = False) -> list[str]:
-        """Which files of a recorded folder the cache, or the remote `there`, does not hold in full.
+        """The files of a recorded folder that are missing or incomplete in the cache, or in the remote `there`.
 
         With `read`, every byte of them is read, and a damaged one is removed from the cache.
         """
@@ -99,7 +102,7 @@ class Cache:
         return lost
 
     def push(self, md5: str, remote: str | None = None) -> int:
-        """Copy a recorded folder from the cache to a remote; the number of files that were new there."""
+        """Copy a recorded folder from the cache to a remote; returns the number of new files there."""
         with self._using(remote) as there:
             sent = self._copy(self._repo.cache.local, there, {self._info(md5)}, shallow=False)
             lost = self.lacking(md5, there=there)
@@ -121,14 +124,14 @@ class Cache:
             )
 
     def checkout(self, name: str, anew: tuple[str, ...] = ()) -> None:
-        """Make a data set what data.dvc names, from the cache; some files even if DVC sees no change in them."""
+        """Check out a data set's recorded version from the cache; some files even if DVC sees no change."""
         with FileLock(lock_folder(self._root) / name):
             for file in anew:
                 (self._root / name / file).unlink(missing_ok=True)
             self._repo.checkout(targets=[str(self._root / name)])
 
     def url(self, remote: str | None = None) -> str:
-        """Where the remote is; an error if there is none."""
+        """The remote's URL; an error if there is none."""
         name = remote or self._repo.config["core"].get("remote")
         if not name:
             raise KshotError(
@@ -137,13 +140,13 @@ class Cache:
         return str(self._repo.config["remote"][name]["url"])
 
     def reached(self) -> bool:
-        """Whether there is anything where the remote is; an error if it cannot be used."""
+        """Whether the remote exists; an error if it cannot be used."""
         with self._using() as there:
             return bool(there.fs.exists(there.path))
 
     @contextmanager
     def _using(self, name: str | None = None) -> Iterator[Any]:
-        """A remote; what goes wrong with it is an error that names it."""
+        """The remote, for the block; errors inside become an error that names it."""
         url = self.url(name)
         if why_not := extras.missing(url, dvc=True):
             raise KshotError(why_not)
@@ -153,7 +156,7 @@ class Cache:
             raise KshotError(f"the remote {url} could not be used: {_sentence(error)}") from error
 
     def _copy(self, source: Any, target: Any, objects: set[Any], **options: Any) -> int:
-        """Copies what the target does not have: without DVC's index of a remote, which believes what it once saw."""
+        """Copy objects that the target lacks, ignoring DVC's index of the remote, which may be outdated."""
         from dvc_data.hashfile.transfer import transfer
 
         self._heard.clear()
@@ -179,7 +182,7 @@ class Cache:
 
 @contextmanager
 def opened(root: Path, repository: Path) -> Iterator[Cache]:
-    """The DVC repository around the data folder, for one process at a time. Errors become one sentence."""
+    """The DVC repository around the data folder, locked for one process; errors become a KshotError."""
     try:
         with _alone(root), ExitStack() as stack:
             from dvc.lock import LockError
@@ -188,7 +191,7 @@ def opened(root: Path, repository: Path) -> Iterator[Cache]:
             heard = stack.enter_context(_heard())
             repo = Repo(str(repository))
             stack.callback(repo.close)
-            repo.scm_context.quiet = True  # its hint about `git add` is not meant for a pipeline
+            repo.scm_context.quiet = True  # its hint about `git add` is for interactive use
             for attempt in count():
                 with suppress(LockError):  # after 3 seconds
                     stack.enter_context(lock_repo(repo))
@@ -198,7 +201,7 @@ def opened(root: Path, repository: Path) -> Iterator[Cache]:
             yield Cache(repo, root, heard)
     except KshotError:
         raise
-    except Exception as error:  # DVC's own, and those of storage, databases and packages that it passes on
+    except Exception as error:  # of DVC, and of storage, databases and packages that it uses
         raise KshotError(f"{'' if isinstance(error, OSError) else 'DVC: '}{_sentence(error)}") from error
 
 
@@ -224,7 +227,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """What DVC and storage libraries log as a warning or an error: kept, and not shown."""
+    """Collect warnings and errors logged by DVC and storage libraries, without printing them."""
     loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
     loggers += [root] if not (root := logging.getLogger()).handlers else []
     kept = [(logger.handlers, logger.propagate) for logger in loggers]
@@ -245,7 +248,7 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, OSError) and str(error.filename2).endswith(".tmp"):  # half of a file, on a full disk
+        if isinstance(error, OSError) and str(error.filename2).endswith(".tmp"):  # a partial file on a full disk
             with suppress(OSError):
                 Path(error.filename2).unlink()
         self.heard.append(_sentence(error) if error else " ".join(record.getMessage().split()))
@@ -261,6 +264,6 @@ def _sentence(error: BaseException) -> str:
 
 
 def _forget_listings(odb: Any) -> None:
-    """A remote file system remembers what it has seen in a folder."""
+    """Clear the remote file system's cache of folder listings."""
     if forget := getattr(odb.fs.fs, "invalidate_cache", None):
         forget()

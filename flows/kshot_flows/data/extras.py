@@ -1,4 +1,4 @@
-"""Which extra of kshot brings what a storage or database URL needs, where that is not installed."""
+"""Which extra of kshot to install for a storage or database URL whose driver is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEEDED = {
 
 
 def missing(url: str, dvc: bool = False) -> str | None:
-    """A sentence with what to install before MLflow, or DVC, can use a URL; None if nothing is missing."""
+    """A message that says what to install so that MLflow or DVC can use a URL; None if nothing is missing."""
     scheme = url.partition("://")[0].lower()
     extra, *modules = _NEEDED.get(scheme, ("", "", ""))
     module = modules[0] if dvc else modules[1]

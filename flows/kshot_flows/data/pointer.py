@@ -1,7 +1,7 @@
-"""What `data.dvc` says: the version of each data set, one `outs` entry for each. Read and written without DVC.
+"""Reads and writes `data.dvc`, which has an `outs` entry with the version of each data set, without DVC.
 
-No two lines of it are alike, and the first and last line of an entry never change. So git's built-in union merge, which
-`.gitattributes` asks for, joins branches that add or change different data sets.
+No two lines of it are equal, and the first and last line of an entry never change. So git's built-in union merge, which
+`.gitattributes` selects, merges branches that add or change different data sets.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import yaml
 from kshot_runtime.errors import KshotError
 
 _FORMER = "data sets"  # under `meta`: each data set's version, when the whole folder was one output
-_OURS = ("path", "md5", "size", "nfiles", "meta", "hash")  # of an entry; its users may write more into it
+_OURS = ("path", "md5", "size", "nfiles", "meta", "hash")  # keys of an entry; users may add others
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set as it was recorded."""
+    """The recorded version of a data set."""
 
-    md5: str  # '....dir': what DVC calls its folder
-    version: str | None  # sha256 of its index; None if someone else than kshot recorded it
+    md5: str  # DVC's hash of the folder, '....dir'
+    version: str | None  # sha256 of its index; None if it was not recorded by kshot
     nfiles: int = 0
     size: int | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)  # what its users added: remote, desc, ...
+    more: Mapping[str, Any] = field(default_factory=dict)  # keys that users added: remote, desc, ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Pointer:
     file: Path
     text: str = ""
     sets: Mapping[str, Entry] = field(default_factory=dict)
-    others: tuple[Mapping[str, Any], ...] = ()  # outputs that are no data sets
-    former: bool = False  # whether one output is the whole folder, so that all sets have its md5
-    twice: tuple[str, ...] = ()  # sets that two branches changed: both versions are there, and neither counts
+    others: tuple[Mapping[str, Any], ...] = ()  # outputs that are not data sets
+    former: bool = False  # whether a single output is the whole folder, so that all data sets have its md5
+    twice: tuple[str, ...] = ()  # data sets changed by both sides of a merge: neither version counts
 
     @property
     def folder(self) -> str:
@@ -50,7 +50,7 @@ class Pointer:
 
     @classmethod
     def read(cls, root: Path) -> Pointer:
-        """That of a data folder; empty where there is none."""
+        """The pointer of a data folder; empty if there is none."""
         file = root.with_name(f"{root.name}.dvc")
         return cls.parse(file, file.read_text() if file.exists() else "")
 
@@ -85,7 +85,7 @@ class Pointer:
         return cls(file, text, sets, tuple(others), former, tuple(dict.fromkeys(twice)))
 
     def refuse_twice(self, but: Iterable[str] = ()) -> None:
-        """Two versions of one data set are an error, unless it is about to be recorded anew."""
+        """Raise an error for data sets with two versions, except those about to be recorded."""
         if wrong := [name for name in self.twice if name not in but]:
             raise KshotError(
                 f"{self.file.name} has two versions of {', '.join(wrong)}: two branches changed it. Keep the lines of "
@@ -93,7 +93,7 @@ class Pointer:
             )
 
     def changed(self, sets: Mapping[str, Entry], drop: Iterable[str] = ()) -> Pointer:
-        """With some sets as they are now, and without some. What DVC or people wrote elsewhere in it stays."""
+        """The pointer with some entries updated and some removed; everything else in the file stays."""
         kept = {name: entry for name, entry in {**self.sets, **sets}.items() if name not in set(drop)}
         twice = tuple(name for name in self.twice if name not in {*sets, *drop})
         outs = "".join(_block(self.folder, name, kept[name]) for name in sorted(kept))
@@ -107,7 +107,7 @@ class Pointer:
         return replace(self, text=whole, sets=kept, former=False, twice=twice)
 
     def write(self) -> None:
-        """All or nothing: a process that is killed in between, or a full disk, leaves the former one."""
+        """Write atomically: after a kill or on a full disk the previous file is intact."""
         unfinished = self.file.with_name(f".{self.file.name}.unfinished")
         try:
             with unfinished.open("w") as output:
@@ -123,7 +123,7 @@ _TWICE = "\0"
 
 
 class _Loader(yaml.SafeLoader):
-    """Marks a mapping in which a key stands twice, of which YAML would take the last."""
+    """Detects duplicate keys in a mapping, of which YAML would use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         made = super().construct_mapping(node, deep)

@@ -1,6 +1,6 @@
-"""Versions of data sets: recorded in `data.dvc`, which git keeps, found again in clones, pushed, pulled, rebuilt.
+"""Versions of data sets: recorded in `data.dvc`, pushed, pulled, verified and rebuilt.
 
-What is recorded was verified first, and what `data.dvc` names is dropped by `remove` only.
+Data are verified before they are recorded, and only `remove` deletes entries of `data.dvc`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ State = Literal["recorded", "changed", "not recorded", "missing", "damaged"]
 
 
 def data_root() -> Path:
-    """Where data sets lie: KSHOT_DATA, or else `data` in the project, which is KSHOT_HOME or the current folder."""
+    """The folder of data sets: KSHOT_DATA, or else `data` in the project's folder."""
     if chosen := os.environ.get("KSHOT_DATA"):
         return Path(chosen).absolute()
     return project.home() / "data"
@@ -36,24 +36,24 @@ def data_root() -> Path:
 
 @dataclass(frozen=True)
 class Present:
-    """How a data set came to be in the data folder."""
+    """A data set in the data folder, and how it got there."""
 
     data_set: ImageSet
     how: Literal["was there", "pulled", "built"]
-    same: bool | None  # whether it is what the committed data.dvc names; None if that does not name it
-    note: str = ""  # what to say about it
+    same: bool | None  # whether it matches the committed data.dvc; None if that has no entry
+    note: str = ""  # message for the user
 
 
 @dataclass(frozen=True)
 class Recorded:
     """What a recording changed in data.dvc."""
 
-    new: tuple[str, ...] = ()  # the data sets that it did not name as they are
-    other: tuple[str, ...] = ()  # those of them that it named in another version
-    split: bool = False  # whether it named the folder as a whole before, as kshot once wrote it
+    new: tuple[str, ...] = ()  # data sets whose entry was added or changed
+    other: tuple[str, ...] = ()  # those of them that had another version
+    split: bool = False  # whether it was converted from an earlier format, one entry for the whole folder
 
     def lines(self, root: Path) -> list[str]:
-        """For people."""
+        """Messages for the user."""
         file, other = f"{root.name}.dvc", _list(self.other)
         said = {
             f"{file} names each data set by itself now; before, it named the folder as a whole": self.split,
@@ -65,9 +65,9 @@ class Recorded:
 
 
 def record(root: Path, *names: str) -> Recorded:
-    """Make data.dvc name some data sets, or all that are here, as they are now.
+    """Record the present versions of some or all data sets in data.dvc.
 
-    Each is verified first, and in DVC's cache afterwards. What has not changed since it was recorded needs no DVC.
+    Each is verified first and copied to DVC's cache. Unchanged data sets need no DVC.
     """
     if why := why_not_versioned(root):
         raise KshotError(why)
@@ -84,7 +84,7 @@ def record(root: Path, *names: str) -> Recorded:
     if not changed(pointer) and (names or not pointer.former):
         return Recorded()
     with _dvc(root) as cache:
-        pointer = Pointer.read(root)  # another process may have recorded one meanwhile
+        pointer = Pointer.read(root)  # another process may have recorded a data set meanwhile
         new = changed(pointer)
         _write_settings(root)
         entries = {name: _updated(pointer, name, cache.add(name, found[name].version)) for name in new}
@@ -95,7 +95,7 @@ def record(root: Path, *names: str) -> Recorded:
 
 
 def remove(root: Path, *names: str) -> None:
-    """Make data.dvc name some data sets no more. Their files stay."""
+    """Remove entries from data.dvc; the files stay."""
     pointer = Pointer.read(root)
     if unknown := [name for name in names if name not in {*pointer.sets, *pointer.twice}]:
         raise KshotError(f"{pointer.file.name} does not name {', '.join(unknown)}; it names: {_list(pointer.sets)}")
@@ -107,23 +107,23 @@ def remove(root: Path, *names: str) -> None:
 
 
 def recorded(root: Path, name: str) -> str | None:
-    """What DVC calls a data set, by data.dvc; None if that does not name it, or outside a DVC repository."""
+    """DVC's hash of a data set, from data.dvc; None without an entry or outside a DVC repository."""
     known = Pointer.read(root).sets.get(name) if versioned(root) else None
     return known.md5 if known else None
 
 
 def versioned(root: Path) -> bool:
-    """Whether the data folder lies in a DVC repository."""
+    """Whether the data folder is in a DVC repository."""
     return _repository(root) is not None
 
 
 def in_git(root: Path) -> bool:
-    """Whether the data folder lies in a git repository."""
+    """Whether the data folder is in a git repository."""
     return any((folder / ".git").exists() for folder in root.parents)
 
 
 def why_not_versioned(root: Path) -> str:
-    """Why the data folder has no versions, and how to start; empty if it has."""
+    """Why the data folder is not versioned, and how to change it; empty if it is."""
     if versioned(root):
         return ""
     start = "dvc init" if in_git(root) else "git init && dvc init, or dvc init --no-scm"
@@ -133,13 +133,15 @@ def why_not_versioned(root: Path) -> str:
 def ensure(
     name: str, root: Path, source: str | None = None, watch: Callable[[Progress], None] = lambda progress: None
 ) -> Present:
-    """The data set of this name, verified: there already, or pulled if possible, or else built by its source.
+    """The data set of this name, verified: present, else pulled if possible, else built by its source.
 
     `source` is `name` unless said otherwise. What was pulled or built is compared with what the committed data.dvc
     names; a difference is reported, and no error: the data set is sound, only not the same.
     """
     root.mkdir(parents=True, exist_ok=True)
-    if all((root / name / file).exists() for file in (INDEX, IMAGES)):  # else a pull was cut off, or nothing is here
+    if all(
+        (root / name / file).exists() for file in (INDEX, IMAGES)
+    ):  # else a pull was interrupted, or nothing is here
         return _present(name, root, "was there")
     failed, note = why_not_versioned(root), ""
     try:
@@ -152,7 +154,7 @@ def ensure(
         failed = f"it could not be pulled ({error})"
         note = "" if "no DVC remote" in failed else f"{name} was built, as {failed}"
     with FileLock(root / ".locks" / f"~ensure-{name}"):
-        if (root / name / INDEX).exists():  # built meanwhile by someone else
+        if (root / name / INDEX).exists():  # built meanwhile by another process
             return _present(name, root, "was there")
         try:
             _build(source or name, name, root, watch)
@@ -162,11 +164,11 @@ def ensure(
     return replace(built, note=". ".join(filter(None, [note, built.note])))
 
 
-_sound: set[tuple[object, ...]] = set()  # states of files that this process has verified
+_sound: set[tuple[object, ...]] = set()  # file states that this process has verified
 
 
 def verified(name: str, root: Path) -> ImageSet:
-    """A data set of which every byte is as it was imported; else an error that says what to do."""
+    """A data set whose bytes match its index; otherwise an error that says what to do."""
     data_set, found = ImageSet.open(root / name), (root / name / IMAGES).stat()
     state = (data_set.folder, data_set.version, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
     if state not in _sound:
@@ -176,7 +178,7 @@ def verified(name: str, root: Path) -> ImageSet:
 
 
 def push(root: Path, *names: str) -> int:
-    """Copy what data.dvc names to the DVC remote; the number of files that were new there. It is looked at there."""
+    """Copy recorded data sets to the DVC remote, and verify them there; returns the number of new files."""
     pointer = _named(root, names)
     with _dvc(root) as cache:
         if pointer.former:
@@ -194,9 +196,9 @@ def push(root: Path, *names: str) -> int:
 
 
 def pull(root: Path, *names: str) -> list[str]:
-    """Make data sets what data.dvc names, from DVC's cache or the remote; which of them were not.
+    """Fetch recorded data sets from DVC's cache or the remote; returns those that were not already here.
 
-    What no version records is not touched, and is an error where it is in the way.
+    An unrecorded version is never overwritten: it is an error.
     """
     pointer = _named(root, names)
     states = state_of(root, names or pointer.sets)
@@ -233,13 +235,13 @@ def pull(root: Path, *names: str) -> list[str]:
 
 
 def remote(root: Path) -> tuple[str, bool]:
-    """Where the DVC remote is, and whether anything is there; an error if there is none, or it cannot be used."""
+    """The DVC remote's URL, and whether it exists; an error if none is configured or it cannot be used."""
     with _dvc(root) as cache:
         return cache.url(), cache.reached()
 
 
 def state_of(root: Path, names: Iterable[str] = (), read: bool = True) -> dict[str, State]:
-    """Some data sets, or all that are here or that data.dvc names, and how the two agree.
+    """How data sets agree with data.dvc: those named, or all that are here or recorded.
 
     Every byte is read, or else indexes only.
     """
@@ -270,12 +272,12 @@ def _dvc(root: Path) -> AbstractContextManager[Cache]:
 
 
 def _repository(root: Path) -> Path | None:
-    """The nearest folder around the data folder that `dvc init` was called in."""
+    """The nearest parent folder that is a DVC repository."""
     return next((folder for folder in root.parents if (folder / ".dvc").is_dir()), None)
 
 
 def _named(root: Path, names: Sequence[str]) -> Pointer:
-    """What data.dvc says; an error if it names nothing, or not all of these."""
+    """The pointer; an error if it has no entries, or lacks one of these data sets."""
     if why := why_not_versioned(root):
         raise KshotError(why)
     pointer = Pointer.read(root)
@@ -293,7 +295,7 @@ def _named(root: Path, names: Sequence[str]) -> Pointer:
 
 
 def _apart(name: str, root: Path, pointer: Pointer, cache: Cache) -> Entry:
-    """The entry of a data set that was recorded with the whole folder only."""
+    """The entry of a data set that was recorded only as part of the whole folder."""
     known = pointer.sets[name]
     if (root / name / INDEX).exists() and (found := verified(name, root)).version == known.version:
         return cache.add(name, found.version)
@@ -308,20 +310,20 @@ def _apart(name: str, root: Path, pointer: Pointer, cache: Cache) -> Entry:
 
 
 def _worthless(folder: Path, recorded: Entry) -> bool:
-    """Whether what lies here is a damaged copy of what was recorded, or nothing that can be opened."""
+    """Whether the data set here is a damaged copy of the recorded one, or cannot be opened."""
     with suppress(KshotError):
         return ImageSet.open(folder).version == recorded.version
     return True
 
 
 def _updated(pointer: Pointer, name: str, entry: Entry) -> Entry:
-    """With what its users wrote into the former one."""
+    """The new entry with the keys that users added to the old one."""
     former = pointer.sets.get(name)
     return replace(entry, more=former.more) if former else entry
 
 
 def _into_cache(name: str, root: Path, entry: Entry, cache: Cache) -> None:
-    """What data.dvc names, into the cache from the data folder, if it was built here and never recorded."""
+    """Complete the cached copy of a recorded data set from the data folder; an error if that has another version."""
     if not (lost := cache.lacking(entry.md5)):
         return
     why = f"DVC's cache does not hold {name} as data.dvc names it ({', '.join(lost)} missing)"
@@ -370,7 +372,7 @@ def _committed_version(name: str, root: Path) -> str | None:
 
 
 def _write_settings(root: Path) -> None:
-    """What is no data is not for DVC: locks, imports under way, downloads, contact sheets. And git joins data.dvc."""
+    """Write `.dvcignore` (locks, unfinished imports, downloads, contact sheets) and git's merge setting of data.dvc."""
     _add_lines(root.with_name(".dvcignore"), f"/{root.name}/.*", f"/{root.name}/*/{SHEET}")
     if in_git(root):
         _add_lines(root.with_name(".gitattributes"), f"/{root.name}.dvc merge=union")

@@ -1,1 +1,1 @@
-"""What a plugin's author needs: a project to start from, and the conformance kit."""
+"""For plugin authors: the project template, and running the conformance kit."""

@@ -1,4 +1,4 @@
-"""The conformance kit on one learner, with failures in its author's terms: what, where in their code, what to do."""
+"""Runs the conformance kit on one learner; reports failures with the line of the author's code and a remedy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Failure:
     """Why a check failed."""
 
     what: str
-    where: str = ""  # the line of the author's code, if it was one
+    where: str = ""  # line of the author's code, if known
     advice: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found wrong, or why the learner is exempt, if either; and how long it took."""
+    """The result of a check: the failure, or why the learner is exempt, or neither; and its duration."""
 
     failure: Failure | None
     exempt: str | None
@@ -37,9 +37,9 @@ class Outcome:
 
 
 def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
-    """The learner `name` with settings such as "steps=2", or an error that says what is wrong with either.
+    """The learner `name` with settings such as "steps=2"; a KshotError if either is invalid.
 
-    "norm=group" is the backbone's, and then the only norm that is tried.
+    "norm=group" selects the backbone's norm, and then only this norm is checked.
     """
     found = plugins.find()
     if not any(one.name == name for one in found.of("learners")):
@@ -61,12 +61,12 @@ def subject(name: str, settings: Sequence[str], folder: Path) -> Subject:
 
 
 def promise(check: Check) -> str:
-    """What a check is about, in a sentence."""
+    """The promise that a check tests, as a sentence."""
     return _paragraphs(check)[0]
 
 
 def run(check: Check, subject: Subject) -> Outcome:
-    """Let a check judge the learner."""
+    """Run one check on the learner."""
     started, failure, exempt = time.perf_counter(), None, None
     try:
         exempt = check(subject)
@@ -94,7 +94,7 @@ def _paragraphs(check: Check) -> list[str]:
 
 
 def _refuse(name: str, found: plugins.Found) -> NoReturn:
-    """Say what `name` is, if it is no learner."""
+    """Raise an error that says what `name` is, if it is not a learner."""
     for broken in found.broken:
         if broken.plugin == name:
             where = f"\n{broken.where}" if broken.where else ""

@@ -1,4 +1,4 @@
-"""A new plugin: the project in `starter/`, which works as it is, written under another name."""
+"""Creates a plugin project by copying the working template in `starter/` under another name."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FILES = {
     "README.md": "the commands",
     ".gitignore": "what runs leave behind",
 }
-"""What `starter/` holds, and what for."""
+"""The files of `starter/`, and what they are for."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
 def create(name: str, into: Path) -> dict[Path, str]:
-    """Write a plugin project to the folder `name` in `into`, whole or not at all; its files, and what each is for."""
+    """Write a plugin project to the folder `name` in `into`, atomically; returns its files and what each is for."""
     check_name(name)
     words = _words(name)
     folder = into / name
@@ -55,7 +55,7 @@ def create(name: str, into: Path) -> dict[Path, str]:
 
 
 def commands(folder: Path) -> dict[str, str]:
-    """What to do with a project now, command by command, as its README tells it."""
+    """The commands of a project's README, with their comments."""
     readme = (folder / "README.md").read_text(encoding="utf-8")
     _, block, _ = re.split(r"^```(?:bash)?\n", readme, maxsplit=2, flags=re.MULTILINE)
     steps = (line.partition("#") for line in block.splitlines())
@@ -63,7 +63,7 @@ def commands(folder: Path) -> dict[str, str]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that cannot be a distribution, a module, a class and a learner, or that something else bears."""
+    """Refuse a name that is invalid as a distribution, module, class or learner, or already in use."""
     if not _NAME.fullmatch(name):
         guess = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         hint = f"; did you mean {guess!r}?" if _NAME.fullmatch(guess) else "."
@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
 
 
 def _words(name: str) -> dict[str, str]:
-    """What stands in the new project for each word of the starter."""
+    """Replacements for the names in the template."""
     parts = re.split("[-_]", name)
     return {
         "kshot_nearest": f"kshot_{'_'.join(parts)}",
@@ -101,14 +101,14 @@ def _renamed(text: str, words: dict[str, str]) -> str:
 
 
 def _imported() -> set[str]:
-    """The names that the starter's module imports."""
+    """The names that the template's module imports."""
     tree = ast.parse((STARTER / "kshot_nearest.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     return {alias.asname or alias.name for node in imports for alias in node.names}
 
 
 def _bearer(name: str, words: dict[str, str]) -> str | None:
-    """What is installed here under one of a new plugin's names."""
+    """What already uses one of a new plugin's names; None if nothing does."""
     from kshot import plugins  # takes seconds
 
     found = plugins.find()

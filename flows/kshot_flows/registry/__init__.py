@@ -1,7 +1,7 @@
 """The registry: versions of a model with their bundles, the stage that each is in, and what led to it.
 
-Who moved a version where, when and why is in an audit log (`kshot_flows.registry.moves`), which decides; MLflow's
-stages, tags and aliases follow it.
+Stages are defined by an audit log (`kshot_flows.registry.moves`): who moved a version where, when and why. MLflow's
+stages, tags and aliases are updated from it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ __all__ = [
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_DESCRIPTION = 5000  # characters of a version's description that MLflow's databases hold
-_FILES = ("adapt.onnx", "classify.onnx", "bundle.json")  # of every bundle; some have embed.onnx besides
+_DESCRIPTION = 5000  # maximal length of a version's description in MLflow's databases
+_FILES = ("adapt.onnx", "classify.onnx", "bundle.json")  # files of every bundle; some also have embed.onnx
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a model: its stage by the audit log, the rest by MLflow."""
+    """One version of a model: its stage from the audit log, the rest from MLflow."""
 
     name: str
     version: int
@@ -65,14 +65,14 @@ class Version:
     tags: Mapping[str, str]
 
     def number(self, tag: str) -> float | None:
-        """A tag's value as a number, where it is one."""
+        """A tag's value as a number; None if it is not one."""
         try:
             return float(self.tags[tag])
         except (KeyError, ValueError):
             return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Under names that stay; a value that is not known is None or empty."""
+        """As a dict with stable keys; unknown values are None or empty."""
         tags = self.tags
         return {
             "name": self.name,
@@ -100,14 +100,14 @@ class Version:
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything that led to a version, and what became of it."""
+    """The provenance of a version, and its moves."""
 
     version: Version
     history: Sequence[Audit]
 
     @property
     def facts(self) -> dict[str, str]:
-        """What led to it, for people; without what is not known."""
+        """Its provenance as labelled text, without unknown values."""
         tags, run = self.version.tags, self.version.run
         facts = {
             "stage": str(self.version.stage),
@@ -130,7 +130,7 @@ class Trace:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no model can have."""
+    """Refuse an invalid model name."""
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(moves.SUFFIX):
         raise KshotError(
             f"{name!r} cannot name a model: letters, digits, '.', '-' and '_' can, but {moves.SUFFIX!r} at its end"
@@ -138,14 +138,14 @@ def check_name(name: str) -> None:
 
 
 def log_model(name: str, run_id: str, bundle: Path, note: str = "") -> str:
-    """Keep a bundle as a logged model of its run, which `mlflow.pyfunc` can load; the same one again for the same."""
+    """Log a bundle as a logged model of its run, loadable by `mlflow.pyfunc`; idempotent."""
     door = stores.client()
     run = door.get_run(run_id)
     return str(logged_model.log(door, name, run, bundle, identity(bundle), note).model_id)
 
 
 def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | None = None, card: str = "") -> int:
-    """Make a bundle a version of the model `name`, by its logged model; the same bundle again is the same version.
+    """Register a bundle, by its logged model, as a version of the model `name`; the same bundle gives the same version.
 
     So `models:/NAME/VERSION` is an MLflow model, and its folder has the files of the bundle. The version's description
     is the `card`; its tags carry the files' sha256, the data hash and git commit of the run, and what the caller adds
@@ -170,7 +170,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
         run_id=run_id,
         model_id=model.model_id,
         description=card[:_DESCRIPTION],
-        await_creation_for=0,  # it is ready when made; waiting only writes log lines
+        await_creation_for=0,  # it is ready at once; waiting would only write log lines
         tags={
             "stage": Stage.NONE,
             "bundle": this,
@@ -184,7 +184,7 @@ def register(name: str, run_id: str, bundle: Path, *, tags: Mapping[str, str] | 
 
 
 def identity(bundle: Path) -> str:
-    """A name for exactly these files."""
+    """A hash that identifies these files."""
     return _identity(_hashes(bundle))
 
 
@@ -197,7 +197,7 @@ def move(
     who: str | None = None,
     expect: int | Unset | None = ANY,
 ) -> Audit:
-    """Put a version into a stage; in staging and production the version that was there goes to the archive.
+    """Move a version to a stage; in staging and production the previous version is archived.
 
     `expect` is the version believed to be in that stage now (None: nobody); if it is another, nothing moves and a
     StageConflictError says who changed it.
@@ -211,9 +211,9 @@ def move(
 def promote(
     name: str, version: int, stage: Stage | str, *, why: str | None = None, who: str | None = None, force: bool = False
 ) -> Audit:
-    """Move a version, into production only through its gate: a report that passed, against the champion of today.
+    """Move a version; production requires a gate report that passed against the present champion.
 
-    `force` passes by the gate, or takes the champion out of production, and must say why.
+    `force` bypasses the gate, or takes the champion out of production, and needs `why`.
     """
     stage = Stage.of(stage)
     if force and not why:
@@ -248,14 +248,14 @@ def promote(
 
 
 def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
-    """Give production back to the version that served before the last; that one goes to the archive.
+    """Return production to the previous production version, and archive the present one.
 
-    Again and again, this walks back through all that ever served.
+    Repeated calls go back through all earlier production versions.
     """
     door = stores.client()
     log, _ = moves.settle(door, name)
     there = {int(version.version) for version in mlflow_api.versions(door, name)}
-    last = log.served[-1:]  # not always there still: whoever withdrew it does not want it back
+    last = log.served[-1:]  # empty or missing from MLflow if it was taken out of production or deleted
     before = [version for version in log.served if version in there and version not in last]
     if not before:
         raise KshotError(
@@ -267,7 +267,7 @@ def rollback(name: str, *, why: str, who: str | None = None) -> Audit:
 
 
 def champion(name: str) -> int | None:
-    """The version in production; None where there is none, or no such model yet."""
+    """The version in production; None if there is none, or no such model yet."""
     door = mlflow_api.reader()
     version = moves.read_log(door, name).holder(Stage.PRODUCTION)
     there = version is not None and any(int(known.version) == version for known in mlflow_api.versions(door, name))
@@ -275,7 +275,7 @@ def champion(name: str) -> int | None:
 
 
 def models() -> list[str]:
-    """The names of all models, without the logs."""
+    """The names of all models, except audit logs."""
     return mlflow_api.models(mlflow_api.reader())
 
 
@@ -300,27 +300,27 @@ def versions(name: str) -> list[Version]:
 
 
 def history(name: str, *, refused: bool = False) -> list[Audit]:
-    """All moves of a model's versions, the oldest first; with `refused`, the attempts that came too late as well."""
+    """All moves of a model's versions, oldest first; with `refused`, also attempts that lost to a concurrent move."""
     door = mlflow_api.reader()
     mlflow_api.model(door, name)
     return [entry for entry in moves.read_log(door, name).entries if refused or not entry.refused]
 
 
 def disagreements(name: str) -> list[str]:
-    """Where MLflow's stages, tags or aliases are not what the log says, in a sentence each."""
+    """Differences of MLflow's stages, tags or aliases from the log, one sentence each."""
     log, shown = moves.look(mlflow_api.reader(), name)
     return moves.differences(log, shown) if shown.ours else []
 
 
 def settle(name: str) -> list[str]:
-    """Finish moves that were interrupted, and record those that were made in MLflow: a sentence for each."""
+    """Complete interrupted moves, and record moves made in MLflow; returns one sentence for each."""
     if moves.in_order(*moves.look(mlflow_api.reader(), name)):
         return []
     return moves.settle(stores.client(), name)[1]
 
 
 def record_gate(name: str, version: int, report: Mapping[str, Any]) -> str:
-    """Keep a gate report with the version's run, and its verdict on the version. Returns the report's URI."""
+    """Store a gate report with the version's run, and its verdict as a tag of the version. Returns the report's URI."""
     door = stores.client()
     known = mlflow_api.existing(door, name, version)
     judged = GateReport.from_dict(report)
@@ -343,7 +343,7 @@ def gate_report(name: str, version: int) -> GateReport | None:
 
 
 def trace(name: str, version: int) -> Trace:
-    """From a version back to its data, code, recipe and runs, and forward through its stages."""
+    """The provenance of a version (data, code, recipe, runs), and its moves."""
     door = mlflow_api.reader()
     mlflow_api.existing(door, name, version)
     known = next(one for one in versions(name) if one.version == version)
@@ -352,7 +352,7 @@ def trace(name: str, version: int) -> Trace:
 
 
 def fetch_learner(name: str, version: int | str, folder: Path) -> Path:
-    """Download the `learner.pt` that a version, a number or an alias such as 'production', was exported from."""
+    """Download the `learner.pt` from which a version (a number, or an alias such as 'production') was exported."""
     from mlflow.artifacts import download_artifacts
 
     door = stores.client()
@@ -368,9 +368,9 @@ def fetch_learner(name: str, version: int | str, folder: Path) -> Path:
 
 
 def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
-    """Download the bundle of a version, a number or an alias such as 'production', and check every hash.
+    """Download the bundle of a version (a number, or an alias such as 'production'), and verify every hash.
 
-    `folder` appears only when complete. If it is there and holds this very bundle, nothing is done.
+    `folder` is created atomically. If it already contains this bundle, nothing is done.
     """
     from mlflow.artifacts import download_artifacts
 
@@ -392,7 +392,7 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
                 f"version {number} of {name} is not what was registered: {', '.join(bad)} changed in {known.source}. "
                 "Do not use it; restore the files, or register the bundle anew."
             )
-        for file in hashes.keys() - wanted.keys():  # what makes it a model of MLflow's
+        for file in hashes.keys() - wanted.keys():  # files of the MLflow model
             (got / file).unlink()
         if folder.exists():
             folder.rmdir()
@@ -401,7 +401,7 @@ def fetch_bundle(name: str, version: int | str, folder: Path) -> Path:
 
 
 def accuracy(tags: Mapping[str, str]) -> str:
-    """A version's accuracy with its margin, as people write it."""
+    """A version's accuracy with its margin, as text."""
     if "accuracy" not in tags:
         return ""
     margin = f" ± {100 * float(tags['margin']):.2f}" if "margin" in tags else ""
@@ -438,7 +438,7 @@ def _identity(hashes: Mapping[str, str]) -> str:
 
 
 def _from_run(tags: Mapping[str, str]) -> dict[str, str]:
-    """What a version takes over from its run."""
+    """Tags that a version copies from its run."""
     names = {
         "kshot.recipe": "recipe",
         "kshot.data": "data",

@@ -1,4 +1,4 @@
-"""The gate: may this version go into production? Numbers in, a verdict with its reasons out; no MLflow here."""
+"""The promotion gate: decides from measurements whether a version may go into production; independent of MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kshot_runtime.errors import KshotError
 
 
 class GateSettings(BaseModel):
-    """What a version must hold to be promoted. Accuracies and errors are shares of 1: 0.01 is one point."""
+    """Conditions for promotion. Accuracies and errors are fractions: 0.01 is one percentage point."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class GateSettings(BaseModel):
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> GateSettings:
         """The settings in a recipe's [gate] section."""
-        from kshot.recipe import explain  # brings torch, which judging does not need
+        from kshot.recipe import explain  # imports torch, which judging does not need
 
         try:
             return cls.model_validate(dict(section))
@@ -42,7 +42,7 @@ class GateSettings(BaseModel):
 
 @dataclass(frozen=True)
 class EpisodeSet:
-    """What fixes evaluation episodes: two evaluations with equal sets saw the very same images in the same order."""
+    """What determines evaluation episodes: evaluations with equal sets used the same images in the same order."""
 
     data: str  # hash of the dataset version
     split: str
@@ -51,12 +51,12 @@ class EpisodeSet:
     queries: int
     seed: int
     rotations: bool = False
-    protocol: str = ""  # how they were drawn; empty in evidence from before there were several ways
+    protocol: str = ""  # the protocol; empty in evidence of earlier versions
 
 
 @dataclass(frozen=True)
 class MoreShots:
-    """What more images of each class change in accuracy, on episodes of the same classes."""
+    """The change in accuracy with more images per class, on episodes of the same classes."""
 
     ways: int
     fewer: int
@@ -65,24 +65,24 @@ class MoreShots:
 
     @classmethod
     def between(cls, ways: int, fewer: int, more: int, accuracies: tuple[np.ndarray, np.ndarray]) -> MoreShots:
-        """From the accuracies of every episode with fewer and with more images."""
+        """From the accuracy of every episode with fewer and with more images per class."""
         return cls(ways, fewer, more, _difference(accuracies[1], accuracies[0]))
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What was measured of one version; None where it was not."""
+    """Measurements of one version; None if not measured."""
 
     episodes: EpisodeSet
     accuracies: np.ndarray  # (episodes,) share of each episode's queries that were right
     ece: float
     agreement: float | None = None  # share of queries that ONNX and torch answer alike
-    auroc: float | None = None  # of telling known from unknown classes
+    auroc: float | None = None  # AUROC of known against unknown queries
     latency_ms: float | None = None
     version: int | None = None  # its number in the registry, once it has one
     cosine: np.ndarray | None = None  # (episodes,) accuracies of cosine to class means on the same backbone
     accepted: float | None = None  # share of known test queries that pass the default threshold
-    false_accepts: float | None = None  # share of unknown ones that do
+    false_accepts: float | None = None  # share of unknown test queries that pass
     shots: tuple[MoreShots, ...] = ()  # from each number of shots to the next that was tested
 
     def __post_init__(self) -> None:
@@ -91,7 +91,9 @@ class Evidence:
             object.__setattr__(self, "cosine", _accuracies(self.cosine))
         for name in ("ece", "agreement", "auroc", "latency_ms", "accepted", "false_accepts"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else float(value))  # numpy's floats are no JSON
+            object.__setattr__(
+                self, name, None if value is None else float(value)
+            )  # numpy floats are not JSON serialisable
 
     def to_dict(self) -> dict[str, Any]:
         rows = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
@@ -108,7 +110,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Check:
-    """One condition: what was measured, what it had to hold, and the sentence for people."""
+    """One condition: the measured value, its bound, and a message."""
 
     name: str
     passed: bool
@@ -119,7 +121,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GateReport:
-    """The verdict on a challenger, with its reasons."""
+    """The verdict on a challenger, with reasons."""
 
     version: int | None
     champion: int | None  # the version it was compared with; None when there was none
@@ -128,7 +130,7 @@ class GateReport:
     margin: float  # half the 95 % interval of accuracy
     difference: tuple[float, float, float] | None  # challenger - champion: lower end, mean, upper end
     checks: tuple[Check, ...]
-    warnings: tuple[str, ...] = ()  # do not refuse the version; shown to its users
+    warnings: tuple[str, ...] = ()  # shown to users, without blocking the version
 
     @property
     def passed(self) -> bool:
@@ -169,7 +171,7 @@ def judge(
 ) -> GateReport:
     """Compare a challenger with the champion, episode by episode, or a first version with the cosine baseline.
 
-    So too where there is a champion that cannot be measured on these episodes, the version `unmeasured`.
+    The baseline is also used if the champion, version `unmeasured`, cannot be evaluated on these episodes.
     """
     count, accuracy, margin = len(challenger.accuracies), *_interval(challenger.accuracies)
     checks = [
@@ -233,7 +235,7 @@ def judge(
 
 
 def _warnings(measured: Evidence, settings: GateSettings, unmeasured: int | None) -> Iterator[str]:
-    """What is out of bounds that do not close the gate, and what helps."""
+    """Values out of bounds that do not block promotion, with remedies."""
     if unmeasured is not None:
         yield f"was not compared with version {unmeasured}, which may have learned from the classes that are tested"
     if measured.false_accepts is not None and measured.false_accepts > settings.max_unknown_let_in:
@@ -267,7 +269,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, flo
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    """As kshot.evaluation.scores.interval, whose module brings torch; infinite for a single value."""
+    """Like kshot.evaluation.scores.interval, without importing torch; infinite for a single value."""
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(half)
 
@@ -286,13 +288,13 @@ def _same_episodes(challenger: Evidence, champion: Evidence) -> None:
 def _not_worse(
     than: str, what: str, difference: tuple[float, float, float], margin: float, clearly: bool = False
 ) -> Check:
-    """Whether the interval's lower end, or with `clearly` its upper end, loses no more than the margin.
+    """Whether the loss at the interval's lower end (with `clearly`: upper end) is at most the margin.
 
-    A champion is kept unless the challenger is shown to be as good; a baseline refuses what is shown to be worse.
+    A challenger must be shown to be as good as the champion; against the baseline it must not be shown to be worse.
     """
     lower, mean, upper = difference
     bound = upper if clearly else lower
-    # Equal answers differ by exactly zero; rounding must not turn that into a loss.
+    # Equal predictions differ by exactly zero; rounding must not turn that into a loss.
     passed = bound >= -margin - 1e-9
     return Check(
         f"not worse than {than}", passed, bound, 0.0 - margin,

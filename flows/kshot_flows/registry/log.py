@@ -1,6 +1,6 @@
-"""A model's audit log: which version is in which stage, what served before, and which moves MLflow shows beside it.
+"""A model's audit log: current stages, earlier production versions, and moves that were made outside kshot.
 
-No MLflow here: entries in, stages out, the same for everyone who reads the same entries.
+Independent of MLflow: stages are computed deterministically from the entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kshot_runtime.errors import KshotError
 
 
 class Stage(StrEnum):
-    """Where a version stands, in MLflow's words."""
+    """The stage of a version, in MLflow's terms."""
 
     NONE = "None"
     STAGING = "Staging"
@@ -25,7 +25,7 @@ class Stage(StrEnum):
 
     @property
     def said(self) -> str:
-        """What follows "version 1" in a sentence."""
+        """The stage as a phrase after "version 1"."""
         return {"None": "is in no stage", "Archived": "is archived"}.get(self.value, f"is in {self.lower()}")
 
     @classmethod
@@ -41,7 +41,7 @@ ELSEWHERE = "someone in MLflow"  # who made the moves that are found there: MLfl
 
 
 class StageConflictError(KshotError):
-    """Someone else was faster: the stage no longer holds the version that was expected there."""
+    """A concurrent move came first: the stage no longer holds the expected version."""
 
 
 class GateClosedError(KshotError):
@@ -49,15 +49,15 @@ class GateClosedError(KshotError):
 
 
 class UnsettledError(KshotError):
-    """MLflow did not take a move, or not all of it."""
+    """MLflow was not updated, or not completely, after a move."""
 
 
 class AlreadyThereError(KshotError):
-    """The version is in that stage."""
+    """The version is already in that stage."""
 
 
 class Unset:
-    """No expectation: `None` already means that nobody is expected."""
+    """Sentinel for no expectation, as `None` means that no version is expected."""
 
 
 ANY: Final = Unset()
@@ -65,7 +65,7 @@ ANY: Final = Unset()
 
 @dataclass(frozen=True)
 class Audit:
-    """One entry of the log: a version's move, or an attempt that came too late."""
+    """A log entry: a version's move, or an attempt that lost to a concurrent move."""
 
     id: str
     number: int
@@ -73,17 +73,17 @@ class Audit:
     version: int
     came_from: Stage
     stage: Stage
-    displaced: int | None  # the version that this one pushed into the archive
+    displaced: int | None  # the version that this move archived
     who: str
     when: datetime
     why: str
     report: str | None  # URI of the gate report
     rollback: bool = False
-    adopted: bool = False  # made in MLflow's pages or by another client, and recorded when it was found
+    adopted: bool = False  # made in MLflow's pages or by another client, and recorded later
     refused: str | None = None  # why it did not count
 
     def to_dict(self) -> dict[str, Any]:
-        """Under names that stay."""
+        """As a dict with stable keys."""
         return {
             "number": self.number,
             "when": self.when.isoformat(timespec="seconds"),
@@ -106,14 +106,14 @@ class Audit:
 
 @dataclass
 class Log:
-    """A model's moves, read from the first to the last, and what follows from them."""
+    """A model's moves in order, and the stages that result from them."""
 
     name: str
     entries: list[Audit] = field(default_factory=list)
     numbers: set[int] = field(default_factory=set)
     ids: set[str] = field(default_factory=set)
     stages: dict[int, Stage] = field(default_factory=dict)  # of each version that was ever moved
-    served: list[int] = field(default_factory=list)  # what was in production, in turn; rolling back takes away
+    served: list[int] = field(default_factory=list)  # production versions in order; a rollback removes the last
 
     @property
     def newest(self) -> int:
@@ -123,11 +123,11 @@ class Log:
         return self.stages.get(version, Stage.NONE)
 
     def holder(self, stage: Stage) -> int | None:
-        """The version in a stage that holds one."""
+        """The version in a stage that holds a single version."""
         return next((version for version, where in self.stages.items() if where is stage), None)
 
     def add(self, number: int, when: datetime, entry: Mapping[str, Any]) -> None:
-        """Let the next entry count, or refuse it because the stage is not as it expects.
+        """Apply the next entry, or refuse it if the stage is not as expected.
 
         An adopted move is refused if a move of kshot's was recorded after it was found. A request that was sent twice
         is one entry.
@@ -174,7 +174,7 @@ class Log:
     def foreign(
         self, stages: Mapping[int, Stage], aliases: Mapping[str, int], settled: int
     ) -> list[tuple[int, Stage, str]]:
-        """The moves that MLflow shows and the log does not: version, stage, and how it shows, in the order to add them.
+        """Moves found in MLflow but not in the log: version, stage and evidence, in the order to add them.
 
         What the log said at any entry since `settled`, the last that MLflow is known to have followed, is no foreign
         move but a move of kshot's on its way. Where a stage and its alias were both set, to different versions, the
@@ -226,7 +226,7 @@ class Log:
         return found
 
     def conflict(self, stage: Stage, expected: int | None) -> str:
-        """The sentence for whoever expected another version in a stage."""
+        """The message for a move that expected another version in a stage."""
         changes = [entry for entry in self.entries if not entry.refused and stage in (entry.stage, entry.came_from)]
         return (
             f"{the(expected)} was expected in {stage} of {self.name}, but {the(self.holder(stage))} is there"
@@ -240,5 +240,5 @@ def the(version: int | None) -> str:
 
 
 def local_time(when: datetime) -> str:
-    """To the second, in this machine's time zone."""
+    """A time to the second, in the local time zone."""
     return f"{when.astimezone():%Y-%m-%d %H:%M:%S}"

@@ -1,4 +1,4 @@
-"""A bundle as a logged model of MLflow: its files, and beside them what `mlflow.pyfunc` needs to load it."""
+"""Logs a bundle as an MLflow logged model, with the files that `mlflow.pyfunc` needs to load it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXAMPLE = {"columns": ["image", "label"], "data": [[_SQUARE, "square"], [_CROSS
 
 
 def log(door: MlflowClient, name: str, run: Run, bundle: Path, identity: str, note: str) -> LoggedModel:
-    """The logged model of a run's bundle, with all files in its place; the same one when called again."""
+    """The logged model of a run's bundle, complete; idempotent."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     experiment, about = run.info.experiment_id, f"tags.`{CLAIM}` = '{identity}'"
@@ -51,7 +51,7 @@ def log(door: MlflowClient, name: str, run: Run, bundle: Path, identity: str, no
 
 
 def link(door: MlflowClient, model: LoggedModel, name: str, version: int) -> None:
-    """Let the logged model's page name its version. A server has done so when it made the version, SQLite has not."""
+    """Link the logged model to its version, which an MLflow server does itself but the SQLite store does not."""
     linked = json.loads(door.get_logged_model(model.model_id).tags.get(_VERSIONS, "[]"))
     if not any(one["name"] == name and int(one["version"]) == version for one in linked):
         door.set_logged_model_tags(
@@ -60,7 +60,7 @@ def link(door: MlflowClient, model: LoggedModel, name: str, version: int) -> Non
 
 
 def _describe(model: LoggedModel, folder: Path) -> None:
-    """Write MLmodel and what it names. By hand: importing mlflow.pyfunc prints a warning, and its save_model infers."""
+    """Write MLmodel and the files that it names, without mlflow.pyfunc, whose import prints a warning."""
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 

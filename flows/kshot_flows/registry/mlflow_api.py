@@ -1,4 +1,4 @@
-"""MLflow's registry, called with what it leaves out: pages read to the end, clashes tried again, errors that help."""
+"""Wrappers of MLflow's registry client: pagination, retries after conflicts, and helpful errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKED = "kshot.marks"  # the tag of models whose moves leave marks (kshot_flows
 
 
 def transition(door: MlflowClient, name: str, version: int, stage: Stage) -> None:
-    """Put a version into a stage of MLflow's own; one that holds a single version archives who was there."""
+    """Set MLflow's own stage of a version; a stage that holds a single version archives the previous one."""
     with warnings.catch_warnings():
         # Deprecated since 2.9 and to be removed one day; the tag and the alias are what will remain.
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -36,7 +36,7 @@ def transition(door: MlflowClient, name: str, version: int, stage: Stage) -> Non
 
 
 def patiently(call: Callable[[], object]) -> None:
-    """Call again when others write at the same moment: MLflow reads before it inserts, and the later one fails."""
+    """Retry after concurrent writes: MLflow reads before it inserts, so the later writer fails."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
@@ -45,14 +45,14 @@ def patiently(call: Callable[[], object]) -> None:
             call()
             return
         except MlflowException as error:
-            away = isinstance(error.__cause__ or error.__context__, RequestException)  # tried again by MLflow itself
+            away = isinstance(error.__cause__ or error.__context__, RequestException)  # retried by MLflow itself
             if attempt == 9 or away:
                 raise
             time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
 
 
 def create_model(door: MlflowClient, name: str, description: str, log: bool = False) -> None:
-    """Make a model, unless it is there; `log` marks it as the audit log of another one."""
+    """Create a model unless it exists; `log` marks it as the audit log of another model."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -65,12 +65,12 @@ def create_model(door: MlflowClient, name: str, description: str, log: bool = Fa
 
 
 def reader() -> Reader:
-    """What to read the registry through."""
+    """The registry reader: SQLite tables if possible, else MLflow's client."""
     return Tables.of(stores.database_of(stores.uri())) or stores.client()
 
 
 def models(door: Reader) -> list[str]:
-    """The names of all models, without the logs of their moves."""
+    """The names of all models, except audit logs."""
     if isinstance(door, Tables):
         found: list[Any] = door.models()
     else:
@@ -109,7 +109,7 @@ def existing(door: Reader, name: str, version: int) -> ModelVersion | tables.Mod
 
 
 def aliases(door: Reader, name: str) -> dict[str, int]:
-    """Which version each alias of a model stands for."""
+    """The version of each alias of a model."""
     return {alias: int(version) for alias, version in model(door, name).aliases.items()}
 
 

@@ -1,21 +1,21 @@
 """Moves between stages: written to a model's audit log first, and then MLflow's stages, tags and aliases follow it.
 
 **The log.** The log of model `NAME` is a registered model `NAME.moves` whose versions are the entries: MLflow numbers
-them 1, 2, 3, ... and its database lets no number be given twice, on SQLite and on a server alike. So all processes on
-all machines see the same entries in the same order, and reading them from the first to the last gives everyone the
-same answer: which version is in which stage, and whether an entry counted. An entry that expects a version in a stage
-where it no longer is does not count: that is the compare-and-set, and it needs no lock and no lease. Entries are only
-ever added: the log is the audit too. (Tags and aliases could not replace it: MLflow overwrites them unconditionally.)
+them 1, 2, 3, ... and its database never assigns a number twice, on SQLite and on servers. So all processes on all
+machines see the same entries in the same order, and compute the same result from them: which version is in which stage,
+and which entries count. An entry that expects a version in a stage that it has left does not count: this is a
+compare-and-set without locks or leases. Entries are only appended, so the log is also the audit. (Tags and aliases
+could not replace it: MLflow overwrites them unconditionally.)
 
-**MLflow follows**: stages, then the tag `stage`, and last the aliases, which serving reads. Whoever moves goes on until
-they agree with the newest entry.
+**MLflow is updated** afterwards: stages, then the tag `stage`, and last the aliases, which serving reads. A move
+repeats this until they match the newest entry.
 
-**Interrupted or foreign?** A process marks the model, with the number of the newest entry, before it adds one, and
-takes its mark away when MLflow has followed. A mark that stays is that of a process which was killed. If MLflow shows
-something else than the log says, it is a move of kshot's on its way where the log said just that at the mark's entry or
-later: `settle` finishes it. Anything else was moved in MLflow's pages or by another client: `settle` adds it to the
-log. The rule looks at each version and each alias by itself, so both at once are told apart too. Only if someone sets
-back by hand just what an interrupted move had changed, the two look alike, and that move is finished.
+**Interrupted or foreign?** Before a process adds an entry, it marks the model with the number of the newest entry; it
+removes the mark once MLflow is updated. A mark that remains is that of a killed process. If MLflow differs from the
+log, but matches what the log said at the marked entry or later, this is an interrupted move: `settle` completes it. Any
+other difference was made in MLflow's pages or by another client: `settle` adds it to the log. Versions and aliases are
+compared one by one, so both cases are distinguished even if they coincide. Only undoing an interrupted move by hand
+looks like the interrupted move, which is then completed.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ _OLD = 60.0  # seconds after which a mark is a dead process's: a move takes less
 
 @dataclass(frozen=True)
 class Shown:
-    """What MLflow shows of a model's versions, at one moment of its log."""
+    """MLflow's state of a model's versions at one point of its log."""
 
     stages: Mapping[int, Stage]
     tags: Mapping[int, str]
     aliases: Mapping[str, int]
-    settled: int  # the entry that MLflow is known to have followed
+    settled: int  # the last entry that MLflow is known to reflect
     old_marks: tuple[str, ...]
-    marked: bool  # whether moves leave marks: those of an earlier kshot did not
+    marked: bool  # whether moves leave marks; earlier versions of kshot did not
     ours: bool  # not a model that another program keeps in the same registry
 
 
 def read_log(door: Reader, name: str) -> Log:
-    """A model's log, with all that follows from it; empty if nothing was ever moved."""
+    """A model's audit log; empty if nothing was ever moved."""
     log = Log(name)
     for version in sorted(mlflow_api.versions(door, name + SUFFIX), key=lambda version: int(version.version)):
         log.add(int(version.version), mlflow_api.moment(version.creation_timestamp), json.loads(version.tags[_ENTRY]))
@@ -78,10 +78,10 @@ def read_log(door: Reader, name: str) -> Log:
 
 
 def look(door: Reader, name: str) -> tuple[Log, Shown]:
-    """A model's log and what MLflow shows, of one moment: while both were read, no entry was added."""
+    """A consistent snapshot of a model's log and MLflow's state: no entry was added while both were read."""
     log = read_log(door, name)
     while True:
-        # Marks are read before stages: a mark that is gone by then leaves nothing on its way.
+        # Marks are read before stages: a mark removed by then belongs to a completed move.
         model = mlflow_api.model(door, name)
         known = {int(version.version): version for version in mlflow_api.versions(door, name)}
         newest = read_log(door, name)
@@ -113,7 +113,7 @@ def record(
     expect: int | Unset | None,
     back: bool = False,
 ) -> Audit:
-    """Write a move down and bring MLflow to it; a StageConflictError if `expect` is not in the stage (any more)."""
+    """Log a move and update MLflow; StageConflictError if the version `expect` is not (or no longer) in the stage."""
     if not why.strip():
         raise KshotError("a move is kept for ever, and so is its reason: say why")
     log, _ = settle(door, name)
@@ -138,9 +138,9 @@ def record(
 
 
 def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
-    """Finish moves that were interrupted and add to the log those that were made by other means.
+    """Complete interrupted moves, and add moves that were made outside kshot to the log.
 
-    Returns the log, with which MLflow now agrees, and a sentence for each thing that was put right.
+    Returns the log, which MLflow now matches, and one sentence for each correction.
     """
     log, shown = look(door, name)
     if in_order(log, shown):
@@ -161,12 +161,12 @@ def settle(door: MlflowClient, name: str) -> tuple[Log, list[str]]:
 
 
 def in_order(log: Log, shown: Shown) -> bool:
-    """Whether there is nothing to settle: MLflow agrees with the log and no mark is left, or the model is not ours."""
+    """Whether nothing is to be settled: MLflow matches the log and has no mark, or the model is not kshot's."""
     return not shown.ours or (shown.marked and not shown.old_marks and not differences(log, shown))
 
 
 def differences(log: Log, shown: Shown) -> list[str]:
-    """Where MLflow is not what the log says, in a sentence each."""
+    """Differences of MLflow's state from the log, one sentence each."""
     found = []
     for number, stage in shown.stages.items():
         if stage is not log.stage(number):
@@ -182,7 +182,7 @@ def differences(log: Log, shown: Shown) -> list[str]:
 
 @contextmanager
 def _marked(door: MlflowClient, name: str, settled: int) -> Iterator[None]:
-    """Show on the model that MLflow may be behind its log; for good if the block does not come to its end."""
+    """Mark the model as possibly behind its log; the mark stays if the block does not complete."""
     from mlflow.exceptions import MlflowException
 
     mark = f"{_MARK}{uuid.uuid4().hex[:12]}"
@@ -198,7 +198,7 @@ def _marked(door: MlflowClient, name: str, settled: int) -> Iterator[None]:
 
 
 def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> None:
-    """Add an entry to the log, under a number that the database gives to no one else."""
+    """Append an entry to the log, under a number that the database assigns uniquely."""
     log = name + SUFFIX
     about = (
         f"This is no model: it is the audit log of {name}, which kshot keeps here. Do not serve or delete it. Each "
@@ -221,7 +221,7 @@ def _append(door: MlflowClient, name: str, entry: Mapping[str, Any]) -> None:
 
 
 def _follow(door: MlflowClient, name: str) -> Log:
-    """Bring stages, tags and, last, aliases to what the log says, until no newer entry has come meanwhile."""
+    """Update stages, tags and finally aliases from the log, until no newer entry appears."""
     log = read_log(door, name)
     while True:
         mlflow_api.patiently(partial(_apply, door, name, log))
@@ -234,7 +234,7 @@ def _follow(door: MlflowClient, name: str) -> Log:
 def _apply(door: MlflowClient, name: str, log: Log) -> None:
     known = {int(version.version): version for version in mlflow_api.versions(door, name)}
     stages = {number: Stage(version.current_stage) for number, version in known.items()}
-    # A stage that holds one version is taken in one transaction, which archives whoever was there.
+    # Moving into a stage that holds one version archives the previous one in the same transaction.
     for number in sorted(known, key=lambda number: log.stage(number) not in SINGLE):
         target = log.stage(number)
         others = [other for other in stages if other != number and stages[other] is target and target in SINGLE]

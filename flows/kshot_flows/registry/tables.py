@@ -1,7 +1,7 @@
-"""MLflow's registry read from the tables of an SQLite store: the answers of MLflow's client without importing MLflow.
+"""Reads MLflow's registry directly from the tables of an SQLite store, without importing MLflow.
 
-That import takes a second or two, most of a run in which nothing has changed. What writes goes through the client, and
-so does reading from any other store or layout of tables.
+That import takes a second or two, most of the time of an unchanged run. Writes go through MLflow's client, and
+so do reads from any other store or database schema.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tables:
 
     @classmethod
     def of(cls, database: Path | None) -> Tables | None:
-        """The registry in this file; None where MLflow's client must be asked."""
+        """The registry in this file; None if MLflow's client is needed."""
         if database is None or any(map(os.environ.get, _REDIRECTS)):
             return None
         tables = cls(database)
@@ -60,7 +60,7 @@ class Tables:
         return tables if known and not elsewhere else None
 
     def models(self) -> list[RegisteredModel]:
-        """All models, the logs of their moves among them."""
+        """All models, including audit logs."""
         found = (self.model(name) for (name,) in self._select("SELECT name FROM registered_models"))
         return [model for model in found if model]
 

@@ -1,1 +1,1 @@
-"""How a run's results look: in the terminal, in MLflow, as pictures and tables."""
+"""Presentation of results: terminal output, reports, pictures, tables, and what is logged to MLflow and Prefect."""

@@ -1,4 +1,4 @@
-"""Results as artifacts of a Prefect run: tables, the gate's report, contact sheets, and links to MLflow."""
+"""Artifacts of a Prefect run: result tables, the gate's report, contact sheets, and links to MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHEET = 900  # pixels of a contact sheet's longer side
 
 
 def publish(product: Product) -> None:
-    """Show a task's result on the page of the Prefect run that we are in, if it is in one that has a page."""
+    """Publish a task's result as artifacts of the current Prefect run, if there is one."""
     from prefect.context import FlowRunContext
     from prefect.settings import get_current_settings
 
@@ -29,7 +29,7 @@ def publish(product: Product) -> None:
         return
     try:
         _publish(product)
-    except Exception as error:  # a page is no reason for a run to fail
+    except Exception as error:  # a failed artifact must not fail the run
         progress.say(f"  Prefect's page does not show this result: {type(error).__name__}")
 
 
@@ -82,7 +82,7 @@ def _line(scores: Scores, line: Any) -> dict[str, str]:
 
 
 def _links(version: Registered) -> dict[str, str]:
-    """The pages of MLflow about a version, where a server shows them."""
+    """Links to MLflow's pages about a version, if a server has them."""
     server = stores.uri().rstrip("/")
     if not server.startswith("http"):
         return {}
@@ -95,7 +95,7 @@ def _links(version: Registered) -> dict[str, str]:
 
 
 def _sheet(file: Path) -> str:
-    """A contact sheet as markdown that holds the picture."""
+    """A contact sheet as Markdown with the embedded picture."""
     if not file.is_file():
         return ""
     picture, held = Image.open(file).convert("RGB"), io.BytesIO()
@@ -123,7 +123,7 @@ def _link(what: str, link: str) -> None:
 
 
 def _key(what: str) -> str:
-    """Prefect keeps one history for each key: of one recipe, the flow run's name."""
+    """An artifact key per recipe (the flow run's name), since Prefect keeps one history per key."""
     from prefect.runtime import flow_run
 
     return re.sub(r"[^a-z0-9]+", "-", f"{flow_run.name} {what}".lower()).strip("-")

@@ -1,4 +1,4 @@
-"""The report of a run, one HTML file that needs nothing beside it, and the model card of its version, in Markdown."""
+"""The report of a run (one self-contained HTML file) and the model card of its version (Markdown)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ photos = pd.DataFrame({{"image": [Path("cat.jpg"), Path("dog.jpg"), Path("new.jp
 print(model.predict(photos))  # class, probability and unknown of each photo without a label
 """
 REPORT, CARD = "report.html", "card.md"
-_OPEN, _CLOSE = "<!--gate-->", "<!--/gate-->"  # in a report, around the verdict, which comes later
+_OPEN, _CLOSE = "<!--gate-->", "<!--/gate-->"  # markers in a report around the verdict, which is added later
 
 
 def facts(recipe: Recipe, scores: Scores, bundle: Exported, run: runs.Run) -> dict[str, Any]:
-    """What the templates of both speak of."""
+    """The variables of both templates."""
     about = Manifest.model_validate_json((bundle.folder / MANIFEST).read_bytes())
     tags = run.client.get_run(run.id).data.tags
     changed = " + changes (git.diff in the MLflow run)" if tags.get("kshot.git.dirty") == "true" else ""
@@ -72,7 +72,7 @@ def card(known: Mapping[str, Any]) -> str:
 
 
 def html(known: Mapping[str, Any], pictures: Mapping[str, bytes], number: int) -> str:
-    """The report of a version, with its pictures in it."""
+    """The HTML report of a version, with embedded pictures."""
     inlined = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
     episodes = [name for name in inlined if name.startswith("episodes-")]
     return (
@@ -83,7 +83,7 @@ def html(known: Mapping[str, Any], pictures: Mapping[str, bytes], number: int) -
 
 
 def add_verdict(report: Path, promotion: Promotion, gate: GateReport | None) -> bool:
-    """Write into a report what became of its version; False where it is not there, or another version's by now."""
+    """Add the gate's verdict to a report; False if the report is missing or now belongs to another version."""
     text = report.read_text() if report.is_file() else ""
     if f"<title>{promotion.name} version {promotion.version}</title>" not in text:
         return False
@@ -131,7 +131,7 @@ def _training(scores: Scores) -> str:
 
 
 def _unknown(scores: Scores) -> str | None:
-    """Both errors of the decision that a photo shows none of the classes."""
+    """Both error rates of rejecting unknown photos, as text."""
     line, found = scores.lines[0], scores.lines[0].open_set
     if found is None:
         return None
@@ -145,7 +145,7 @@ def _unknown(scores: Scores) -> str | None:
 
 
 def _uses(recipe: Recipe, scores: Scores, name: str) -> str:
-    """What a recipe takes which splits of a data set for."""
+    """The uses of each split of a data set in a recipe."""
     named = {role: getattr(recipe.dataset, role) for role in ("train", "validation", "unlabelled", "test")}
     parts = [(role, part) for role, splits in named.items() if splits for part in scores.data.parts(splits)]
     return ", ".join(f"{role}: {splits}" for role, (packed, splits) in parts if packed.name == name)

@@ -1,4 +1,4 @@
-"""What of an experiment goes into its MLflow run: numbers while it trains, then scores, files and pictures."""
+"""Logs an experiment to its MLflow run: metrics while training, then scores, files and pictures."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _TRAINING, _RECIPE = "kshot.training", "kshot.recipe.sha256"  # tags of a run
 
 @contextmanager
 def training_run(recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[runs.Run]:
-    """The run of a training: a new one, or the one that a process which was cut off began in this folder."""
+    """The MLflow run of a training: a new one, or the one that an interrupted process began in this folder."""
     note = folder / "mlflow-run.txt"
     if not note.exists() or not note.read_text():
-        note.write_text(uuid.uuid4().hex)  # before the run is made, so that it is found whenever we are killed
+        note.write_text(uuid.uuid4().hex)  # before the run is created, so that it is found after a kill at any time
     mark = (_TRAINING, note.read_text())
     with _run(recipe, data, mark, again=_find(recipe, mark, free=True), patient=True) as run:
         yield run
@@ -44,9 +44,9 @@ def training_run(recipe: Recipe, data: DataVersion, folder: Path) -> Iterator[ru
 
 @contextmanager
 def version_run(recipe: Recipe, data: DataVersion, learner: Trained, bundle: str) -> Iterator[runs.Run]:
-    """The run of a bundle's version: the one that is its own already, or that of its training, or else a new one.
+    """The MLflow run of a bundle's version: an existing one, else that of its training, else a new one.
 
-    That of its training is not taken if it is another bundle's, another recipe's or gone.
+    The training's run is not used if it belongs to another bundle or recipe, or was deleted.
     """
     mark = (CLAIM, bundle)
     again = _find(recipe, mark)
@@ -59,9 +59,9 @@ def version_run(recipe: Recipe, data: DataVersion, learner: Trained, bundle: str
 
 
 def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, model: str) -> dict[str, bytes]:
-    """Everything that was measured of a learner: metrics, tables, files. Returns the pictures, as PNG by name.
+    """Log all measurements of a learner: metrics, tables, files. Returns the pictures, PNG by name.
 
-    What comes of validation and test goes to its logged model as well, beside the name of the data set.
+    Metrics of validation and test are also logged to its logged model, with the name of the data set.
     """
     from mlflow.entities import Metric
 
@@ -79,7 +79,7 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
         kept |= {f"calibration.{size}.{name}": value for name, value in values.items() if np.isfinite(value)}
     tested = {ref.name: ref.digest for ref in scores.data.refs(recipe.dataset)}
     data = scores.data.parts(recipe.dataset.test)[0][0].name
-    when = int(1000 * scores.report.file.stat().st_mtime)  # so that what is logged twice is there once
+    when = int(1000 * scores.report.file.stat().st_mtime)  # so that repeated logging gives one entry
     metrics = [
         Metric(name, value, when, learner.best_step, model, *((data, tested[data]) if name.startswith("test.") else ()))
         for name, value in kept.items()
@@ -109,14 +109,14 @@ def log_scores(run: runs.Run, recipe: Recipe, learner: Trained, scores: Scores, 
 
 
 def log_verdict(version: Registered, promotion: Promotion) -> None:
-    """Add what became of a version to its report, in its folder and in the MLflow run."""
+    """Add the gate's verdict to the report of a version, in its folder and in the MLflow run."""
     report = version.evidence.file.with_name(card.REPORT)
     if card.add_verdict(report, promotion, registry.gate_report(version.name, version.version)):
         stores.client().log_artifact(version.run, str(report))
 
 
 def _unknown(line: Line) -> dict[str, float]:
-    """What was found of unknown classes, by the names that metrics and columns have."""
+    """Results on unknown classes, by the names of metrics and columns."""
     found = line.open_set
     return {} if found is None else {
         "accepted": found.accepted, "false_accepts": found.false_accepts, "auroc": found.auroc,
@@ -145,7 +145,7 @@ def _figures(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple
 
 
 def _episode(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple[str, Figure]]:
-    """One test episode, the first, as one sees it and as the learner does."""
+    """Pictures of the first test episode: its images, and its embeddings."""
     from kshot_flows.report import pictures
 
     model = learners.load(learner.learner.file)
@@ -172,7 +172,7 @@ def _episode(recipe: Recipe, learner: Trained, scores: Scores) -> Iterator[tuple
 def _run(
     recipe: Recipe, data: DataVersion, mark: tuple[str, str], again: str | None, patient: bool = False
 ) -> AbstractContextManager[runs.Run]:
-    """A new run with this tag, or `again` one that has it."""
+    """A new run with this tag, or the run `again` that has it."""
     own, *others = data.refs(recipe.dataset)
     return runs.run(
         recipe.name, recipe=recipe.model_dump(mode="json"), data=own, others=others, seed=recipe.seed,
@@ -181,7 +181,7 @@ def _run(
 
 
 def _find(recipe: Recipe, mark: tuple[str, str], *, free: bool = False) -> str | None:
-    """The run of this very recipe that has a tag; with `free`, only if it is no bundle's."""
+    """The run of this recipe with a tag; with `free`, only if it belongs to no bundle."""
     door = stores.client()
     if (experiment := door.get_experiment_by_name(recipe.name)) is None:
         return None
@@ -192,7 +192,7 @@ def _find(recipe: Recipe, mark: tuple[str, str], *, free: bool = False) -> str |
 
 
 def _is_free(run_id: str, recipe: Recipe) -> bool:
-    """Whether a run is there, of this very recipe, and of no version yet."""
+    """Whether a run exists, is of this recipe, and belongs to no version yet."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -200,7 +200,7 @@ def _is_free(run_id: str, recipe: Recipe) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return False  # deleted for good, or in another store
+        return False  # permanently deleted, or in another store
     tags = run.data.tags
     return (
         run.info.lifecycle_stage == "active"

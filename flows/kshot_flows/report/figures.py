@@ -1,6 +1,6 @@
-"""The committed figures: what our learners reached, and what their papers say: the one source of every table.
+"""The committed figures, measured and published: the single source of all result tables.
 
-`bench/record_figures.py` puts a finished run into `figures.json`, `bench/results_table.py` writes the tables of
+`bench/record_figures.py` adds a finished run to `figures.json`, `bench/results_table.py` writes the tables of
 docs/results.md from it, and `kshot algorithms NAME` shows a learner's part. Accuracies are in %.
 """
 
@@ -22,7 +22,7 @@ MAY_LACK: Mapping[str, Mapping[str, float]] = {"omniglot": {"5w1s": 0.5, "5w5s":
 
 
 class Figure(NamedTuple):
-    """An accuracy in %, and half its 95 % interval where it is known."""
+    """An accuracy in %, and half its 95 % interval if known."""
 
     accuracy: Annotated[float, Field(ge=0, le=100)]
     margin: Annotated[float, Field(ge=0)] | None = None
@@ -34,10 +34,10 @@ class Figure(NamedTuple):
 
 
 class Trust(NamedTuple):
-    """How far answers at one size of episode can be trusted, in %: thresholds and temperatures are from validation."""
+    """Calibration and rejection of unknown classes at one episode size, in %, with thresholds from validation."""
 
     ece: float  # expected calibration error
-    auroc: float | None  # of telling unknown classes from known ones
+    auroc: float | None  # AUROC of known against unknown queries
     false_accepts: float | None  # queries of unknown classes that pass
     accepted: float | None  # queries of known classes that pass, at the same threshold
 
@@ -54,7 +54,7 @@ class _Part(BaseModel):
 
 
 class Run(_Part):
-    """One of our trainings, and what it reached on test episodes."""
+    """One of our trainings, and its accuracies on test episodes."""
 
     learner: str
     command: str = Field(description="that gives these figures")
@@ -70,17 +70,17 @@ class Run(_Part):
 
     @property
     def shapes(self) -> list[str]:
-        """The sizes of episode that it was tested at, small ones first."""
+        """The episode sizes of its test, small ones first."""
         return sorted(self.inductive, key=_size)
 
     @property
     def time(self) -> str:
-        """How long meta-training took, and where."""
+        """Duration of meta-training, and the machine."""
         return "" if self.minutes is None else ", ".join(filter(None, [f"{self.minutes:.0f} min", self.machine]))
 
 
 class Published(_Part):
-    """What a paper says, or what its code gave to others."""
+    """Figures of a paper, or of its code run by others."""
 
     source: str
     code: str | None = Field(None, description="whose code somebody ran again ('official'); None for a paper's figure")
@@ -89,13 +89,13 @@ class Published(_Part):
     figures: dict[Shape, Figure]
 
     def show(self, shape: str) -> str:
-        """Its figure and what must be known of it: `t` for transductive, `?` for from memory, and whose code it was."""
+        """The figure with its marks: `t` transductive, `?` not checked against the paper, and whose code it was."""
         whose = f" ({self.code})" if self.code not in (None, "official") else ""
         return f"{self.figures[shape]}{' t' if self.transductive else ''}{'' if self.verified else ' ?'}{whose}"
 
 
 class Figures(BaseModel):
-    """All of them."""
+    """All runs and published figures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,22 +104,22 @@ class Figures(BaseModel):
 
     @property
     def data(self) -> list[str]:
-        """What there are tables of."""
+        """The data sets that have tables."""
         return list(dict.fromkeys(run.data for run in self.runs))
 
     def rows(self, *, data: str | None = None, learner: str | None = None) -> Iterator[Row]:
-        """One for each run and size of episode."""
+        """A row for each run and episode size."""
         for run in self.runs:
             if data in (None, run.data) and learner in (None, run.learner):
                 for shape in run.shapes:
                     yield Row(run, shape, self._find(run, shape, code=False), self._find(run, shape, code=True))
 
     def sources(self, data: str) -> list[Published]:
-        """What stands beside the runs on these data."""
+        """The published figures for these data."""
         return [entry for run in self.runs if run.data == data for entry in self.published if _same(entry, run)]
 
     def with_run(self, run: Run) -> Figures:
-        """These, with a run in the place of the one that it repeats, or at the end of its data."""
+        """These figures with a run added, replacing the one that it repeats if there is one."""
         others = [known for known in self.runs if not _same(known, run)]
         places = [i for i, known in enumerate(self.runs) if _same(known, run)]
         last = max((i + 1 for i, known in enumerate(others) if known.data == run.data), default=len(others))
@@ -133,7 +133,7 @@ class Figures(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """Our figure at one size of episode, beside the published one."""
+    """Our figure at one episode size, beside the published one."""
 
     run: Run
     shape: str
@@ -150,7 +150,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's: like with like, so transductive if both are."""
+        """Ours minus the paper's, in the same protocol if possible (transductive if both are)."""
         if self.paper is None:
             return None
         like = self.transductive if self.paper.transductive and self.transductive else self.ours
@@ -158,13 +158,13 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the difference stays within the pass mark; None where there is no mark or no difference."""
+        """Whether the difference is within the pass mark; None without a mark or a difference."""
         mark = MAY_LACK.get(self.run.data, {}).get(self.shape)
         return None if mark is None or self.difference is None else self.difference >= -mark
 
     @property
     def verdict(self) -> str:
-        """The difference, and whether it stays within the pass mark."""
+        """The difference, and whether it is within the pass mark, as text."""
         if self.difference is None:
             return ""
         mark = {True: " ✓", False: " ✗", None: ""}[self.passed]
@@ -176,7 +176,7 @@ def load(file: Path = FILE) -> Figures:
 
 
 def save(figures: Figures, file: Path = FILE) -> None:
-    """Write them so that a change of one figure is a change of one line."""
+    """Write the figures with one figure per line, for small diffs."""
     text = json.dumps(figures.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False)
     file.write_text(re.sub(r"\[\s*([\d.]+),\s*([\d.]+|null)\s*\]", r"[\1, \2]", text) + "\n")
 

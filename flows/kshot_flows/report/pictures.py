@@ -1,4 +1,4 @@
-"""The pictures of a run: numbers in, a matplotlib figure out. No window is opened and nothing is kept."""
+"""The pictures of a run: functions from numbers to matplotlib figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from kshot.evaluation.calibration import Calibration
     from kshot.evaluation.open_set import OpenSet
 
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2f6fad", "#d9822b", "#3a923a", "#c23b3b", "#8a8a8a"  # told apart in grey too
+_BLUE, _ORANGE, _GREEN, _RED, _GREY = (
+    "#2f6fad",
+    "#d9822b",
+    "#3a923a",
+    "#c23b3b",
+    "#8a8a8a",
+)  # distinguishable in greyscale
 _LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.85}
 _STAR: dict[str, Any] = {"marker": "*", "edgecolors": "black", "linewidths": 0.8}
 _SHARE = PercentFormatter(1, symbol=" %")
@@ -28,7 +34,7 @@ def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # A class may be named in a script that matplotlib's font lacks: boxes will do.
+        # Class names in scripts that matplotlib's font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
@@ -43,7 +49,7 @@ def learning_curve(
     *,
     chosen: int | None = None,
 ) -> Figure:
-    """Training loss, and validation accuracy with its 95 % interval; `chosen` is the step whose weights were kept."""
+    """Training loss, and validation accuracy with its 95 % interval; `chosen` is the step of the best weights."""
     figure = _figure(7.5, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     at, losses = np.asarray(train_steps, float), np.asarray(train_losses, float)
@@ -71,7 +77,7 @@ def learning_curve(
 
 
 def episode_accuracies(accuracies: Sequence[float] | np.ndarray, title: str = "Accuracy by episode") -> Figure:
-    """How accuracy spreads over episodes, with its mean and the mean's 95 % interval."""
+    """Histogram of accuracy over episodes, with the mean and its 95 % interval."""
     values = np.asarray(accuracies, float)  # (episodes,)
     mean, half = (
         float(values.mean()),
@@ -99,7 +105,7 @@ def episode_accuracies(accuracies: Sequence[float] | np.ndarray, title: str = "A
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str], title: str = "One episode") -> Figure:
-    """Which class was taken for which: rows are the true classes, columns the predicted ones."""
+    """Confusion matrix: rows are the true classes, columns the predicted ones."""
     ways = len(names)
     counts = np.zeros((ways, ways), int)  # (true, predicted)
     np.add.at(counts, (np.asarray(truth, int), np.asarray(predicted, int)), 1)
@@ -168,7 +174,7 @@ def embedding_map(
 def reliability(
     confidences: np.ndarray, right: np.ndarray, *, ece: float, bins: int = 15, title: str = "Reliability"
 ) -> Figure:
-    """Accuracy against confidence in equal bins; on the diagonal, a probability means what it says."""
+    """Reliability diagram: accuracy against confidence in equal bins; on the diagonal it is calibrated."""
     confidences, right = np.asarray(confidences, float), np.asarray(right, float)  # (answers,)
     bin_of = np.minimum((confidences * bins).astype(int), bins - 1)
     counts = np.bincount(bin_of, minlength=bins)
@@ -233,18 +239,18 @@ def episode_sheet(
     ways: int = 10,
     queries: int = 8,
 ) -> Figure:
-    """An episode as one sees it: a row for each class, its support first, then its queries framed right or wrong.
+    """The images of an episode: a row per class with its support, then its queries, framed by right or wrong.
 
     Images are uint8, (N, C, H, W) with one or three channels. At most `ways` rows and `queries` queries in a row are
-    drawn, the wrong ones first; a wrong one says what it was taken for.
+    drawn, wrong ones first and labelled with the predicted class.
     """
     labels, truth, predicted = (np.asarray(values, int) for values in (support_labels, query_labels, predicted))
     rows = list(range(min(ways, len(names))))
     shots = min(5, max(int((labels == way).sum()) for way in rows))
     shown = min(queries, max(int((truth == way).sum()) for way in rows))
-    # Placed by hand, in inches: names over the pictures must not push them apart.
+    # Fixed layout in inches, so that long names do not move the pictures apart.
     cell, gap, left, top = 0.86, 0.3, 1.75, 0.85
-    width = max(left + cell * (shots + shown) + gap + 0.1, left + cell * shots + gap + 3.6)  # for the words over them
+    width = max(left + cell * (shots + shown) + gap + 0.1, left + cell * shots + gap + 3.6)  # for the labels above
     height = top + (cell + 0.16) * len(rows)
     figure = Figure(figsize=(width, height))
 
@@ -307,7 +313,7 @@ def _image(axes: Axes, image: np.ndarray, frame: str) -> None:
 
 
 def _short(name: str, length: int = 18) -> str:
-    """A class name that fits, without its middle if it must; matplotlib would take $ for mathematics."""
+    """A class name shortened in the middle to fit, with $ escaped for matplotlib."""
     half = (length - 1) // 2
     text = name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
     return text.replace("$", r"\$")

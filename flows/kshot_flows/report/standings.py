@@ -1,4 +1,4 @@
-"""How recipes stand to each other: accuracies on the same episodes, their paired differences, and what each costs."""
+"""A comparison of recipes: accuracies on the same episodes, paired differences, and costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Verdict = Literal["better", "worse", "no difference"]
 
 @dataclass(frozen=True)
 class Draw:
-    """How episodes are drawn: their size, and by which protocol."""
+    """Episode size and protocol."""
 
     shape: Shape
     protocol: str = "random photos"
@@ -26,7 +26,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Measured:
-    """One recipe's accuracy on some episodes, how far it is from another's on the very same ones, and its calibration.
+    """One recipe's accuracy on some episodes, its paired difference to another recipe, and its calibration.
 
     The last two are of all episodes that the recipe asks for.
     """
@@ -40,12 +40,12 @@ class Measured:
 
     @classmethod
     def of(cls, accuracies: np.ndarray, reference: np.ndarray, ece: float, open_set: OpenSet | None) -> Measured:
-        """From the accuracy of every episode: (episodes,), in the same order for both."""
+        """From per-episode accuracies (episodes,), in the same order for both recipes."""
         return cls(*interval(accuracies), *interval(accuracies - reference), ece, open_set)
 
     @property
     def verdict(self) -> Verdict:
-        """In words: where the interval of the difference holds zero, the episodes show none."""
+        """The difference in words: "no difference" if its interval contains zero."""
         if abs(self.difference) <= self.difference_margin:
             return "no difference"
         return "better" if self.difference > 0 else "worse"
@@ -53,10 +53,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Cost:
-    """What using a bundle takes."""
+    """The costs of a bundle."""
 
-    adapt_ms: float  # adapting to one episode's support set
-    classify_ms: float  # classifying one photo
+    adapt_ms: float  # to adapt to one episode's support set
+    classify_ms: float  # to classify one photo
     parameters: int  # that serving needs
     bundle_bytes: int
 
@@ -73,19 +73,19 @@ class Standing:
 
 @dataclass(frozen=True)
 class Standings:
-    """All of them; differences are to the first."""
+    """All rows; differences are relative to the first."""
 
     data: str
-    episodes: dict[Draw, int]  # of each kind that all recipes share: how many all of them played
+    episodes: dict[Draw, int]  # number of shared episodes of each kind
     rows: tuple[Standing, ...]
-    rounds: int  # over which times were taken
+    rounds: int  # rounds of timing
 
     @property
     def draws(self) -> list[Draw]:
         return list(self.episodes)
 
     def label(self, draw: Draw) -> str:
-        """Episodes in words, which name the protocol unless all are of random photos."""
+        """Episodes in words, with the protocol unless all use random photos."""
         named = any(each.protocol != "random photos" for each in self.draws)
         return f"{draw.shape.ways}-way {draw.shape.shots}-shot" + (f", {draw.protocol}" if named else "")
 
@@ -94,7 +94,7 @@ class Standings:
         return self.rows[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """The table, as JSON has it."""
+        """The table as a JSON object."""
         rows = []
         for row in self.rows:
             episodes = [
@@ -116,7 +116,7 @@ class Standings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result, and where it was put."""
+    """The result, its folder and its MLflow run."""
 
     standings: Standings
     folder: Path

@@ -1,4 +1,4 @@
-"""How a comparison looks: tables for the terminal, and one picture."""
+"""Displays a comparison: tables for the terminal, and one picture."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.markup import escape
 from kshot_flows.console.tables import NARROW, TRUST, numbers, table, trust
 from kshot_flows.report.standings import Draw, Measured, Standings
 
-_COLOURS = {"better": "#3a923a", "worse": "#d9822b", "no difference": "#2f6fad"}  # told apart in grey too
+_COLOURS = {"better": "#3a923a", "worse": "#d9822b", "no difference": "#2f6fad"}  # distinguishable in greyscale
 _REFERENCE, _GREY = "#222222", "#8a8a8a"
 _STYLES = {"better": "green", "worse": "yellow", "no difference": "blue"}
-_LABEL = 26  # characters of a recipe in a line of the picture
+_LABEL = 26  # maximal characters of a recipe's name per line of the picture
 
 _COSTS = {
     "adapting to {support} photos": lambda cost: (cost.adapt_ms, _ms(cost.adapt_ms)),
@@ -29,7 +29,7 @@ _COSTS = {
 
 
 def tables(found: Standings) -> Iterator[Any]:
-    """What the terminal shows."""
+    """Tables for the terminal."""
     yield f"\n[bold]The same test episodes for all, of {found.data}[/bold]"
     listed = table("in %", "accuracy", "difference", "ECE", *TRUST[1:], padding=NARROW)
     numbers(listed, 6)
@@ -60,9 +60,9 @@ def tables(found: Standings) -> Iterator[Any]:
 
 
 def picture(found: Standings) -> Figure:
-    """Accuracies above, a panel for each kind of episode, coloured by how they differ from the first.
+    """Accuracies in one panel per kind of episode, coloured by the difference to the first recipe.
 
-    Below them known photos that pass and unknown ones let in, and last the costs.
+    Below: known photos that pass and unknown ones let in, and costs.
     """
     labels = ["\n".join(textwrap.wrap(row.label, _LABEL, break_long_words=False)) for row in found.rows]
     lines = sum(label.count("\n") + 1 for label in labels)

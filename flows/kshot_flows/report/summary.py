@@ -1,4 +1,4 @@
-"""What a run of the pipeline says at its end: what was done, how good it is, and where to look next."""
+"""The summary that a run prints at its end: steps, accuracy, and links to results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def show(done: Sequence[Done], command: str) -> None:
-    """Print the result of a pipeline whose steps are `done`; `command` is what started it."""
+    """Print the result of a pipeline from its steps `done`; `command` is the command that started it."""
     out = console()
     out.print(_steps(done))
     products = [step.product for step in done]
@@ -47,11 +47,13 @@ def show(done: Sequence[Done], command: str) -> None:
     bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
     if bundle and version and promotion:
         out.print(_verdict(promotion))
-        out.print(_next(bundle, version, promotion, command), soft_wrap=True)  # to copy: paths and commands stay whole
+        out.print(
+            _next(bundle, version, promotion, command), soft_wrap=True
+        )  # paths and commands are not wrapped, so that they can be copied
 
 
 def show_profile(profile: Profile, folder: Path | None) -> None:
-    """Print where the time went, and where the traces are."""
+    """Print time and memory per step, and the folder of the traces."""
     out = console()
     if folder is None:
         out.print("Nothing ran, so there is no profile. Change a value that training depends on, such as seed=2.")
@@ -62,7 +64,7 @@ def show_profile(profile: Profile, folder: Path | None) -> None:
 
 
 def show_comparison(found: Comparison, command: str) -> None:
-    """Print how recipes stand to each other, and where to look next."""
+    """Print a comparison of recipes, and links to its results."""
     from kshot_flows.report import standings_view  # brings matplotlib
 
     out = console()
@@ -123,7 +125,7 @@ def _summary(product: Product) -> str:
 
 
 def _tried(trained: Trained) -> Table:
-    """The head that was chosen, and the best of each other learner."""
+    """The selected head, and the best candidate of each other learner."""
     shapes = trained.tried[0].shapes
     listed = table("heads tried, the best of each learner", *map(_size, shapes), "seconds", "", padding=NARROW)
     numbers(listed, len(shapes) + 1)
@@ -158,7 +160,7 @@ def _verdict(promotion: Promotion) -> str:
 
 
 def served(done: Sequence[Done]) -> str:
-    """What `kshot serve` takes to serve the result: the version in production, or the bundle that waits."""
+    """The argument of `kshot serve` for the result: the version in production, or the bundle."""
     products = [step.product for step in done]
     bundle, promotion = _find(products, Exported), _find(products, Promotion)
     return _source(bundle, promotion) if bundle and promotion else ""
@@ -187,7 +189,7 @@ def _next(bundle: Exported, version: Registered, promotion: Promotion, command: 
 
 
 def _pages() -> str:
-    """Where MLflow shows it all."""
+    """Links to MLflow's pages."""
     store = stores.uri()
     return stores.public(store if store.startswith("http") else f"mlflow ui --backend-store-uri {store}")
 

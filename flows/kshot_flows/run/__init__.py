@@ -1,1 +1,1 @@
-"""How flows are started: from the command line, on a schedule, with an embedded API."""
+"""Starting flows: from the command line, on a schedule, with an embedded or configured Prefect API."""

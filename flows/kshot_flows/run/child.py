@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it: a flow run, or Prefect's server."""
+"""Child processes (a flow run, or Prefect's server) that end with their parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULE = "kshot_flows.cli.child"  # calls `main`
 
 
 def start(*what: str, environment: Mapping[str, str], output: IO[Any] | None = None) -> subprocess.Popen[bytes]:
-    """Start `server`, or `run` with the id of a flow run, in a session of its own: Ctrl-C reaches it through us."""
+    """Start `server`, or `run` with the id of a flow run, in a new session, so that Ctrl-C is handled by the parent."""
     return subprocess.Popen(
         [sys.executable, "-m", _MODULE, str(os.getpid()), *what],
         env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -27,7 +27,7 @@ def start(*what: str, environment: Mapping[str, str], output: IO[Any] | None = N
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Ask a process to end, and kill it with all that it started if it has not done so after `seconds`."""
+    """Terminate a process, and kill its process group if it has not ended after `seconds`."""
     process.terminate()
     try:
         process.wait(seconds)
@@ -37,12 +37,12 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _tie_to(parent: int) -> None:
-    """End this process as soon as `parent` has ended, however that ended."""
+    """End this process as soon as `parent` has ended, even by a kill."""
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
-    def watch() -> None:  # on other systems, and for a parent that has ended already
+    def watch() -> None:  # on other systems, and if the parent has already ended
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -51,7 +51,7 @@ def _tie_to(parent: int) -> None:
 
 
 def main(sentence: Callable[[BaseException], str]) -> None:
-    """What is started; `sentence` says what an error of the run means."""
+    """The child's entry point; `sentence` converts an error to a message."""
     _tie_to(int(sys.argv[1]))
     _run(UUID(sys.argv[3]), sentence) if sys.argv[2] == "run" else _serve()
 
@@ -63,19 +63,24 @@ def _run(flow_run: UUID, sentence: Callable[[BaseException], str]) -> None:
 
     from kshot_flows.pipeline import pipeline
 
-    logging.raiseExceptions = False  # or it prints what it could not send to a server that is away
-    sys.argv = ["kshot", "schedules"]  # what messages say to look at
+    logging.raiseExceptions = False  # else it prints log records that it could not send to a server
+    sys.argv = ["kshot", "schedules"]  # messages that suggest a look name this command
     try:
         with get_client(sync_client=True) as client:
             found = client.read_flow_run(flow_run)
         asked: dict[str, Any] = {"changes": None, **found.parameters}
-        sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]  # and to run again
+        sys.argv = [
+            "kshot",
+            "run",
+            asked["recipe"],
+            *(asked["changes"] or []),
+        ]  # messages that suggest a repetition name this one
         run_flow(pipeline, flow_run=found)
-    except Abort:  # it was cancelled
+    except Abort:  # the run was cancelled
         pass
     except TerminationSignal:
         sys.exit(128 + signal.SIGTERM)
-    except Exception as error:  # its traceback is on the run's page
+    except Exception as error:  # the traceback is on the run's page
         sys.exit(sentence(error))
 
 

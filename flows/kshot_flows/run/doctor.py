@@ -1,4 +1,4 @@
-"""Whether what a project stands on is there and fits together: libraries, devices, disk, servers, data, registry."""
+"""`kshot doctor`: checks libraries, devices, disk, servers, data and registry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _State = Literal["ok", "warning", "wrong"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: _State
@@ -34,7 +34,7 @@ _Found = Iterator[tuple[_State, str, str]]
 
 
 def examine(explain: Callable[[BaseException], str]) -> Iterator[Finding]:
-    """Look at everything; an error is a finding too, in the words of `explain`."""
+    """Run all checks; an exception becomes a finding, with the message of `explain`."""
     for what, check in _CHECKS.items():
         try:
             for state, says, todo in check():

@@ -1,4 +1,4 @@
-"""Prefect's API: the server that is set up, or else one of our own in a thread of this process."""
+"""Prefect's API: the configured server, or else an embedded one in a thread of this process."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from kshot_runtime.errors import KshotError
 
 
 def configured() -> bool:
-    """Whether the user has set up a Prefect server."""
+    """Whether a Prefect server is configured."""
     return bool(PREFECT_API_URL.value())
 
 
 @contextmanager
 def api() -> Iterator[str]:
-    """A Prefect API for the block: the one that is set up (PREFECT_API_URL or a profile), or else one of our own.
+    """A Prefect API for the block: the configured one (PREFECT_API_URL or a profile), or else an embedded one.
 
-    Ours runs in a thread, so it ends with this process however that ends, and starts in two seconds where Prefect's
-    own takes eight. It keeps its records in `.kshot/prefect.db`, and starts no scheduled runs.
+    The embedded one runs in a thread, so it ends with this process, and starts in two seconds, while Prefect's
+    own takes eight. Its database is `.kshot/prefect.db`, and it starts no scheduled runs.
     """
     if url := PREFECT_API_URL.value():
         with get_client(sync_client=True) as client:
@@ -52,7 +52,7 @@ def api() -> Iterator[str]:
     folder = project.home() / ".kshot"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # its thread would add a second to every flow
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # its thread would add a second to each flow
         PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
         PREFECT_API_BLOCKS_REGISTER_ON_START: False,
         PREFECT_LOGGING_TO_API_ENABLED: False,
@@ -74,7 +74,7 @@ def _server(folder: Path) -> Iterator[str]:
         # Settings are context variables, which a new thread does not inherit.
         context = copy_context()
         thread = threading.Thread(target=context.run, args=(server.run, [listening]), name="prefect", daemon=True)
-        with FileLock(folder / "prefect.lock"):  # the first start makes the tables
+        with FileLock(folder / "prefect.lock"):  # the first start creates the tables
             thread.start()
             while not server.started:
                 if not thread.is_alive():
@@ -83,6 +83,6 @@ def _server(folder: Path) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
         finally:
-            EventsWorker.drain_all(timeout=10)  # what happened is sent on by a thread of its own
+            EventsWorker.drain_all(timeout=10)  # events are sent by a separate thread
             server.should_exit = True
             thread.join(timeout=10)

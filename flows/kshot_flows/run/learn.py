@@ -1,4 +1,4 @@
-"""`kshot learn`: from a folder of photos to a model, by the recipe `photos` with the sizes that the photos allow."""
+"""`kshot learn`: runs the recipe `photos` on a folder of photos, with episode sizes that the photos allow."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from kshot_flows.store import embeddings
 from kshot_runtime.errors import KshotError
 
 RECIPE = "photos"
-FEW_CLASSES = 8  # below it no class is set aside for the figures: they are cross-validated
-MANY_PHOTOS = 5  # of a class: what the figures are given for, beside one
+FEW_CLASSES = 8  # with fewer classes none is held out for testing: accuracy is cross-validated
+MANY_PHOTOS = 5  # photos per class of the second reported accuracy; the first is at one photo
 
 
 @dataclass(frozen=True)
 class Photos:
-    """A data set as far as it decides what can be learned from it."""
+    """The properties of a data set that determine the settings of `kshot learn`."""
 
     name: str
     classes: int
-    tested: int  # classes that are set aside for the figures
+    tested: int  # held-out test classes
     photos: int
-    fewest: int  # photos of the smallest class
+    fewest: int  # number of photos of the smallest class
 
     @classmethod
     def of(cls, found: ImageSet) -> Photos:
@@ -49,7 +49,7 @@ class Photos:
 
 
 def bring_in(source: str, name: str | None, group_by: str | None, size: int) -> Photos:
-    """The data set of a folder or zip, imported unless it is there unchanged; or a data set by its name."""
+    """The data set of a folder or zip, imported unless it is unchanged; or an existing data set by name."""
     root, path = versioning.data_root(), Path(source)
     if not path.exists():
         return Photos.of(ImageSet.open(root / source))
@@ -83,7 +83,7 @@ def bring_in(source: str, name: str | None, group_by: str | None, size: int) -> 
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when a file of a folder is added, removed or changed, or a zip is another."""
+    """A fingerprint of a folder's files or of a zip, which changes when they change."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -94,7 +94,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _split(path: Path) -> str | None:
-    """The shares of classes to learn from and to test on; None where the folders say it themselves."""
+    """The shares of classes to learn from and to test on; None if the folders define the split."""
     with list_images([path]) as listing:
         if all(picture.split for picture in listing.pictures):
             return None
@@ -104,7 +104,7 @@ def _split(path: Path) -> str | None:
 
 
 def changes(photos: Photos, chosen: Sequence[str], backbone: str | None, across: bool) -> list[str]:
-    """The values of the recipe that follow from the photos, and from what was asked for."""
+    """Recipe overrides that follow from the photos and the command's options."""
     if photos.classes < 3 or photos.fewest < 2:
         raise KshotError(
             f"{photos.name} has {photos.classes} classes, the smallest with {photos.fewest} photos. Choosing a head, "
@@ -133,7 +133,7 @@ def changes(photos: Photos, chosen: Sequence[str], backbone: str | None, across:
 
 
 def _text(value: Any) -> str:
-    """A value as it is typed: a word stands for itself, unless it would be read as something else."""
+    """A value as an override: words are quoted only if they would otherwise be parsed as another type."""
     try:
         return json.dumps(value) if not isinstance(value, str) or tomllib.loads(f"value = {value}") else value
     except tomllib.TOMLDecodeError:
@@ -141,7 +141,7 @@ def _text(value: Any) -> str:
 
 
 def announce(photos: Photos, settings: Sequence[str]) -> None:
-    """Say before it starts what there is, how long it will take and what memory it needs."""
+    """Print the data set, and the expected time and memory, before the start."""
     recipe = recipes.load(RECIPE, settings)
     image = ImageSet.open(versioning.data_root() / photos.name)
     seconds = _seconds_an_image(recipe.variants()[0], image)
@@ -168,7 +168,7 @@ def _seconds_an_image(recipe: Recipe, images: ImageSet) -> float:
 
 
 def advice(photos: Photos) -> list[str]:
-    """What more photos or classes would help with."""
+    """Sentences on what more photos or classes would improve."""
     found = []
     if not photos.tested:
         found.append(
@@ -198,7 +198,7 @@ def _tell(report: ImportReport) -> None:
 
 
 def write_recipe(settings: Sequence[str], file: Path) -> None:
-    """The recipe with these settings as a file of its own."""
+    """Write the recipe with these settings to a file."""
     if file.exists():
         raise KshotError(f"{file} is there already. Choose another name, or remove it.")
     recipe = Recipe.load(recipes.find(RECIPE), recipes.changes(settings))
@@ -216,7 +216,7 @@ def write_recipe(settings: Sequence[str], file: Path) -> None:
 
 
 def fill(url: str, key: str | None, source: str, name: str) -> None:
-    """Make or complete a label space at a server with the photos of a folder or zip."""
+    """Create or complete a label space on a server from the photos of a folder or zip."""
     from kshot_serve.client import Client
 
     with Client(url, key) as client, progress.busy(f"filling the label space {name} at {url}"):

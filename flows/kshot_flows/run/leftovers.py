@@ -1,4 +1,4 @@
-"""What faults leave behind, and how each is removed: found first, removed only when asked."""
+"""`kshot gc`: finds leftovers of interrupted work, and removes them on request."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from kshot_flows.store import embeddings, results
 from kshot_flows.tracking import runs, stores
 from kshot_runtime.errors import KshotError
 
-_IDLE = 3600.0  # seconds after which what another process may be writing counts as left behind
+_IDLE = 3600.0  # seconds without a write after which a file counts as left behind
 _HISTORY = ("prefect.db", "prefect.db-wal", "prefect.db-shm")
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that can go."""
+    """Something that can be removed."""
 
     kind: str
     what: str
-    size: int  # bytes, 0 where it is no file
+    size: int  # bytes, 0 if it is not a file
     remove: Callable[[], object]
 
 
 def find(extras: Collection[str] = ()) -> Iterator[Leftover]:
-    """Everything in the project and in its registry that nothing uses any more.
+    """Everything in the project and its registry that is no longer used.
 
-    And of `extras`, what may still be of use: "trainings", "embeddings", "prefect", "mlflow", "dvc".
+    With `extras` also what may still be useful: "trainings", "embeddings", "prefect", "mlflow", "dvc".
     """
     home = project.home()
     hidden, root = home / ".kshot", versioning.data_root()
@@ -68,7 +68,7 @@ def find(extras: Collection[str] = ()) -> Iterator[Leftover]:
 
 
 def _registry(deleted: bool) -> Iterator[Leftover]:
-    """What is left in MLflow: runs of processes that are gone, interrupted moves, versions that are there twice."""
+    """Leftovers in MLflow: runs of dead processes, interrupted moves, duplicate versions."""
     from mlflow.entities import ViewType
 
     door = stores.client()
@@ -104,7 +104,7 @@ def _path(kind: str, path: Path) -> Leftover:
 
 
 def _idle(path: Path, hours: float = _IDLE / 3600) -> bool:
-    """Whether nothing in it was written for so long."""
+    """Whether nothing in it was written for this long."""
     newest = max((each.stat().st_mtime for each in (path, *path.rglob("*"))), default=0.0)
     return time.time() - newest > 3600 * hours
 

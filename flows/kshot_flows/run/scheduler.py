@@ -1,6 +1,6 @@
-"""The process behind `kshot schedule`: it starts the due runs of a Prefect deployment, one by one, as children.
+"""The process of `kshot schedule`: starts due runs of a Prefect deployment, one at a time, as child processes.
 
-Prefect's own runner has a run wait for each slot that was missed, and leaves its children behind when it is killed.
+Prefect's own runner starts a run for each missed slot, and leaves its children running when it is killed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from kshot_flows.run.server import Server
 from kshot_flows.tracking import stores
 from kshot_runtime.errors import KshotError
 
-_RUN_SECONDS = 6  # for a run to end by itself before it is killed: the schedule ends within 15 s
-_CLOCK_SECONDS = 60  # that the clock may go back without our counting the slots anew
-_REPLACED_SECONDS = 60  # that an earlier schedule of the recipe has to end itself
+_RUN_SECONDS = 6  # seconds for a run to end before it is killed: the schedule ends within 15 s
+_CLOCK_SECONDS = 60  # seconds that the clock may go back without recomputing the slots
+_REPLACED_SECONDS = 60  # seconds for an earlier schedule of the recipe to end itself
 
 
 def serve(
@@ -56,10 +56,10 @@ def serve(
     timezone: str = "UTC",
     notify: str | None = None,
 ) -> None:
-    """Run a recipe whenever it is due, one run at a time, until this process is told to end.
+    """Run a recipe whenever it is due, one run at a time, until this process gets a signal to end.
 
-    It takes the place of an earlier schedule of the recipe. Slots that were missed, because a run took long or
-    because nothing ran, give one run. The recipe is read anew for every run.
+    It replaces an earlier schedule of the recipe. Missed slots, because a run took long or
+    because no process ran, are made up for by one run. The recipe is read again for every run.
     """
     schedule, name, server = schedules.when(cron, every, timezone), recipes.load(recipe, changes).name, Server()
     if notify is not None:
@@ -70,7 +70,7 @@ def serve(
             server.ensure()
             serving.begin({"recipe": recipe, "changes": list(changes)}, schedule, notify)
             serving.go_on()
-        except BaseException:  # a library may have made another error of `_Ended`
+        except BaseException:  # a library may have converted `_Ended` to another error
             if not told_to_end.is_set():
                 raise
         finally:
@@ -80,12 +80,12 @@ def serve(
 
 
 class _Ended(BaseException):
-    """This process was told to end."""
+    """This process received a signal to end."""
 
 
 @contextmanager
 def _signals() -> Iterator[Event]:
-    """Set the event and raise `_Ended`, once, at SIGINT or SIGTERM; a script's background would ignore SIGINT."""
+    """Set the event and raise `_Ended`, once, on SIGINT (even if ignored by a shell's background job) or SIGTERM."""
     told_to_end, signals = Event(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         signals.append(signal.SIGHUP)
@@ -105,7 +105,7 @@ def _signals() -> Iterator[Event]:
 
 
 class _Running(NamedTuple):
-    """A run that goes on."""
+    """A run in progress."""
 
     id: UUID
     process: subprocess.Popen[bytes]
@@ -117,7 +117,9 @@ class _Serving:
 
     def __init__(self, server: Server, name: str, told_to_end: Event) -> None:
         self.server, self.name, self._told_to_end = server, name, told_to_end
-        self.token = f"{project.user()}, process {os.getpid()} ({uuid4().hex[:6]})"  # names us in the deployment
+        self.token = (
+            f"{project.user()}, process {os.getpid()} ({uuid4().hex[:6]})"  # identifies this process in the deployment
+        )
         self._deployment: UUID | None = None
         self._running: _Running | None = None
         self._missed = 0
@@ -125,7 +127,7 @@ class _Serving:
         self._turn = FileLock(project.home() / ".kshot" / "locks" / f"schedule-{name}.lock", thread_local=False)
 
     def begin(self, parameters: dict[str, object], schedule: Schedule, notify: str | None) -> None:
-        """Take the place of what was scheduled before, and say what comes."""
+        """Replace an earlier schedule of the recipe, and print the next times."""
         with self.server.client() as client:
             before = None
             with suppress(ObjectNotFound):
@@ -151,7 +153,7 @@ class _Serving:
                 _say(f"Runs that were missed, or did not come to an end: {missed}. One run makes up for all of them.")
 
     def _take_turn(self, client: SyncPrefectClient, before: DeploymentResponse | None) -> None:
-        """Be the only process of the project that serves the recipe: an earlier one sees that it is replaced."""
+        """Become the only process of the project that serves the recipe; an earlier one notices that it is replaced."""
         try:
             self._turn.acquire(timeout=0)
         except Timeout:
@@ -167,7 +169,7 @@ class _Serving:
                 ) from None
 
     def _clear(self, client: SyncPrefectClient, before: DeploymentResponse) -> int:
-        """End what an earlier schedule left, and count the runs that were missed or died with it."""
+        """End runs of an earlier schedule, and count the missed and crashed ones."""
         missed = 0
         for run in schedules.open_runs(client, before.id):
             late = run.expected_start_time is None or run.expected_start_time <= datetime.now(UTC)
@@ -180,7 +182,7 @@ class _Serving:
         return missed
 
     def go_on(self) -> None:
-        """Start what is due, until a signal comes, or the schedule is removed or replaced."""
+        """Start due runs until a signal comes, or the schedule is removed or replaced."""
         away, at_once = False, {PREFECT_CLIENT_MAX_RETRIES: 0}
         while not self._told_to_end.is_set():
             try:
@@ -202,7 +204,7 @@ class _Serving:
                 self._told_to_end.wait(1)
 
     def _ours(self, client: SyncPrefectClient) -> DeploymentResponse | None:
-        """Our deployment; None once it was removed or replaced."""
+        """This schedule's deployment; None once it was removed or replaced."""
         assert self._deployment is not None
         try:
             found = client.read_deployment(self._deployment)
@@ -216,7 +218,7 @@ class _Serving:
         return None
 
     def _follow_the_clock(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
-        """After the clock went back: else Prefect would wait, with the slots that it has, until it is there again."""
+        """Recompute the slots after the clock went back; otherwise Prefect would wait until it has caught up."""
         if self._running is not None:
             return
         before, self._clock = self._clock, _clock()
@@ -226,12 +228,12 @@ class _Serving:
         if not deployment.paused:
             client.pause_deployment(deployment.id)  # removes the runs to come
             client.resume_deployment(deployment.id)
-        self.server.close()  # its own tasks wait for times of the earlier clock
+        self.server.close()  # its services wait for times of the earlier clock
         if not self.server.configured:
             self.server.ensure()
 
     def _look(self, client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
-        """See how the run goes that goes on, drop slots that were missed, and start what is due."""
+        """Check the run in progress, drop missed slots, and start a due run."""
         if self._running is not None:
             state = _state(client, self._running.id)
             if state is None or state.is_cancelling():
@@ -257,8 +259,8 @@ class _Serving:
         environment = {
             **get_current_settings().to_environment_variables(exclude_unset=True),
             "PREFECT_API_URL": self.server.url,
-            "PREFECT_CLIENT_MAX_RETRIES": "5",  # a minute for its server to come back
-            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the tasks speak for themselves
+            "PREFECT_CLIENT_MAX_RETRIES": "5",  # wait up to a minute for the server
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # kshot's tasks print their own progress
             "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         }
         process = child.start("run", str(run.id), environment=environment)
@@ -269,7 +271,7 @@ class _Serving:
         _say(f"{self._now()} starts, due at {due:%H:%M:%S}{more}. {self.server.page('runs/flow-run', run.id)}")
 
     def _finish(self, client: SyncPrefectClient, run: _Running) -> None:
-        """Say how a run ended, and mark it crashed if it could not do that itself."""
+        """Report how a run ended, and mark it crashed if it did not record its end itself."""
         state, code = _state(client, run.id), run.process.returncode
         if state is None:
             state = Cancelled(message="It was deleted on its page.")
@@ -285,14 +287,14 @@ class _Serving:
         return f"{datetime.now():%Y-%m-%d %H:%M:%S} [bold]{self.name}[/bold]"
 
     def _wait(self) -> None:
-        """Until it is time to look again; the end of a run is seen at once."""
+        """Wait until the next poll, or until the run in progress ends."""
         deadline = time.monotonic() + PREFECT_RUNNER_POLL_FREQUENCY.value()
         while time.monotonic() < deadline and (self._running is None or self._running.process.poll() is None):
             if self._told_to_end.wait(0.2):
                 return
 
     def stop(self) -> None:
-        """End the run that goes on, and leave nothing scheduled."""
+        """End the run in progress, and remove scheduled runs."""
         if self._running is not None:
             child.end(self._running.process, _RUN_SECONDS)
         quick = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
@@ -306,12 +308,12 @@ class _Serving:
 
 
 def _clock() -> float:
-    """How far the clock is from one that never goes back."""
+    """Offset between the wall clock and the monotonic clock, in seconds."""
     return time.time() - time.monotonic()
 
 
 def _state(client: SyncPrefectClient, run: UUID) -> State[Any] | None:
-    """The state of a run; None if someone deleted it."""
+    """The state of a run; None if it was deleted."""
     try:
         return client.read_flow_run(run).state
     except ObjectNotFound:
@@ -324,4 +326,4 @@ def _set(client: SyncPrefectClient, run: UUID, state: State[Any]) -> None:
 
 
 def _say(line: str) -> None:
-    console().print(line, soft_wrap=True)  # a link that is broken in two is none
+    console().print(line, soft_wrap=True)  # not wrapped, so that the link stays intact

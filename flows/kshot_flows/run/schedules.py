@@ -1,4 +1,4 @@
-"""Schedules as Prefect keeps them, each a deployment of the pipeline: when due, listed, paused, resumed, removed."""
+"""Schedules as Prefect deployments of the pipeline: list, pause, resume, remove."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from kshot_flows.run import embedded, watching
 from kshot_flows.run.server import Server
 from kshot_runtime.errors import KshotError
 
-STOPPED = "stopped"  # the version of a deployment that no process serves; else it names that process
+STOPPED = "stopped"  # version of a deployment that no process serves; otherwise the version names that process
 _UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 _MONDAY = datetime(2024, 1, 1)  # intervals are counted from its midnight, so that a restart does not move them
-_UNSEEN = timedelta(seconds=60)  # the longest time between two looks of a process that serves a schedule
+_UNSEEN = timedelta(seconds=60)  # longest interval between two polls of a process that serves a schedule
 _ENDED = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A schedule as it stands."""
+    """The state of a schedule."""
 
     name: str
     recipe: str
     changes: list[str]
     when: str
     timezone: str
-    status: str  # active, paused, or stopped: nothing serves it
+    status: str  # active, paused, or stopped (no process serves it)
     next: datetime | None
     last: str | None  # how its last run ended
     ended: datetime | None
@@ -60,7 +60,7 @@ class Listed:
 
     @property
     def command(self) -> str:
-        """The command that serves it again."""
+        """The command that serves the schedule again."""
         option = "--every" if self.when.startswith("every ") else "--cron"
         zone = [] if self.timezone == "UTC" else ["--timezone", self.timezone]
         when = self.when.removeprefix("every ")
@@ -68,7 +68,7 @@ class Listed:
 
 
 def when(cron: str | None, every: str | None, timezone: str) -> Schedule:
-    """What Prefect calls a schedule; an expression that names no time is an error."""
+    """The Prefect schedule of a cron expression or an interval; an invalid expression is an error."""
     try:
         zone = ZoneInfo(timezone)
     except (ZoneInfoNotFoundError, ValueError):
@@ -89,7 +89,7 @@ def when(cron: str | None, every: str | None, timezone: str) -> Schedule:
 
 
 def next_time(schedule: Any) -> datetime:
-    """When it is due next."""
+    """The next time that the schedule is due."""
     kind = CronSchedule if _cron(schedule) else IntervalSchedule
     fields = {name: getattr(schedule, name) for name in kind.model_fields if hasattr(schedule, name)}
     [first] = asyncio.run(kind(**fields).get_dates(1))
@@ -115,7 +115,7 @@ def listed() -> list[Listed]:
 
 
 def pause(name: str) -> None:
-    """Let a schedule start nothing until it is resumed."""
+    """Pause a schedule: no runs start until it is resumed."""
     with _records() as (client, server):
         found = _find(client, name)
         if _listed(client, found, server).status == STOPPED:
@@ -124,7 +124,7 @@ def pause(name: str) -> None:
 
 
 def resume(name: str) -> None:
-    """Let a paused schedule go on."""
+    """Resume a paused schedule."""
     with _records() as (client, server):
         found = _find(client, name)
         if (one := _listed(client, found, server)).status == STOPPED:
@@ -133,7 +133,7 @@ def resume(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Forget a schedule; the process that serves it ends, with its run."""
+    """Remove a schedule; its process ends, including a run in progress."""
     with _records() as (client, _):
         found = _find(client, name)
         watching.forget(client, found.id)
@@ -141,7 +141,7 @@ def remove(name: str) -> None:
 
 
 def watch(notify: str | None) -> None:
-    """Have the configured server see to the runs of workers: see `watching`."""
+    """Configure the server to watch the runs of workers; see `watching`."""
     server = Server()
     if not server.configured:
         raise KshotError("workers need a Prefect server: start one, set PREFECT_API_URL, and try again")
@@ -152,7 +152,7 @@ def watch(notify: str | None) -> None:
 
 
 def open_runs(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
-    """Runs of a deployment that have not come to an end."""
+    """Unfinished runs of a deployment."""
     found: list[FlowRun] = []
     states = [state for state in StateType if state not in (*_ENDED, StateType.CANCELLED)]
     while more := _runs(client, deployment, states, offset=len(found)):
@@ -162,7 +162,7 @@ def open_runs(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
 
 @contextmanager
 def _records() -> Iterator[tuple[SyncPrefectClient, Server | None]]:
-    """The server that runs; where none does, what the project's own has recorded."""
+    """A client of the running server, or of the project's own database if none runs."""
     server = Server()
     if not server.configured and server.runs():
         with server.client() as client:
@@ -208,7 +208,7 @@ def _runs(client: SyncPrefectClient, deployment: UUID, states: Sequence[StateTyp
 
 
 def _cron(schedule: Any) -> str | None:
-    """Prefect has three kinds of schedules for the same: as it is declared, read, and computed."""
+    """The cron expression of any of Prefect's types of schedules; None for an interval."""
     return getattr(schedule, "cron", None)
 
 

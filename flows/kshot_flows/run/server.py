@@ -1,4 +1,4 @@
-"""The Prefect server that schedules need, with its pages: the one that is set up, or one that kshot starts."""
+"""The Prefect server for schedules: the configured one, or one that kshot starts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _END_SECONDS = 3
 
 
 class Server:
-    """The configured server; or else the project's own, a child of the first schedule: the next starts it again.
+    """The configured server; or else the project's own, a child of one schedule, restarted by another if that ends.
 
-    Its database is the one of `kshot run`, so every run is on its pages. It keeps its port wherever it can, and
+    It shares the database of `kshot run`, so its pages show every run. It reuses its port if possible, and
     `.kshot/prefect-server.json` names it.
     """
 
@@ -40,28 +40,30 @@ class Server:
         self.url: str = PREFECT_API_URL.value() or ""
         self._folder = project.home() / ".kshot"
         self._record = self._folder / "prefect-server.json"
-        self._turn = FileLock(self._folder / "prefect-server.lock", thread_local=False)  # whoever holds it runs it
+        self._turn = FileLock(
+            self._folder / "prefect-server.lock", thread_local=False
+        )  # held by the process that runs the server
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextmanager
     def client(self) -> Iterator[SyncPrefectClient]:
-        """A client of it."""
+        """A client of the server."""
         with temporary_settings({PREFECT_API_URL: self.url}), get_client(sync_client=True) as client:
             yield client
 
     def page(self, place: str, number: UUID) -> str:
-        """The address of a page, such as that of `runs/flow-run` and its id."""
+        """The URL of a page, such as `runs/flow-run` with an id."""
         pages = PREFECT_UI_URL.value() if self.configured else None
         return f"{(pages or self.url.removesuffix('/api')).rstrip('/')}/{place}/{number}"
 
     def runs(self) -> bool:
-        """Whether there is one that answers."""
+        """Whether the server answers."""
         if not self.configured and self._process is None:
             self.url = self._elsewhere()
         return bool(self.url) and _answers(self.url)
 
     def ensure(self) -> None:
-        """Have one that answers: the project's own is started, unless another process runs it."""
+        """Make sure that a server answers: start the project's own, unless another process runs it."""
         if self.configured:
             with embedded.api():  # an error if it does not answer
                 return
@@ -81,14 +83,14 @@ class Server:
             time.sleep(0.2)
 
     def close(self) -> None:
-        """End it, if this process started it."""
+        """End the server, if this process started it."""
         if self._process is not None:
             child.end(self._process, _END_SECONDS)
             self._process = None
             self._turn.release()
 
     def _elsewhere(self) -> str:
-        """The address of the project's own server where another process runs it."""
+        """The URL of the project's own server, if another process runs it."""
         if not self._record.exists():
             return ""
         try:
@@ -108,17 +110,17 @@ class Server:
         progress.say(f"Starting Prefect's server, with its pages at http://127.0.0.1:{port}")
         self._record.write_text(json.dumps({"url": self.url, "port": port}))
         pages = {}
-        if not os.access(prefect.__module_path__ / "server", os.W_OK):  # where it would copy its pages to
+        if not os.access(prefect.__module_path__ / "server", os.W_OK):  # folder to which it copies its pages
             pages = {"PREFECT_SERVER_UI_STATIC_DIRECTORY": str(self._folder / "prefect-pages")}
         environment = {
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}",
             "PREFECT_SERVER_API_HOST": "127.0.0.1",
-            "PREFECT_SERVER_API_PORT": str(port),  # with the option --port, its pages would ask the default one
+            "PREFECT_SERVER_API_PORT": str(port),  # with the option --port, its pages would use the default port
             "PREFECT_UI_URL": f"http://127.0.0.1:{port}",  # in notifications
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         }
-        # One at a time makes the tables.
+        # Create the tables in one process at a time.
         with FileLock(self._folder / "prefect.lock"), (self._folder / "prefect-server.log").open("wb") as log:
             self._process = child.start("server", environment={**environment, **pages}, output=log)
             while self._process.poll() is None and not _answers(self.url):

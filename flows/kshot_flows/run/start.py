@@ -1,4 +1,4 @@
-"""Run the flows from the command line: against the Prefect API that is set up, or an embedded one."""
+"""Runs flows from the command line, with the configured Prefect API or an embedded one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def unchanged(recipe: str, changes: Sequence[str] = ()) -> bool:
-    """Whether every task has a result that can be used again."""
+    """Whether every task has a reusable result."""
     return _recalled(recipe, changes) is not None
 
 
 def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
-    """Run the pipeline, and say what each task gave."""
+    """Run the pipeline; returns its tasks' results."""
     if done := _recalled(recipe, changes):
         return done
     from kshot_flows.pipeline import pipeline
@@ -45,7 +45,7 @@ def run(recipe: str, changes: Sequence[str] = ()) -> list[Done]:
 
 
 def keep_profile(profile: Profile, done: Sequence[Done]) -> Path | None:
-    """Write what was measured beside the learner and to its MLflow run; the folder, or None where nothing ran."""
+    """Write a profile beside the learner and to its MLflow run; returns its folder, or None if nothing ran."""
     trained = next((one.product for one in done if isinstance(one.product, Trained)), None)
     if trained is None or all(one.reused for one in done):
         return None
@@ -72,13 +72,13 @@ def _recalled(recipe: str, changes: Sequence[str]) -> list[Done] | None:
     if _prefect_may_be_configured():
         from kshot_flows.run import embedded
 
-        if embedded.configured():  # its pages show every run
+        if embedded.configured():  # its pages list every run
             return None
     return results.recalled(lambda: from_recipe_to_promotion(recipe, changes))
 
 
 def _prefect_may_be_configured() -> bool:
-    """Whether anything is there that Prefect reads settings from: if not, it is not imported to be asked."""
+    """Whether Prefect's settings may be configured anywhere; if not, importing Prefect is avoided."""
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
     places = {
         home / "profiles.toml": "",

@@ -1,4 +1,4 @@
-"""What Prefect's server sees to: runs that died are marked crashed; those that failed or were blocked are reported."""
+"""Prefect automations: mark dead runs as crashed, and notify about failed or blocked ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BAD_ENDS = ("Blocked", "Failed", "TimedOut", "Crashed")
 
 
 def mark_the_dead(client: SyncPrefectClient, silence: timedelta = SILENCE) -> None:
-    """Have the server mark runs crashed whose heartbeat has stopped for so long: their process or machine died."""
+    """Make the server mark runs as crashed after this long without a heartbeat."""
     trigger = EventTrigger(
         match=_RUNS, match_related=_OURS, for_each={"prefect.resource.id"}, posture=Posture.Proactive, within=silence,
         after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.*"},
@@ -34,7 +34,7 @@ def mark_the_dead(client: SyncPrefectClient, silence: timedelta = SILENCE) -> No
 
 
 def check_address(url: str) -> None:
-    """Refuse an address that nothing can be posted to."""
+    """Refuse an invalid webhook address."""
     if not url.startswith(("http://", "https://")):
         raise KshotError(
             f"{url!r} is no address that takes a POST: one begins with https:// or http://. For mail and chat "
@@ -43,7 +43,7 @@ def check_address(url: str) -> None:
 
 
 def notify(client: SyncPrefectClient, url: str, deployment: UUID | None = None) -> None:
-    """Have the server POST JSON to `url` when a run (of this deployment, or any of kshot's) fails or is blocked."""
+    """Make the server POST JSON to `url` when a run (of this deployment, or any of kshot's) fails or is blocked."""
     check_address(url)
     text = "{{subject}} {{body}}"
     block = CustomWebhookNotificationBlock(
@@ -66,7 +66,7 @@ def notify(client: SyncPrefectClient, url: str, deployment: UUID | None = None) 
 
 
 def forget(client: SyncPrefectClient, deployment: UUID) -> None:
-    """Remove what was set up for a deployment."""
+    """Remove the automations and blocks of a deployment."""
     client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
     with suppress(ObjectNotFound):
         block = client.read_block_document_by_name(_block(deployment), "custom-webhook")
@@ -78,7 +78,7 @@ def _block(deployment: UUID | None) -> str:
 
 
 def _put(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Make it what its name stands for."""
+    """Create an automation, or update the one of the same name."""
     [*before] = client.read_automations_by_name(automation.name)
     if before:
         client.update_automation(before[0].id, automation)

@@ -1,1 +1,1 @@
-"""When a result may be used again: products, their keys, and where they are kept."""
+"""Reuse of results: the products of steps, their cache keys, and their storage."""

@@ -1,4 +1,4 @@
-"""The project's embedding store: what backbones make of a data set's images, computed once."""
+"""The project's embedding store: features of data sets by frozen backbones, computed once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kshot_runtime.errors import KshotError
 
 
 def device() -> str:
-    """Where to compute: KSHOT_DEVICE, or else a GPU if there is one."""
+    """The device to compute on: KSHOT_DEVICE, or else a GPU if there is one."""
     chosen = os.environ.get("KSHOT_DEVICE")
     if not chosen:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def device() -> str:
 
 
 def ranks() -> int:
-    """How many processes share a training: KSHOT_RANKS, which `kshot run --ranks` sets, or else one."""
+    """The number of processes that share a training: KSHOT_RANKS, set by `kshot run --ranks`, or else one."""
     chosen = os.environ.get("KSHOT_RANKS", "1")
     if not chosen.isdecimal() or int(chosen) < 1:
         raise KshotError(f"KSHOT_RANKS={chosen} is no number of processes. Set it to 1 or more, or unset it.")
@@ -41,12 +41,12 @@ def ranks() -> int:
 
 
 def folder() -> Path:
-    """The project's embedding store."""
+    """The folder of the project's embedding store."""
     return project.home() / ".kshot" / "embeddings"
 
 
 def features(learner: Learner, images: ClassImages, what: str) -> ClassImages:
-    """`images` as features of the learner's backbone, all computed and stored; as they are if it takes images."""
+    """`images` as stored features of the learner's backbone; the images themselves if the learner needs images."""
     with progress.counting(f"embedding {what}") as watch:
         found = embedded(
             learner, images, store=folder(), device=device(), watch=lambda done, total: watch(Progress(done, total, ""))

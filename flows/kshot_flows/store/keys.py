@@ -1,7 +1,7 @@
-"""When a step's result may be used again: keys made from content only, never from times, paths or names of runs.
+"""Cache keys of steps, made from content only, never from times, paths or names of runs.
 
-A key holds what came in (hashes), the part of the recipe that the step reads, and the code that does it: kshot's
-version, the source of the modules that the step uses, and of the plugins, with all that they take from kshot, and
+A key contains hashes of the inputs, the part of the recipe that the step reads, and of the code: kshot's
+version, the source of the modules that the step uses, of the plugins and the kshot modules that they import, and
 their distribution's version.
 """
 
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
     from kshot.recipe import Recipe
     from kshot_flows.store.products import DataVersion, Exported, Registered, Scores, Trained
 
-TEST_SEED = 0  # of evaluation episodes: the same for every run, so that any two versions can be paired
+TEST_SEED = (
+    0  # of evaluation episodes: the same in every run, so that any two versions can be compared by paired differences
+)
 CALIBRATION_EPISODES = 200
 VERIFICATION_PAIRS = 1000
 
 _LEARNING = "kshot.backbones", "kshot.data", "kshot.gradients", "kshot.learner", "kshot.norms", "kshot.ops"
 _EVALUATING = "kshot.evaluation", "kshot.selection"
 _EXPORTING = "kshot.export", "kshot_runtime.bundle", "kshot_runtime.images", "kshot_runtime.manifest"
-# In every key that has plugins, or, as how they are found and what is re-exported, deciding no number.
+# Modules that are in every key with plugins anyway, or that do not influence results.
 _KNOWN = {*_LEARNING, *_EVALUATING, "kshot.hookspecs"}
 
 
 def version_data(recipe: Recipe) -> str:
-    """By name: whether a name still stands for the same content is looked at when the result is used again."""
+    """By the data sets' names: that the content is unchanged is checked when the result is reused."""
     return _key("data", recipe.dataset.model_dump(mode="json"))
 
 
@@ -84,7 +86,7 @@ def promote(recipe: Recipe, version: Registered) -> str:
 
 
 def training_part(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides what is learned; a checkpoint of another training is refused by it."""
+    """The part of a recipe that determines the learned weights; checkpoints of other trainings are refused by it."""
     content: dict[str, Any] = recipe.model_dump(mode="json", include={"seed", "backbone", "learner", "training"})
     data = recipe.dataset.model_dump(
         mode="json", include={"rotations", "across_groups", "train", "validation", "unlabelled"}
@@ -129,9 +131,9 @@ def _plugin(provided: Provided) -> str:
 
 
 def _own_modules(module: ModuleType) -> list[ModuleType]:
-    """A plugin's module, those of its package and of kshot that it takes anything from, and so on; by name.
+    """A plugin's module and, recursively, modules of its package and of kshot that it imports from; by name.
 
-    Those of kshot that are in the keys anyway are left out.
+    Modules of kshot that are in the keys anyway are left out.
     """
     packages, found, left = (module.__name__.partition(".")[0], "kshot"), {}, [module]
     while left:

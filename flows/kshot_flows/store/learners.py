@@ -1,4 +1,4 @@
-"""A meta-trained learner as one file that says what made it: weights, resolved recipe, dataset version, history."""
+"""Learner files (`learner.pt`): weights, resolved recipe, dataset version and training history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kshot_runtime.errors import KshotError
 
 
 def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, history: list[dict[str, float]]) -> None:
-    """Write `learner.pt`. The same training gives the same bytes: no dates, no durations, no paths."""
+    """Write `learner.pt`. The same training gives the same bytes: it contains no dates, durations or paths."""
     splits, trained = recipe.dataset, recipe.training.steps > 0
     about = {
         "kshot": version("kshot"),
@@ -30,16 +30,16 @@ def save(file: Path, learner: Learner, recipe: Recipe, data: DataVersion, histor
         "history": history,
     }
     weights = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}
-    # As text, because a pickle's bytes tell equal objects from identical ones, and so a resumed run from another.
+    # As text: a pickle distinguishes equal from identical objects, and so a resumed run from an uninterrupted one.
     save_atomically({"about": json.dumps(about), "weights": weights}, file)
 
 
 def load(file: Path) -> Learner:
-    """The learner in a file, ready to adapt."""
+    """Load the learner of a file, ready to adapt."""
     about, weights = read(file)
-    about["recipe"]["backbone"].pop("start", None)  # the weights are here
+    about["recipe"]["backbone"].pop("start", None)  # the weights come from this file
     learner = Recipe.model_validate(about["recipe"]).build(tuple(about["image"]))
-    if about["base_classes"]:  # none where it was taken as built
+    if about["base_classes"]:  # no training history if it was not trained
         learner.prepare(about["base_classes"])
     try:
         learner.load_state_dict(weights)
@@ -52,18 +52,18 @@ def load(file: Path) -> Learner:
 
 
 def recipe(file: Path) -> Recipe:
-    """The recipe of a learner's file: with the one learner and the settings that were chosen."""
+    """The recipe in a learner's file, with the selected learner and settings."""
     return Recipe.model_validate(read(file)[0]["recipe"])
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What a learner's file says of it, and its weights."""
+    """The metadata and weights in a learner's file."""
     try:
         held = torch.load(file, weights_only=True, map_location="cpu")
         return json.loads(held["about"]), held["weights"]
     except FileNotFoundError:
         raise KshotError(f"there is no learner at {file}. `kshot run RECIPE` makes one.") from None
     except (EOFError, OSError, RuntimeError, UnpicklingError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch makes of a file that was cut off
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch raises for a truncated file
             raise
         raise KshotError(f"{file} is damaged or no learner. `kshot run RECIPE` makes it again.") from error

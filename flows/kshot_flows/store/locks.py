@@ -1,4 +1,4 @@
-"""Locks between processes that the operating system frees with their process."""
+"""Locks between processes that the operating system releases when a process ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kshot_flows.console import progress
 
 
 class ProcessLocks(LockManager):
-    """Locks that the operating system frees with their process: one that is killed must not block the next.
+    """Locks that the operating system releases when their process ends, so that a killed one does not block others.
 
-    Prefect's own file locks stay behind after kill -9, and whoever comes next waits for ever.
+    Prefect's own file locks remain after kill -9, and block the next process for ever.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,7 +22,7 @@ class ProcessLocks(LockManager):
         self._held: dict[str, tuple[str, FileLock]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessLocks:
-        return self  # Prefect copies policies; a lock is one thing
+        return self  # Prefect copies policies; a lock must not be copied
 
     def acquire_lock(
         self, key: str, holder: str, acquire_timeout: float | None = None, hold_timeout: float | None = None

@@ -1,7 +1,7 @@
-"""What the steps of the pipeline hand to each other: names, paths and hashes, never live objects.
+"""The results that pipeline steps pass to each other: names, paths and hashes, never live objects.
 
-Each says what it stands for in `identity`, which the keys of later steps are made from, and can check in `intact`
-that what it points to is still there and still the same.
+`identity` determines the cache keys of later steps, and `intact` checks that the files that a result
+names still exist unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pin:
-    """A file of the project, by its path in it and its content."""
+    """A file of the project: its relative path and its sha256."""
 
     path: str
     sha256: str
@@ -49,12 +49,12 @@ class Pin:
 
 @dataclass(frozen=True)
 class Packed:
-    """One data set, by its name and its content."""
+    """One data set: its name and its version."""
 
     name: str
-    version: str  # sha256 of the index, which holds that of the images
+    version: str  # sha256 of the index, which contains that of the images
     source: str
-    md5: str | None = None  # what DVC calls it in data.dvc, '....dir'; None outside DVC
+    md5: str | None = None  # DVC's hash in data.dvc, '....dir'; None outside DVC
 
     def open(self) -> ImageSet:
         return ImageSet.open(versioning.data_root() / self.name)
@@ -62,12 +62,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class DataVersion:
-    """A recipe's data sets as they were when the pipeline began: its own, and others that its splits name."""
+    """The versions of a recipe's data sets at the start of the pipeline."""
 
     own: Packed
     others: tuple[Packed, ...]
-    rotations: bool  # whether classes of the own one are turned as well, which makes other episodes
-    protocol: Protocol = "random photos"  # how episodes are drawn
+    rotations: bool  # whether rotations of its own data set's classes are classes too
+    protocol: Protocol = "random photos"  # the protocol of drawing episodes
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class DataVersion:
         return "".join(packed.version for packed in self.all)
 
     def intact(self) -> bool:
-        """Whether their names still stand for them, to the byte, and data.dvc still names them."""
+        """Whether the data sets are unchanged, to the byte, and data.dvc still records them."""
         root = versioning.data_root()
         try:
             return all(
@@ -106,17 +106,17 @@ class DataVersion:
         return self.own.open()
 
     def classes(self, reference: str) -> ClassImages:
-        """The classes of a split reference; several data sets' one after the other."""
+        """The classes of a split reference, concatenated over its data sets."""
         parts = [packed.open().split(splits, self._turned(packed)) for packed, splits in self.parts(reference)]
         return ClassImages.joined(parts).with_protocol(self.protocol)
 
     def parts(self, *references: str | None) -> list[tuple[Packed, str]]:
-        """The data sets that some split references name, each with its splits."""
+        """The data sets that split references name, each with its splits."""
         known = {packed.name: packed for packed in self.all}
         return [(known[name], splits) for r in references if r for name, splits in splits_of(r, self.name).items()]
 
     def identity_of(self, *references: str | None) -> str:
-        """What split references stand for: the version of the one data set that they name, or a hash of several."""
+        """An identity of split references: the version of their data set, or a hash of several."""
         parts = self.parts(*references)
         versions = {packed.version for packed, _ in parts}
         if len(versions) == 1:
@@ -125,13 +125,13 @@ class DataVersion:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def split_of(self, reference: str) -> tuple[str, bool]:
-        """A split's name where `identity_of` says whose, and whether it has rotations."""
+        """The splits of a reference without data sets' names (see `identity_of`), and whether they have rotations."""
         parts = self.parts(reference)
         splits = parts[0][1] if len(parts) == 1 else reference
         return splits, any(self._turned(packed) for packed, _ in parts)
 
     def refs(self, dataset: DataSettings) -> list[runs.DataRef]:
-        """For MLflow: each data set, its own first, with what the recipe takes it for."""
+        """For MLflow: each data set, the recipe's own first, with its uses in the recipe."""
         learned = {packed for packed, _ in self.parts(dataset.train, dataset.validation, dataset.unlabelled)}
         return [
             runs.DataRef(
@@ -147,7 +147,7 @@ class DataVersion:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A head that was tried, and what it reached on validation episodes of each shape."""
+    """A candidate head, and its accuracy on validation episodes of each shape."""
 
     label: str
     shapes: tuple[Shape, ...]
@@ -158,26 +158,26 @@ class Attempt:
 
     @property
     def accuracy(self) -> float:
-        """The mean over the shapes, by which a head is chosen."""
+        """The mean accuracy over the shapes, by which a head is selected."""
         return sum(self.accuracies) / len(self.accuracies)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A learner, meta-trained or chosen: its file says by which recipe and on which data."""
+    """A learner, meta-trained or selected; its file names its recipe and data."""
 
     learner: Pin
     data: DataVersion
-    run: str  # the MLflow run that has its numbers over time
+    run: str  # the MLflow run with its learning curve
     steps: int
     best_step: int
     shape: Shape | None  # of the validation episodes; None where there were no classes for them
     validation: float | None  # accuracy there
     margin: float | None
     seconds: float
-    chosen: str = ""  # the head and its settings, where it was chosen among several
-    tried: tuple[Attempt, ...] = ()  # those that it was chosen among
-    memory: int = 0  # bytes that training steps held at most; 0 where this process took none
+    chosen: str = ""  # the head and its settings, if it was selected among several
+    tried: tuple[Attempt, ...] = ()  # all candidates
+    memory: int = 0  # peak memory of training steps in bytes; 0 if this process ran none
 
     @property
     def identity(self) -> str:
@@ -193,7 +193,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the result: accuracy on one shape of episode."""
+    """One row of the result: accuracy on episodes of one shape."""
 
     shape: Shape
     episodes: int
@@ -202,31 +202,31 @@ class Line:
     accuracy: float
     margin: float
     ece: float
-    open_set: OpenSet | None = None  # none without validation classes, or without test classes to be unknown
+    open_set: OpenSet | None = None  # None without validation classes, or without test classes that can be unknown
 
     @property
     def key(self) -> str:
-        """Its name in the file of arrays."""
+        """The line's name in the file of arrays."""
         across = "-groups" if self.protocol.startswith("across groups") else ""
         return f"{self.shape.ways}w{self.shape.shots}s{across}{'-transductive' if self.transductive else ''}"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What test episodes said of a learner, and validation episodes of its confidence."""
+    """Results of a learner on test episodes, and its calibration on validation episodes."""
 
-    lines: tuple[Line, ...]  # the first is what the gate compares and the bundle states
-    calibrations: tuple[Calibration, ...]  # at the sizes of the test episodes, as far as there are classes for them
-    verification: Verification | None  # none without validation classes, as there are then no calibrations
-    report: Pin  # the same as JSON
-    arrays: Pin  # accuracy of every episode, confidence and rightness of every query
+    lines: tuple[Line, ...]  # the gate compares the first, and the bundle states it
+    calibrations: tuple[Calibration, ...]  # at the sizes of the test episodes, if there are enough classes
+    verification: Verification | None  # None without validation classes, as are calibrations
+    report: Pin  # the same results as JSON
+    arrays: Pin  # accuracy of every episode, confidence and correctness of every query
     seed: int
     split: str
     learner: Trained
     data: DataVersion
 
     def calibration_for(self, shape: Shape) -> Calibration | None:
-        """The calibration at the size nearest to this one; shots count first, as in a bundle."""
+        """The calibration at the nearest episode size; shots are compared first, as in a bundle."""
         return min(
             self.calibrations,
             key=lambda fit: (abs(fit.shape.shots - shape.shots), abs(fit.shape.ways - shape.ways)),
@@ -234,12 +234,12 @@ class Scores:
         )
 
     def cosine(self) -> np.ndarray | None:
-        """Accuracy of every episode of the first line by cosine to class means on the same backbone, as a baseline."""
+        """The baseline: per-episode accuracy of the first line by cosine to class means on the same backbone."""
         with np.load(self.arrays.file) as arrays:
             return arrays.get("cosine.accuracies")
 
     def label(self, line: Line) -> str:
-        """A line in words, which name the protocol unless all lines are of random photos."""
+        """A line in words, with the protocol unless all lines use random photos."""
         named = any(each.protocol != "random photos" for each in self.lines)
         words = [f"{line.shape.ways}-way {line.shape.shots}-shot", line.protocol if named else ""]
         return ", ".join(filter(None, [*words, "transductive" if line.transductive else ""]))
@@ -254,12 +254,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle, checked against torch."""
+    """An exported bundle, compared with torch."""
 
     files: tuple[Pin, ...]
-    agreement: float  # share of test queries that ONNX and torch answer alike
-    largest_difference: float  # between their logits
-    latency_ms: float  # of classifying one photo
+    agreement: float  # share of test queries with equal predictions of ONNX and torch
+    largest_difference: float  # largest difference of their logits
+    latency_ms: float  # latency of classifying one photo
 
     @property
     def identity(self) -> str:
@@ -275,13 +275,13 @@ class Exported:
 
 @dataclass(frozen=True)
 class Registered:
-    """A version in the registry."""
+    """A registered version."""
 
     name: str
     version: int
     run: str
-    store: str  # which registry
-    evidence: Pin  # what the gate judges by
+    store: str  # the registry's label
+    evidence: Pin  # measurements for the gate
     data: DataVersion
 
     @property
@@ -298,15 +298,15 @@ class Registered:
 
 @dataclass(frozen=True)
 class Promotion:
-    """The gate's verdict on a version, and the stage that it has by it."""
+    """The gate's verdict on a version, and its resulting stage."""
 
     name: str
     version: int
     stage: str
-    champion: int | None  # the version that it was compared with
+    champion: int | None  # the version in production that it was compared with
     why: str
-    judged: bool = True  # not where the champion could not be measured
-    warnings: tuple[str, ...] = ()  # what whoever uses it must know
+    judged: bool = True  # None if the champion could not be evaluated
+    warnings: tuple[str, ...] = ()  # shown to users
 
     @property
     def identity(self) -> str:
@@ -314,15 +314,15 @@ class Promotion:
 
     @property
     def stands(self) -> str:
-        """Where it is, as it follows "version 1" in a sentence."""
+        """Its stage as a phrase after "version 1"."""
         from kshot_flows.registry import Stage
 
         return Stage(self.stage).said
 
     def intact(self) -> bool:
-        """Whether nothing has moved since, neither this version nor, where it waits, the one it has to beat.
+        """Whether neither this version nor, if it waits in staging, the champion has moved since.
 
-        By the audit log; where MLflow shows other stages or aliases, which serving reads, there is something to do.
+        Stages are from the audit log; if MLflow's stages or aliases differ from it, the result is not intact.
         """
         from kshot_flows import registry
 
@@ -338,6 +338,6 @@ Product = DataVersion | Trained | Scores | Exported | Registered | Promotion
 
 
 def relative(path: Path) -> str:
-    """A path as seen from the project, where it lies in it."""
+    """A path relative to the project, if it is inside it."""
     path = path.absolute()
     return str(path.relative_to(project.home())) if path.is_relative_to(project.home()) else str(path)

@@ -1,6 +1,6 @@
-"""When a task's result is used again: small files under `.kshot/steps`, named by content keys.
+"""Stores and reuses results of tasks: small files under `.kshot/steps`, named by content keys.
 
-A result says where things are, so these are looked at before it is used again; what is gone or changed is made anew.
+A result names files, which are verified before it is reused; if any is missing or changed, the task runs again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ R = TypeVar("R", bound=Product)
 
 @dataclass(frozen=True)
 class Done:
-    """A task that has come to its end."""
+    """A finished task."""
 
     step: str
     product: Product
@@ -46,12 +46,12 @@ _recalling: ContextVar[bool] = ContextVar("recalling", default=False)
 
 
 class _NothingKept(Exception):  # noqa: N818  (no error)
-    """A task has no result that can be used again."""
+    """A task has no reusable result."""
 
 
 @contextmanager
 def journal() -> Iterator[list[Done]]:
-    """The tasks that come to their end inside the block, in order."""
+    """Collect the tasks that finish inside the block, in order."""
     done: list[Done] = []
     token = _journal.set(done)
     try:
@@ -62,9 +62,9 @@ def journal() -> Iterator[list[Done]]:
 
 @dataclass(frozen=True)
 class Step(Generic[P, R]):
-    """A function that runs as a Prefect task, and its result used again wherever `key` of its arguments is the same.
+    """A function that runs as a Prefect task, whose result is reused for equal `key` of its arguments.
 
-    So it is in the project at hand. Of two processes with one key, one works and the other waits for it.
+    Results are stored per project. Of two processes with the same key, one runs and the other waits for its result.
     """
 
     fn: Callable[P, R]  # the function itself, without Prefect
@@ -92,15 +92,15 @@ class Step(Generic[P, R]):
 
 
 def _run(step: Step[P, R], key: str, *args: P.args, **kwargs: P.kwargs) -> tuple[R, bool]:
-    """Run a step as a Prefect task, under its lock and with its result kept: the product, and whether it is earlier."""
-    import prefect  # here, because it takes a second and an unchanged run needs none of it
+    """Run a step as a locked, cached Prefect task; returns the product, and whether it was reused."""
+    import prefect  # imported here, since it takes a second and an unchanged run does not need it
     from prefect.assets import materialize
     from prefect.cache_policies import CacheKeyFnPolicy
     from prefect.transactions import IsolationLevel
 
     from kshot_flows.store.locks import ProcessLocks
 
-    discard_unusable(key)  # now, because Prefect takes an error in a key function for leave to use no result
+    discard_unusable(key)  # computed here, because Prefect ignores errors in a key function and runs without a cache
     policy = CacheKeyFnPolicy(
         cache_key_fn=lambda *_: key,
         isolation_level=IsolationLevel.SERIALIZABLE,
@@ -121,7 +121,7 @@ def task(
     assets: Callable[P, list[str]] | None = None,
     **options: Any,
 ) -> Callable[[Callable[P, R]], Step[P, R]]:
-    """Prefect's `@task` with its options, its result used again wherever `key` of its arguments is the same.
+    """Prefect's `@task` with its options; its result is reused for equal `key` of its arguments.
 
     `shows` publishes the result, which may be an earlier one, on the run's page. `assets` names what the task makes,
     and so Prefect tells who waits for these assets.
@@ -130,7 +130,7 @@ def task(
 
 
 def transient(made: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether trying again may help: something outside did not answer. For a task's `retry_condition_fn`."""
+    """Whether a retry may help, since a service did not answer; for a task's `retry_condition_fn`."""
     from mlflow.exceptions import MlflowException
 
     from kshot_flows.registry import UnsettledError
@@ -148,9 +148,9 @@ RETRIED: Mapping[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "ret
 
 
 def recalled(pipeline: Callable[[], object]) -> list[Done] | None:
-    """The tasks of a flow if each has a result that can be used again; None if anything is left to do.
+    """The results of a flow's tasks if all can be reused; None if any task must run.
 
-    With the keys and the store of a real run, but without Prefect, which takes longer than the looking up.
+    Uses the keys and the store of a real run, without importing Prefect, which takes longer than the lookup.
     """
     token = _recalling.set(True)
     try:
@@ -164,7 +164,7 @@ def recalled(pipeline: Callable[[], object]) -> list[Done] | None:
 
 
 def recalling() -> bool:
-    """Whether we are in a `recalled` flow, which says nothing because it may give up."""
+    """Whether a `recalled` flow is running, which prints nothing because it may be abandoned."""
     return _recalling.get()
 
 
@@ -173,7 +173,7 @@ def folder() -> Path:
 
 
 def usable(key: str) -> bool:
-    """Whether the kept result of a key can be used again."""
+    """Whether the stored result of a key can be reused."""
     try:
         _recall(key)
     except _NothingKept:
@@ -182,25 +182,25 @@ def usable(key: str) -> bool:
 
 
 def discard_unusable(key: str) -> None:
-    """Remove the kept result of a key if it cannot be used again: Prefect would use whatever lies under the key."""
+    """Remove the stored result of a key if it cannot be reused, since Prefect would use it unverified."""
     if not usable(key):
         (folder() / key).unlink(missing_ok=True)
 
 
 def _recall(key: str) -> Any:
-    """The kept result of a key, if its things are still there and unchanged."""
+    """The stored result of a key, if its files still exist unchanged."""
     if not (folder() / key).exists():
         raise _NothingKept
     try:
         held = json.loads(json.loads((folder() / key).read_text())["result"])
         product = TypeAdapter(_PRODUCTS[held["__class__"]]).validate_python(held["data"])
-    except (KeyError, TypeError, ValueError):  # cut off, or written by another kshot
+    except (KeyError, TypeError, ValueError):  # truncated, or written by another version of kshot
         raise _NothingKept from None
-    if not product.intact():  # an error here, say of the registry, does not mean that it is gone
+    if not product.intact():  # an error here, such as of the registry, does not mean that the result is invalid
         raise _NothingKept
     return product
 
 
 _PRODUCTS = {
     f"{kind.__module__}.{kind.__qualname__}": kind for kind in get_args(Product)
-}  # as Prefect's JSON names them
+}  # the names in Prefect's JSON

@@ -1,1 +1,1 @@
-"""What each Prefect task of the pipeline does, a file for each."""
+"""The Prefect tasks of the pipeline, one file each."""

@@ -1,4 +1,4 @@
-"""Bring in the data sets that a recipe names, record their versions, and check that they can be used."""
+"""The task `version_data`: provides a recipe's data sets, records their versions, and checks for leakage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kshot_runtime.errors import KshotError
     **RETRIED,
 )
 def version_data(recipe: Recipe) -> DataVersion:
-    """All data that the recipe names, brought in where they are missing, verified, and recorded in data.dvc."""
+    """Provide all data sets of the recipe (imported or pulled if missing), verified and recorded in data.dvc."""
     root, found = versioning.data_root(), []
     for name in recipe.dataset.names:
         source = recipe.dataset.source if name == recipe.dataset.name else None
@@ -63,7 +63,7 @@ def _refuse_unlike(found: Sequence[ImageSet]) -> None:
 
 
 def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
-    """What is tested must be new to the learner. Within one data set, its import has seen to that."""
+    """Refuse test images that occur in other data sets used by the recipe; an import checks this within one."""
     for packed, splits in data.parts(recipe.dataset.test):
         tested = packed.open().hashes(splits)
         for setting in ("train", "validation", "unlabelled"):
@@ -77,7 +77,7 @@ def _refuse_seen(recipe: Recipe, data: DataVersion) -> None:
 
 
 def test_classes(recipe: Recipe, data: DataVersion) -> ClassImages:
-    """The test classes: all episodes that the recipe asks for can be drawn."""
+    """The test classes; an error if the recipe's episodes cannot be drawn from them."""
     splits, training = recipe.dataset, recipe.training
     test = data.classes(splits.test)
     for shape in recipe.evaluation.shapes if not heads.cross_validated(recipe) else ():

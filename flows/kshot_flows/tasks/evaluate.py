@@ -1,4 +1,4 @@
-"""Evaluate a learner on the seeded test episodes that all learners share, calibrated on validation episodes."""
+"""The task `evaluate`: calibrates on validation episodes, and scores on the test episodes that all learners share."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from kshot_flows.store.results import task
 from kshot_flows.tasks import heads
 from kshot_flows.tasks.data import test_classes
 
-_TRACED = 4  # episodes, where the run is profiled
+_TRACED = 4  # traced episodes if the run is profiled
 
 
 @task(keys.evaluate, shows=artifacts.publish, tags={"compute"})
 def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
-    """Score on the same seeded test episodes as everyone, after calibrating on validation episodes."""
+    """Calibrate on validation episodes, then score on the seeded test episodes that all learners share."""
     test = test_classes(recipe, data)
     model, where = learners.load(learner.learner.file).to(embeddings.device()), embeddings.device()
     (trials, seen), shapes = heads.trials(model, recipe, data), recipe.evaluation.shapes
@@ -67,7 +67,9 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
                     )
                 )  # fmt: skip
     if profiling.active():
-        few = [(head, heads.pixels(images)) for head, images in parts]  # so that the backbone is in the trace too
+        few = [
+            (head, heads.pixels(images)) for head, images in parts
+        ]  # images instead of stored features, so that the trace includes the backbone
         with profiling.traced("evaluation", learner.folder / profiling.FOLDER):
             evaluate_folds(few, shapes[0], _TRACED, seed=keys.TEST_SEED, device=where)
     cosine = heads.cosine(parts, shapes[0], recipe.evaluation.episodes, data.name)
@@ -75,13 +77,13 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
 
 
 def _calibrated_at(shape: Shape, parts: Sequence[ClassImages]) -> Shape:
-    """The size of episode to calibrate at: as it is tested, if one class at least is left to be unknown."""
+    """The episode size to calibrate at: that of the test, if at least one class remains as unknown."""
     size = fitting(shape, min(parts, key=lambda images: int(images.counts.min())))
     return replace(size, ways=min(shape.ways, max(2, min(map(len, parts)) - 1)))
 
 
 def _few(recipe: Recipe) -> int:
-    """Episodes for what needs no narrow interval: each of them has many queries."""
+    """A smaller number of episodes, for estimates that need no narrow interval."""
     return min(keys.CALIBRATION_EPISODES, recipe.evaluation.episodes)
 
 
@@ -95,7 +97,7 @@ def _keep(
     data: DataVersion,
     learner: Trained,
 ) -> Scores:
-    """Write scores to files beside the learner: a summary to read, and the results of every episode."""
+    """Write scores to files beside the learner: a JSON summary, and the results of every episode."""
     stem = learner.folder / f"scores-{keys.evaluate(recipe, data, learner).removeprefix('evaluate-')[:12]}"
     arrays, report = stem.with_suffix(".npz"), stem.with_suffix(".json")
     np.savez_compressed(

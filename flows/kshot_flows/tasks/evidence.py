@@ -1,4 +1,4 @@
-"""Challenger against champion: what the gate judges by, gathered so that both played the very same episodes."""
+"""Measurements for the gate: challenger and champion evaluated on the same episodes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CROSS_VALIDATED = "cross-validated"  # in the name of a protocol
 
 
 def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence:
-    """What was measured of a new version, on the first shape of its recipe."""
+    """The measurements of a new version, at the first shape of its recipe."""
     first = scores.lines[0]
     like_first = [line for line in scores.lines if (line.protocol, line.transductive) == (first.protocol, False)]
     fit = scores.calibration_for(first.shape)
@@ -64,7 +64,7 @@ def evidence_of(data: DataVersion, scores: Scores, bundle: Exported) -> Evidence
 
 
 def _protocol(drawn: str, scores: Scores) -> str:
-    """How episodes were drawn, with the folds where they were cross-validated."""
+    """The protocol of the episodes, with the folds if they were cross-validated."""
     if _CROSS_VALIDATED not in drawn:
         return drawn
     recipe = learners.recipe(scores.learner.learner.file)
@@ -72,7 +72,7 @@ def _protocol(drawn: str, scores: Scores) -> str:
 
 
 def champions_evidence(name: str, version: int, challenger: Evidence, data: DataVersion, test: str) -> Evidence | None:
-    """The champion's results on the challenger's episodes: those on record if they are of these, else played now.
+    """The champion's results on the challenger's episodes: the recorded ones if they match, else evaluated now.
 
     `test` is the split of `data` that the challenger's episodes were drawn from. None where they are cross-validated:
     the champion may have learned from their classes.
@@ -106,8 +106,8 @@ def _on_record(name: str, version: int) -> Evidence | None:
 def _play(
     bundle: Bundle, version: int, images: ClassImages, episodes: EpisodeSet, shape: Shape, count: int
 ) -> Evidence:
-    """Let a bundle answer `count` evaluation episodes: the very ones that torch was scored on."""
-    from kshot.export.served import Served  # brings the exporter's libraries, which take a second
+    """Evaluate a bundle on `count` evaluation episodes, the same that torch was scored on."""
+    from kshot.export.served import Served  # imports the exporter's libraries, which take a second
 
     wanted = bundle.manifest.image.shape
     if images.shape != tuple(wanted):

@@ -1,4 +1,4 @@
-"""Export a learner as a bundle of ONNX graphs, with all that serving needs to know, checked against torch."""
+"""The task `export`: exports a learner as a bundle of ONNX graphs with a manifest, and compares it with torch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ from kshot_runtime.manifest import MANIFEST
 
 @task(keys.export, shows=artifacts.publish, tags={"compute"})
 def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
-    """Write the learner as ONNX with all that serving needs to know, checked against torch."""
-    from kshot import export as exporting  # brings the exporter's libraries, which take a second
+    """Export the learner as a bundle, and compare its predictions with torch."""
+    from kshot import export as exporting  # imports the exporter's libraries, which take a second
 
     model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
-    for unfinished in folder.parent.glob(f".{folder.name}-*"):  # of an export that was killed: this key's lock is ours
+    for unfinished in folder.parent.glob(
+        f".{folder.name}-*"
+    ):  # left by a killed export: this process holds the key's lock
         shutil.rmtree(unfinished)
     test = known = score.data.classes(splits.test)
     if recipe.training.refit and (base := heads.base(recipe, score.data)):
@@ -51,7 +53,7 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
 
 
 def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
-    """What a bundle says of where it comes from and of what to expect of it."""
+    """The provenance and expected accuracy in a bundle's manifest."""
     commit, dirty, _ = project.git()
     found = plugins.find()
     own, *others = score.data.refs(recipe.dataset)
@@ -89,7 +91,7 @@ def _plugin(provided: Provided, options: dict[str, Any]) -> manifest.Plugin:
 
 
 def _latency(bundle: Bundle, shape: Shape) -> float:
-    """Milliseconds that the bundle takes for one photo, the median of some, on this machine's CPU."""
+    """Median latency of the bundle for one photo on this machine's CPU, in milliseconds."""
     photos = np.zeros((shape.ways * shape.shots, *bundle.manifest.image.shape), np.uint8)  # (S, C, H, W)
     labels = np.arange(shape.ways).repeat(shape.shots)
     state = bundle.adapt_arrays(photos, labels, np.arange(shape.ways))

@@ -1,4 +1,4 @@
-"""What is chosen on validation episodes: heads on features by cross-validation over classes, and inner steps."""
+"""Selection on validation episodes: heads by cross-validation over classes, and numbers of inner steps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from kshot_flows.store.products import Attempt, DataVersion
 
 
 def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
-    """The classes to choose a head on, and to learn its statistics from: those to train and validate on.
+    """The base classes, for selecting a head and learning its statistics: those of training and validation.
 
-    Without those that are tested on; None where no such split exists.
+    Test classes are excluded; None if no such split exists.
     """
     own, known = recipe.dataset.name, {packed.name: packed.open().splits for packed in data.all}
     tested = [] if cross_validated(recipe) else _single(recipe.dataset.test, own)
@@ -39,12 +39,12 @@ def base(recipe: Recipe, data: DataVersion) -> ClassImages | None:
 
 
 def cross_validated(recipe: Recipe) -> bool:
-    """Whether figures come from folds over the base classes, because no class is set aside to test on."""
+    """Whether results are cross-validated over folds of the base classes, because there are no test classes."""
     return recipe.training.steps == 0 and recipe.dataset.test == recipe.dataset.train
 
 
 def tested(learner: Learner, recipe: Recipe, data: DataVersion, test: ClassImages) -> list[Trial]:
-    """The learner beside the test classes; or folds of the base classes, with the statistics of the others."""
+    """Pairs of learner and test classes: one, or one per fold, with statistics of the other base classes."""
     classes = base(recipe, data) if cross_validated(recipe) else None
     if classes is None:
         return [(learner, embeddings.features(learner, test, data.name))]
@@ -53,17 +53,17 @@ def tested(learner: Learner, recipe: Recipe, data: DataVersion, test: ClassImage
 
 
 def _single(reference: str, own: str) -> list[tuple[str, str]]:
-    """The (data set, split) pairs that a reference names."""
+    """The (data set, split) pairs of a reference."""
     return [(name, split) for name, splits in splits_of(reference, own).items() for split in splits.split("+")]
 
 
 def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[Attempt, ...]]:
-    """The recipe with one learner and all its settings, that learner with its statistics, and what was tried.
+    """Select a head: the recipe with it and its settings, the learner with its statistics, and all candidates.
 
-    Heads are compared by folds over the base classes, on the same episodes; the first of those that are equal is taken.
+    Heads are compared by folds over the base classes, on the same episodes; of equal ones the first is selected.
     """
     image, classes = data.open().rule.shape, base(recipe, data)
-    bodies: dict[str, Backbone] = {}  # for each kind of features, which all its heads share
+    bodies: dict[str, Backbone] = {}  # per kind of features, shared by all its heads
     variants = []
     for variant in recipe.variants():
         kind = str(variant.backbone.options)
@@ -94,11 +94,11 @@ def choose(recipe: Recipe, data: DataVersion) -> tuple[Recipe, Learner, tuple[At
 
 
 def choose_steps(recipe: Recipe, learner: Learner, data: DataVersion) -> Recipe:
-    """The recipe with the numbers of inner steps that answer validation episodes best, if it leaves them open."""
+    """The recipe with the numbers of inner steps that are best on validation episodes, if it does not set them."""
     if not (isinstance(learner, InnerLoop) and learner.most_steps):
         return recipe
     settings, classes = recipe.training, data.classes(recipe.dataset.validation)
-    classes = classes.with_protocol("random photos")  # across groups, fewer shapes can be drawn
+    classes = classes.with_protocol("random photos")  # across groups, some shapes cannot be drawn
     shots = {1, 5, *(shape.shots for shape in settings.shapes)}
     shapes = [Shape(settings.validation_shape.ways, each, settings.validation_queries) for each in sorted(shots)]
     with progress.stage("inner steps for each number of shots"):
@@ -111,7 +111,7 @@ def choose_steps(recipe: Recipe, learner: Learner, data: DataVersion) -> Recipe:
 
 
 def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> tuple[list[Trial], Trial | None]:
-    """The learner beside classes that it has not learned from, to calibrate on; none where there are no such classes.
+    """Pairs of learner and classes for calibration that it has not learned from; empty without such classes.
 
     Those are validation classes. Where statistics were learned from these, they are halves with the statistics of the
     other half, and the learner beside the classes that it has seen comes too.
@@ -130,7 +130,7 @@ def trials(learner: Learner, recipe: Recipe, data: DataVersion) -> tuple[list[Tr
 def cosine(parts: Sequence[Trial], shape: Shape, episodes: int, what: str) -> Score | None:
     """The accuracy of cosines to class means on the last features of the same backbone, on the same episodes.
 
-    None where images have no features of their own.
+    None if an image's features depend on other images.
     """
     backbone = copy.copy(parts[0][0].backbone)  # the weights are shared
     if backbone.norm not in BY_ITSELF:
@@ -144,7 +144,7 @@ def cosine(parts: Sequence[Trial], shape: Shape, episodes: int, what: str) -> Sc
 
 
 def _on(learner: Learner, images: ClassImages, what: str) -> ClassImages:
-    """The same classes as features of another backbone, or of other stages of the same."""
+    """The same classes as features of another backbone or of other stages."""
     return embeddings.features(learner, pixels(images), what)
 
 
@@ -154,7 +154,7 @@ def pixels(images: ClassImages) -> ClassImages:
 
 
 def learn_statistics(learner: Learner, classes: ClassImages, what: str) -> None:
-    """Set the statistics of a closed-form learner from these classes; any other learner stays as it is."""
+    """Set the statistics of a closed-form learner from these classes; other learners are unchanged."""
     if not (isinstance(learner, FeatureLearner) and learner.closed_form):
         return
     known = embeddings.features(learner, classes, what)

@@ -28,7 +28,7 @@ from kshot_runtime.errors import KshotError
 def promote(recipe: Recipe, version: Registered) -> Promotion:
     """Let a version meet the champion: into production if the gate opens, and else it waits in staging.
 
-    A version that someone archived stays there: what a person took out of service, no schedule puts back.
+    An archived version stays archived: a schedule does not promote a version that a person took out of service.
     """
     promotion = _promoted(recipe, version)
     experiment.log_verdict(version, promotion)
@@ -49,7 +49,7 @@ def _promoted(recipe: Recipe, version: Registered) -> Promotion:
     challenger = Evidence.from_dict({**json.loads(version.evidence.file.read_text()), "version": number})
     while True:
         champion = registry.champion(name)
-        if champion == number:  # by an earlier attempt, or by another process meanwhile
+        if champion == number:  # by an earlier attempt, or concurrently by another process
             known = registry.gate_report(name, number)
             why, warnings = "it is in production already", known.warnings if known else ()
             return Promotion(name, number, Stage.PRODUCTION, number, why, warnings=warnings)
@@ -63,7 +63,7 @@ def _promoted(recipe: Recipe, version: Registered) -> Promotion:
         registry.record_gate(name, number, report.to_dict())
         if not report.passed:
             return Promotion(name, number, Stage.STAGING, champion, "; ".join(report.failures))
-        with suppress(StageConflictError):  # another version came first: meet that one
+        with suppress(StageConflictError):  # another version was promoted first: compare with that one
             first = "the first version" if champion is None else f"not compared with version {champion}"
             why = "passed the gate" + (f" against version {champion}" if other else f", {first}")
             registry.promote(name, number, Stage.PRODUCTION, why=why)

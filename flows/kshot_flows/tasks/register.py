@@ -1,4 +1,4 @@
-"""Register a bundle as a version of the recipe's model, with everything that is known of the experiment."""
+"""The task `register`: logs the experiment to MLflow, and registers its bundle as a version of the recipe's model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kshot_flows.tracking import stores
     timeout_seconds=1800,
 )
 def register(recipe: Recipe, data: DataVersion, score: Scores, bundle: Exported) -> Registered:
-    """Log everything of the experiment in one MLflow run, and make the bundle a version of the recipe's model."""
+    """Log the experiment in one MLflow run, and register the bundle as a version of the recipe's model."""
     judged_by = json.dumps(evidence.evidence_of(data, score, bundle).to_dict())
     folder, files, first = score.learner.folder, bundle.folder, score.lines[0]
     identity = registry.identity(files)

@@ -1,4 +1,4 @@
-"""Make a learner: by meta-training, or by choosing a head on frozen features."""
+"""The task `meta_train`: meta-trains a learner, or selects a head on frozen features."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from kshot_flows.tracking import curves
 
 @task(keys.meta_train, shows=artifacts.publish, tags={"compute"})
 def meta_train(recipe: Recipe, data: DataVersion) -> Trained:
-    """Make a learner in `runs/RECIPE/KEY/learner.pt`: by meta-training, or without it by choosing a head.
+    """Write `runs/RECIPE/KEY/learner.pt`, by meta-training or, without it, by selecting a head.
 
-    Meta-training goes on from the last checkpoint there if a run was cut off.
+    An interrupted meta-training resumes from its last checkpoint.
     """
-    embeddings.device(), test_classes(recipe, data)  # what cannot work is reported before hours are spent
+    embeddings.device(), test_classes(recipe, data)  # report what cannot work before hours of training
     folder = project.home() / "runs" / recipe.name / keys.meta_train(recipe, data).removeprefix("train-")[:12]
-    for unfinished in folder.glob(".*.pt.*"):  # of a writer that was killed: this key's lock is ours
+    for unfinished in folder.glob(".*.pt.*"):  # left by a killed process: this process holds the key's lock
         unfinished.unlink()
     torch.manual_seed(recipe.seed)
     return (_trained if recipe.training.steps else _chosen)(recipe, data, folder)
@@ -77,7 +77,7 @@ def _steps(learner: Learner, recipe: Recipe, data: DataVersion, folder: Path) ->
 
 
 def _other_rank(recipe: Recipe, data: DataVersion, folder: Path) -> None:
-    """The part of a process that was started to share the training."""
+    """The work of an additional process that shares the training."""
     for _ in _steps(recipe.build(data.open().rule.shape), recipe, data, folder):
         pass
 
@@ -100,7 +100,7 @@ def _chosen(recipe: Recipe, data: DataVersion, folder: Path) -> Trained:
 
 
 def _checkpoint(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a training that can be used; nothing without one."""
+    """The newest usable checkpoint of a training; empty if there is none."""
     held, aside = training.checkpoint(folder)
     why = "cannot be read"
     if held and (differ := training.foreign(held, recipe.training, keys.training_part(recipe), recipe.seed)):

@@ -1,1 +1,1 @@
-"""MLflow's runs and where it keeps them."""
+"""MLflow tracking: runs, learning curves and stores."""

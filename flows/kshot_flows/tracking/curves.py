@@ -1,4 +1,4 @@
-"""The learning curve of a training as a file of lines, which grows while it runs and survives its being killed."""
+"""Learning curves as JSON-lines files that grow during training and survive a kill, and their upload to MLflow."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from kshot_flows.console.progress import say
 from kshot_flows.tracking import stores
 from kshot_flows.tracking.runs import Run
 
-_POINTS = 500  # in a curve, about, beside the validated steps
-_AT_ONCE = 200  # points in one call
-_SECONDS = 2.0  # between two calls
+_POINTS = 500  # approximate number of points in a curve, besides validations
+_AT_ONCE = 200  # points per call
+_SECONDS = 2.0  # seconds between two calls
 _PATIENCE = 10.0  # seconds without an answer before it is reported
 
 Point = dict[str, float]
 
 
 class Curve:
-    """Mean losses over stretches of outer steps, and the validations between them."""
+    """Mean losses over intervals of outer steps, and validation accuracies."""
 
     def __init__(self, file: Path, steps: int, position: int) -> None:
-        """Go on at `position`: what an earlier process wrote past its last checkpoint happens again, and is dropped."""
+        """Resume at `position`; points that an earlier process wrote after its last checkpoint are dropped."""
         self.every = max(1, steps // _POINTS)
         self.file = file
         self._losses: list[float] = []
@@ -40,7 +40,7 @@ class Curve:
         unfinished.replace(file)
 
     def add(self, progress: Progress) -> Point | None:
-        """Take in an outer step; the point that it completes, if it does."""
+        """Add an outer step; returns the point that it completes, if any."""
         self._losses.append(progress.loss)
         if progress.validation is None and progress.step % self.every:
             return None
@@ -55,7 +55,7 @@ class Curve:
 
 
 def read(file: Path) -> list[Point]:
-    """The points of a curve, without lines that were cut off or damaged."""
+    """The points of a curve; truncated or damaged lines are skipped."""
     found = []
     for line in file.read_text(errors="replace").split("\n") if file.exists() else ():
         with suppress(ValueError):
@@ -66,22 +66,22 @@ def read(file: Path) -> list[Point]:
 
 
 def metrics(point: Point) -> dict[str, float]:
-    """A point under the names of MLflow's metrics."""
+    """A point as MLflow metrics."""
     names = {"loss": "train.loss", "lr": "train.lr", "validation": "validation.accuracy", "margin": "validation.margin"}
     return {names[key]: value for key, value in point.items() if key in names}
 
 
 def send_missing(run: Run, points: Sequence[Point]) -> None:
-    """Send the points that a run does not have yet."""
+    """Send the points that an MLflow run lacks."""
     had = run.steps("train.loss")
     run.send([(int(point["step"]), metrics(point)) for point in points if point["step"] not in had])
 
 
 @contextmanager
 def sending(run: Run, curve: Curve) -> Iterator[Callable[[Point | None], None]]:
-    """A function that sends points of a curve to its MLflow run, which can neither end nor stall the training.
+    """A callback that sends points of a curve to its MLflow run without being able to end or stall the training.
 
-    What MLflow does not take is sent again, for some seconds at the end, and by `send_missing` in a later step.
+    Points that could not be sent are retried, for some seconds at the end, and by `send_missing` in a later step.
     """
     sender = _Sender(run, curve)
     try:
@@ -91,7 +91,7 @@ def sending(run: Run, curve: Curve) -> Iterator[Callable[[Point | None], None]]:
 
 
 class _Sender:
-    """Sends points from a thread of its own."""
+    """Sends points in a background thread."""
 
     def __init__(self, run: Run, curve: Curve) -> None:
         self._run, self._had = run, run.steps("train.loss")
@@ -106,7 +106,7 @@ class _Sender:
         self._thread.start()
 
     def take(self, point: Point | None) -> None:
-        """Send a point, if there is one; and report it once if nothing could be sent for ten seconds."""
+        """Queue a point, if there is one; report once if nothing could be sent for ten seconds."""
         if point is not None and point["step"] not in self._had:
             if not self._waiting:
                 self._taken = time.monotonic()
@@ -119,7 +119,7 @@ class _Sender:
         self._away = away
 
     def close(self) -> None:
-        """Send what waits, as far as that is possible in some seconds."""
+        """Send queued points, for at most some seconds."""
         self._ending.set()
         self._thread.join(1 if self._away else _PATIENCE)
         if self._waiting:
@@ -131,7 +131,7 @@ class _Sender:
             if batch := self._waiting[:_AT_ONCE]:
                 try:
                     self._run.send(batch)
-                except Exception as error:  # whatever it is must not end a training
+                except Exception as error:  # no error may end a training
                     self._reason = f" ({stores.reason(error)})"
                     time.sleep(_SECONDS / 4)
                 else:

@@ -1,4 +1,4 @@
-"""One experiment as an MLflow run: its recipe, its data, its code, its numbers over time, its pictures."""
+"""One experiment as an MLflow run: recipe, data, code, metrics and pictures."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-_BATCH = 1000  # metrics in one call, as many as MLflow takes
-_SECONDS = 2.0  # that a metric may wait for its batch
+_BATCH = 1000  # metrics per call, MLflow's maximum
+_SECONDS = 2.0  # seconds that a metric may wait for its batch
 PROCESS = "kshot.process"
 """The tag of a run that names the process which works at it."""
 
 
 @dataclass(frozen=True)
 class DataRef:
-    """The version of a data set that a run learned from, or was tested on."""
+    """The version of a data set that a run used."""
 
     name: str
     version: str  # sha256 of the packed files
-    md5: str | None = None  # what DVC calls the data folder in data.dvc, '<md5>.dir'; None outside DVC
+    md5: str | None = None  # DVC's hash of the data folder in data.dvc, '<md5>.dir'; None outside DVC
     source: str = ""  # where the images came from
-    context: str = "meta-training"  # what they were for
+    context: str = "meta-training"  # their uses in the run
 
     @property
     def digest(self) -> str:
-        return (self.md5 or self.version)[:36]  # MLflow keeps 36 characters: exactly a DVC folder hash
+        return (self.md5 or self.version)[:36]  # MLflow stores 36 characters: exactly a DVC folder hash
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Run:
 
     id: str
     client: MlflowClient
-    away: bool = False  # whether MLflow has stopped answering: the run is then left as it is
+    away: bool = False  # whether MLflow has stopped answering: the run is then left open
     _waiting: list[tuple[int, Mapping[str, float]]] = field(default_factory=list, repr=False)
     _sent: float = field(default_factory=time.monotonic, repr=False)
 
@@ -67,7 +67,7 @@ class Run:
         self._sent = time.monotonic()
 
     def send(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Send values of metrics at some steps now."""
+        """Send metric values at given steps immediately."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -85,14 +85,14 @@ class Run:
         self.client.set_tag(self.id, name, str(value))
 
     def pictures(self, drawn: Mapping[str, bytes]) -> None:
-        """PNG files by name, in one call."""
+        """Log PNG files by name, in one call."""
         with tempfile.TemporaryDirectory() as scratch:
             for name, png in drawn.items():
                 Path(scratch, f"{name}.png").write_bytes(png)
             self.client.log_artifacts(self.id, scratch, "pictures")
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows as CSV, with a column for each key that any of them has."""
+        """Log rows as CSV, with a column for each key that occurs."""
         text, columns = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
         writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
@@ -121,7 +121,7 @@ def run(
     again: str | None = None,
     patient: bool = False,
 ) -> Iterator[Run]:
-    """Start a run of a recipe, or go on with the run `again`. If the block fails, it is marked FAILED with the error.
+    """Start a run of a recipe, or resume the run `again`. If the block fails, it is marked FAILED with the error.
 
     The experiment bears the recipe's name. The resolved recipe becomes the run's parameters (`training.lr`) and
     `recipe.json`; the dataset version its input, and that of every other data set that the recipe names; the
@@ -154,11 +154,11 @@ def run(
 
 
 def _describe(opened: Run, recipe: Mapping[str, Any], seed: int, data: Sequence[DataRef], changes: str) -> None:
-    """Log what a run begins with. `recipe.json` comes last: a run that lacks it lacks some of this."""
+    """Log the initial data of a run. `recipe.json` is last: if it is missing, the initial data are incomplete."""
     from mlflow.entities import Param
 
     params = [Param(key, str(value)) for key, value in flatten({**recipe, "seed": seed}).items()]
-    for start in range(0, len(params), 100):  # MLflow takes 100 in one call
+    for start in range(0, len(params), 100):  # MLflow's maximum is 100 per call
         opened.client.log_batch(opened.id, params=params[start : start + 100])
     _log_data(opened, data)
     if changes:
@@ -178,14 +178,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _process() -> str:
-    """This process among all: `gc` ends runs whose process is gone."""
+    """An identifier of this process, by which `gc` finds runs of dead processes."""
     import psutil
 
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
 
 
 def alive(process: str) -> bool | None:
-    """Whether the process of a run is still there; None where it is another machine's."""
+    """Whether the process of a run is alive; None if it is on another machine."""
     import psutil
 
     host, number, began = process.rsplit(" ", 2)
@@ -198,7 +198,7 @@ def alive(process: str) -> bool | None:
 
 
 def _prefect() -> dict[str, str]:
-    """The Prefect flow run we are in, if any: asked only of a Prefect that is already loaded."""
+    """The current Prefect flow run, if any, without importing Prefect."""
     if "prefect" not in sys.modules:
         return {}
     from prefect.runtime import flow_run
@@ -218,7 +218,7 @@ def _until_the_end(opened: Run, patient: bool) -> Iterator[None]:
             opened.tag("kshot.error", f"{type(error).__name__}: {error}"[:5000])
             opened.flush()
             opened.client.set_terminated(opened.id, status)
-        except Exception as second:  # the first error is the one to tell
+        except Exception as second:  # report the first error
             error.add_note(f"MLflow run {opened.id} could not be marked {status}: {second}")
         raise
     if opened.away:
@@ -246,7 +246,7 @@ def _log_data(opened: Run, data: Sequence[DataRef]) -> None:
 
 
 def _experiment(door: MlflowClient, name: str) -> str:
-    """The experiment's id. Another process may make it at the same moment."""
+    """The experiment's id, created if missing, even by several processes at once."""
     from mlflow.exceptions import MlflowException
 
     for _ in range(2):
@@ -258,7 +258,7 @@ def _experiment(door: MlflowClient, name: str) -> str:
                 raise KshotError(why_not)
             return str(found.experiment_id)
         database = stores.database_of(door.tracking_uri)
-        # An embedded store must be told where artifacts live; by default they follow the current folder.
+        # An embedded store needs an explicit artifact location; by default it is relative to the current folder.
         place = str(stores.artifacts(database) / name) if database else None
         try:
             door.create_experiment(name, artifact_location=place, tags=_TRAINING_PAGES)

@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs and versions: the project's own SQLite store, or the one that MLFLOW_TRACKING_URI names."""
+"""MLflow's store of runs and versions: the project's SQLite store, or that of MLFLOW_TRACKING_URI."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SETTINGS = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # kshot shows its own progress and its own links
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # kshot prints its own progress and links
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # of 7: nine minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default of 7 means nine minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-_FRESH = 10.0  # seconds for which a server that answered is taken to be there
+_FRESH = 10.0  # seconds for which a server that answered is assumed to be reachable
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def uri() -> str:
-    """MLFLOW_TRACKING_URI if set, else the project's own SQLite store. Made on first use; a dead server is an error."""
+    """MLFLOW_TRACKING_URI if set, else the project's SQLite store, created on first use; an error if unreachable."""
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.home() / 'mlflow' / 'mlflow.db'}"
     if database := database_of(address):
         _create(database)
@@ -48,29 +48,31 @@ def uri() -> str:
 
 
 def label() -> str:
-    """The store in names and keys: without a password, and the same after the project's folder was moved."""
+    """The store's label in names and cache keys: without a password, unchanged if the project's folder is moved."""
     return public(uri()).replace(f"sqlite:///{project.home()}/", "sqlite:///")
 
 
 def public(uri: str) -> str:
-    """A store's address without the password in it, to be shown."""
+    """A store's address for display, without its password."""
     return re.sub(r"//([^:/@]*):[^@/]*@", r"//\1:***@", uri)
 
 
 def client() -> MlflowClient:
-    """The door to the store. Always explicit: nothing here sets MLflow's global tracking URI or active run."""
+    """An MLflow client of the store; MLflow's global tracking URI and active run are never set."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # it prints tracebacks of errors that it raises
     address = uri()
     _opens(address)
     return MlflowClient(tracking_uri=address)
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of an SQLite store; None for anything else."""
+    """The file of an SQLite store; None for other stores."""
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
 
@@ -80,7 +82,7 @@ def artifacts(database: Path) -> Path:
 
 
 def _create(database: Path) -> None:
-    """Make an SQLite store once. It gets its name when complete: that takes seconds, and people press Ctrl-C."""
+    """Create an SQLite store atomically: it takes seconds, and may be interrupted by Ctrl-C."""
     if database.exists():
         return
     from filelock import FileLock
@@ -107,12 +109,12 @@ def _create(database: Path) -> None:
 
 @functools.cache
 def _follow_a_move(database: Path) -> None:
-    """Rewrite the paths of artifacts, which MLflow stores as absolute ones, if the store lies in another folder now."""
+    """Rewrite artifact paths, which MLflow stores as absolute ones, if the store was moved."""
     now = str(artifacts(database))
     with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
         first = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
         then = str(first[0]).removesuffix("/0") if first else now
-        if then == now or Path(then).name != Path(now).name:  # as it was, or made by someone else
+        if then == now or Path(then).name != Path(now).name:  # not moved, or not created by kshot
             return
         for table, column in _PATHS:
             moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
@@ -128,18 +130,18 @@ _PATHS = (
 )
 
 
-_answered: dict[str, float] = {}  # when each server last did
+_answered: dict[str, float] = {}  # time of each server's last answer
 
 
 def answers(uri: str) -> None:
-    """Ask whether a server is there, unless it just was: MLflow itself would try for minutes before it says no."""
+    """Check that a server is reachable, unless it just answered; MLflow itself would retry for minutes."""
     if time.monotonic() - _answered.get(uri, -math.inf) < _FRESH:
         return
     address = urlsplit(uri)
     try:
         if address.scheme in ("http", "https"):
-            plain = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")  # urllib takes no name and password in it
-            with suppress(urllib.error.HTTPError):  # a server that wants a password is there
+            plain = re.sub(r"//[^/@]*@", "//", uri).rstrip("/")  # urllib does not accept credentials in the URL
+            with suppress(urllib.error.HTTPError):  # a server that requires a password is reachable
                 urllib.request.urlopen(f"{plain}/health", timeout=10).close()
         elif address.hostname and (port := address.port or _PORTS.get(address.scheme.partition("+")[0])):
             socket.create_connection((address.hostname, port), timeout=10).close()
@@ -153,7 +155,7 @@ def answers(uri: str) -> None:
 
 
 def reason(error: object) -> str:
-    """Why a call failed, in some words: MLflow's errors hold those of four libraries below."""
+    """A short reason for a failed call, from MLflow's nested errors."""
     text = str(error)
     for sign, words in _REASONS.items():
         if sign in text:
@@ -175,7 +177,7 @@ _REASONS = {
 
 @functools.cache
 def _opens(uri: str) -> None:
-    """Ask once whether MLflow takes an address, and a server there our name and password."""
+    """Check once that MLflow supports an address, and that a server there accepts the credentials."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
