@@ -54,10 +54,8 @@ class Cache:
                     f"{name} was not recorded: DVC's cache {where} did not take {', '.join(lost)}{self._why()}. "
                     "Make room, or move the cache (dvc cache dir), and do it again"
                 )
-            if self._repo.cache.local.cache_types[0] in (
-                "hardlink",
-                "symlink",
-            ):  # the links that `dvc config cache.type` selects
+            # the links that `dvc config cache.type` selects
+            if self._repo.cache.local.cache_types[0] in ("hardlink", "symlink"):
                 out.commit(relink=True)
         return Entry(md5, version, out.meta.nfiles, out.meta.size)
 

@@ -139,9 +139,8 @@ def ensure(
     names; a difference is reported, and no error: the data set is sound, only not the same.
     """
     root.mkdir(parents=True, exist_ok=True)
-    if all(
-        (root / name / file).exists() for file in (INDEX, IMAGES)
-    ):  # else a pull was interrupted, or nothing is here
+    # else a pull was interrupted, or nothing is here
+    if all((root / name / file).exists() for file in (INDEX, IMAGES)):
         return _present(name, root, "was there")
     failed, note = why_not_versioned(root), ""
     try:

@@ -91,9 +91,8 @@ class Evidence:
             object.__setattr__(self, "cosine", _accuracies(self.cosine))
         for name in ("ece", "agreement", "auroc", "latency_ms", "accepted", "false_accepts"):
             value = getattr(self, name)
-            object.__setattr__(
-                self, name, None if value is None else float(value)
-            )  # numpy floats are not JSON serialisable
+            # numpy floats are not JSON serialisable
+            object.__setattr__(self, name, None if value is None else float(value))
 
     def to_dict(self) -> dict[str, Any]:
         rows = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}

@@ -18,13 +18,8 @@ if TYPE_CHECKING:
     from kshot.evaluation.calibration import Calibration
     from kshot.evaluation.open_set import OpenSet
 
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = (
-    "#2f6fad",
-    "#d9822b",
-    "#3a923a",
-    "#c23b3b",
-    "#8a8a8a",
-)  # distinguishable in greyscale
+# distinguishable in greyscale
+_BLUE, _ORANGE, _GREEN, _RED, _GREY = ("#2f6fad", "#d9822b", "#3a923a", "#c23b3b", "#8a8a8a")
 _LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.85}
 _STAR: dict[str, Any] = {"marker": "*", "edgecolors": "black", "linewidths": 0.8}
 _SHARE = PercentFormatter(1, symbol=" %")

@@ -47,9 +47,8 @@ def show(done: Sequence[Done], command: str) -> None:
     bundle, version, promotion = _find(products, Exported), _find(products, Registered), _find(products, Promotion)
     if bundle and version and promotion:
         out.print(_verdict(promotion))
-        out.print(
-            _next(bundle, version, promotion, command), soft_wrap=True
-        )  # paths and commands are not wrapped, so that they can be copied
+        # paths and commands are not wrapped, so that they can be copied
+        out.print(_next(bundle, version, promotion, command), soft_wrap=True)
 
 
 def show_profile(profile: Profile, folder: Path | None) -> None:

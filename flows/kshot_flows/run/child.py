@@ -69,12 +69,8 @@ def _run(flow_run: UUID, sentence: Callable[[BaseException], str]) -> None:
         with get_client(sync_client=True) as client:
             found = client.read_flow_run(flow_run)
         asked: dict[str, Any] = {"changes": None, **found.parameters}
-        sys.argv = [
-            "kshot",
-            "run",
-            asked["recipe"],
-            *(asked["changes"] or []),
-        ]  # messages that suggest a repetition name this one
+        # messages that suggest a repetition name this one
+        sys.argv = ["kshot", "run", asked["recipe"], *(asked["changes"] or [])]
         run_flow(pipeline, flow_run=found)
     except Abort:  # the run was cancelled
         pass

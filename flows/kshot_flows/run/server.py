@@ -40,9 +40,8 @@ class Server:
         self.url: str = PREFECT_API_URL.value() or ""
         self._folder = project.home() / ".kshot"
         self._record = self._folder / "prefect-server.json"
-        self._turn = FileLock(
-            self._folder / "prefect-server.lock", thread_local=False
-        )  # held by the process that runs the server
+        # held by the process that runs the server
+        self._turn = FileLock(self._folder / "prefect-server.lock", thread_local=False)
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextmanager

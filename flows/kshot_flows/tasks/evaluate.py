@@ -67,9 +67,8 @@ def evaluate(recipe: Recipe, data: DataVersion, learner: Trained) -> Scores:
                     )
                 )  # fmt: skip
     if profiling.active():
-        few = [
-            (head, heads.pixels(images)) for head, images in parts
-        ]  # images instead of stored features, so that the trace includes the backbone
+        # images instead of stored features, so that the trace includes the backbone
+        few = [(head, heads.pixels(images)) for head, images in parts]
         with profiling.traced("evaluation", learner.folder / profiling.FOLDER):
             evaluate_folds(few, shapes[0], _TRACED, seed=keys.TEST_SEED, device=where)
     cosine = heads.cosine(parts, shapes[0], recipe.evaluation.episodes, data.name)

@@ -34,9 +34,8 @@ def export(recipe: Recipe, learner: Trained, score: Scores) -> Exported:
     model, splits = learners.load(learner.learner.file), recipe.dataset
     shape = score.lines[0].shape
     folder = learner.folder / keys.export(recipe, learner, score).replace("export", "bundle")[:19]
-    for unfinished in folder.parent.glob(
-        f".{folder.name}-*"
-    ):  # left by a killed export: this process holds the key's lock
+    # left by a killed export: this process holds the key's lock
+    for unfinished in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(unfinished)
     test = known = score.data.classes(splits.test)
     if recipe.training.refit and (base := heads.base(recipe, score.data)):

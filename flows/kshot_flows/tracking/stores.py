@@ -63,9 +63,8 @@ def client() -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # it prints tracebacks of errors that it raises
+    # it prints tracebacks of errors that it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     address = uri()
     _opens(address)
     return MlflowClient(tracking_uri=address)
