@@ -1,10 +1,10 @@
-"""How long pretrained backbones take for an image, one thread on a CPU, with torch and with onnxruntime.
+"""Time per image of pretrained backbones, one thread on a CPU, with torch and with onnxruntime.
 
     python bench/backbone_speed.py [--rounds 7] [--batch 8]
 
-Processor time, so that what else runs counts for little; the backbones take turns within each round, and the median and
-the middle half are printed. Freed memory is kept, as kshot does where it embeds a data set.
-Weights of timm's are random, which changes no running time. Writes bench/results/backbone_speed.json.
+CPU time, so that other load matters little; the backbones alternate within each round, and the median and
+the middle half are printed. Freed memory is kept, as when kshot embeds a data set.
+Weights are random, which does not affect the time. Writes bench/results/backbone_speed.json.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def row(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

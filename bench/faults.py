@@ -1,13 +1,13 @@
-"""Faults in the middle of `kshot run`, each at each step: what is said, and whether the next run is right.
+"""Inject faults into each step of `kshot run`, and check the error message and the result of the next run.
 
     python bench/faults.py                          # every fault at every step, an hour or two
     python bench/faults.py full prefect-killed@export torn@schedule
 
-A cell is right if the run ends by itself with one sentence (or is killed), and the same command then ends with status
-0, with the learner and the ONNX files of a run without faults to the byte, one version, in production, audit, stage and
-alias in agreement, and no MLflow run RUNNING. `torn` kills the run and cuts the newest file in half that the step goes
-on from. At `schedule` the fault comes in a run of `kshot schedule --every 5s` and is taken away once that run has ended
-(or a minute later); then a run of the same schedule has to complete, and SIGTERM has to end it with status 0.
+A case passes if the run ends with one error message (or is killed), and the same command then ends with status 0, with
+the learner and the ONNX files of a run without faults to the byte, one version, in production, audit, stage and alias
+consistent, and no MLflow run RUNNING. `torn` kills the run and truncates the newest file from which the step resumes.
+At `schedule` the fault hits a run of `kshot schedule --every 5s` and is removed once that run has ended (or a minute
+later); then a run of the same schedule has to complete, and SIGTERM has to end it with status 0.
 `full` mounts a tmpfs, so it needs root; `clock` needs Linux and a C compiler.
 Results go to bench/results/faults.md.
 """
@@ -39,8 +39,8 @@ FAULTS = (
     "killed", "terminated", "full", "mlflow-killed", "mlflow-hung", "prefect-killed", "prefect-hung", "moved", "twice",
     "clock", "torn",
 )  # fmt: skip
-SCHEDULED = ("full", "torn", "damaged", "mlflow-killed", "clock", "moved")  # faults that are tried under a schedule
-MARKS = {"meta_train": "step 200/400"}  # the line of output at which the fault comes; else the step's name
+SCHEDULED = ("full", "torn", "damaged", "mlflow-killed", "clock", "moved")  # faults that are tested under a schedule
+MARKS = {"meta_train": "step 200/400"}  # the output line at which the fault is injected; else the step's name
 TORN = {"meta_train": "last.pt", "evaluate": "learner.pt", "export": "scores*.npz", "register": "bundle-*/*.onnx",
         "promote": "*.evidence.json", "schedule": "last.pt"}  # fmt: skip
 RECIPE = """
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def project(home: Path) -> Path:
-    """A folder with a recipe and 16 x 16 patterns under noise to learn from, in git and DVC."""
+    """A project in git and DVC, with a recipe and a data set of noisy 16 x 16 patterns."""
     from PIL import Image
 
     random, photos = np.random.default_rng(0), home / "photos"
@@ -157,7 +157,7 @@ def run(home: Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def bits(home: Path) -> dict[str, str]:
-    """sha256 of the learner and of the graphs."""
+    """sha256 of the learner file and of the ONNX graphs."""
     files = [*home.glob("runs/tiny/*/learner.pt"), *home.glob("runs/tiny/*/bundle-*/*.onnx")]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -165,7 +165,7 @@ def bits(home: Path) -> dict[str, str]:
 def prepare(
     place: Path, fault: str, step: str
 ) -> tuple[Path, dict[str, str], Server | None, list[Callable[[], object]]]:
-    """A project for a fault, its environment and server, and what is to be undone in the end."""
+    """A project for a fault, its environment and server, and a cleanup function."""
     home, undo, more, server = place / f"{fault}-{step}", list[Callable[[], object]](), dict[str, str](), None
     if fault == "full":
         home.mkdir()
@@ -225,7 +225,7 @@ def cell(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]
 
 
 def scheduled(place: Path, fault: str, step: str, sound: dict[str, str]) -> list[str]:
-    """A fault in a run of `kshot schedule`, at `step 200/400`; it is taken away, and a later run has to be right."""
+    """Inject a fault into a run of `kshot schedule` at `step 200/400`, remove it, and check a later run."""
     home, more, server, undo = prepare(place, fault, step)
     more |= {"PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     images = home / "data" / "patterns" / "images.npy"
@@ -272,7 +272,7 @@ def scheduled(place: Path, fault: str, step: str, sound: dict[str, str]) -> list
     elif fault == "clock":
         process.kill()
         process.wait()
-        time.sleep(3)  # what it has started ends with it
+        time.sleep(3)  # its children end with it
         more |= a_day_ago(place)
         process, lines = serve()
     elif fault == "moved":
@@ -294,13 +294,13 @@ def scheduled(place: Path, fault: str, step: str, sound: dict[str, str]) -> list
 
 
 def tear(home: Path, step: str) -> None:
-    """Cut the newest file in half that a step goes on from."""
+    """Truncate the newest file from which a step resumes to half its size."""
     torn = max(home.glob(f"runs/tiny/*/{TORN[step]}"), key=lambda file: file.stat().st_mtime)
     os.truncate(torn, torn.stat().st_size // 2)
 
 
 def judge(home: Path, again: subprocess.CompletedProcess[str], more: dict[str, str], same: bool) -> list[str]:
-    """What is wrong after the next run."""
+    """The problems found after the next run."""
     state = subprocess.run(
         [sys.executable, "-c", STATE], cwd=home, env={**os.environ, **more, "KSHOT_HOME": str(home)},
         capture_output=True, text=True,
@@ -313,13 +313,13 @@ def judge(home: Path, again: subprocess.CompletedProcess[str], more: dict[str, s
         wrong.append(f"versions {found['versions']}")
     wrong += found["disagreements"]
     wrong += [f"{found['running']} runs RUNNING"] if found["running"] else []
-    left = [kind for kind in found["left"] if kind != "damaged checkpoint"]  # is kept to be looked at
+    left = [kind for kind in found["left"] if kind != "damaged checkpoint"]  # kept for inspection
     wrong += [f"left: {', '.join(left)}"] if left else []
     return wrong if same else [*wrong, "other bits"]
 
 
 def a_day_ago(place: Path) -> dict[str, str]:
-    """The environment in which the clock of a command is a day back; `time.monotonic` is not (faketime moves both)."""
+    """An environment whose wall clock is a day back, but not `time.monotonic` (faketime would change both)."""
     library = place / "clock.so"
     compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
     subprocess.run(compiler, input=CLOCK, text=True, check=True)

@@ -1,12 +1,12 @@
-"""What only a machine with an NVIDIA GPU can show: kshot on CUDA beside its peers, and beside itself on the CPU.
+"""Benchmarks that need an NVIDIA GPU: kshot on CUDA compared with other libraries, and with itself on the CPU.
 
     python bench/gpu.py [--data data/omniglot] [--rounds 30] [--recipes NAME ... --project FOLDER]
     python bench/gpu.py --smoke          # the same code on a CPU, in seconds; writes nothing
 
 Training steps and evaluation beside learn2learn and easyfsl (bench/peers/environment.py sets them up), trainings to the
-marks of bench/time_to_accuracy.py, the bundle under onnxruntime's CUDA provider with bound buffers, and a real
-`kshot serve --device cuda`. Writes bench/results/gpu.json, with the card's name. Without Omniglot, what needs it is
-left out. `--recipes` also runs these at full length by `kshot run` in a project folder that has their data, such as
+marks of bench/time_to_accuracy.py, the bundle under onnxruntime's CUDA provider with bound buffers, and a real `kshot
+serve --device cuda`. Writes bench/results/gpu.json, with the GPU's name. Without Omniglot, benchmarks that need it are
+skipped. `--recipes` also runs these at full length by `kshot run` in a project folder that has their data, such as
 `--recipes omniglot-protonet omniglot-maml mini-imagenet-protonet mini-imagenet-maml --project .`.
 """
 
@@ -41,8 +41,8 @@ from kshot_runtime.errors import KshotError
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 128)
-WARM = 10  # steps before the clock starts: three of each shape are taken before a CUDA graph is captured
-PLAIN_MAML = {"head": "zero", "steps": 5, "rate": 0.4, "head_rate": 0.08}  # what the peers compute
+WARM = 10  # warm-up steps: a CUDA graph is captured after three steps of each shape
+PLAIN_MAML = {"head": "zero", "steps": 5, "rate": 0.4, "head_rate": 0.08}  # the peers' benchmarks
 CASES: dict[str, tuple[str, Shape, int, dict[str, Any]]] = {
     "ProtoNet, 60-way 1-shot, 5 queries": ("protonet", Shape(60, 1, 5), 1, {}),
     "ProtoNet, 5-way 5-shot, 15 queries": ("protonet", Shape(5, 5, 15), 1, {}),
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def smoke() -> None:
-    """Everything that needs neither a GPU, nor peers, nor a data set: on toy images, a few steps of each."""
+    """Run everything that needs no GPU, peers or data set: a few steps each on toy images."""
     images, few = toy_images(), Shape(3, 1, 2)
     took = {
         f"{method} {list(variant.values())}": step_ms(method, images, few, 2, {}, variant, "cpu", rounds=2)
@@ -109,7 +109,7 @@ def smoke() -> None:
 
 
 def steps(case: str, images: ClassImages, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a training step: kshot's as `meta_train` takes it, drawing included; the peers' on one batch."""
+    """Milliseconds per training step: kshot's within `meta_train`, with sampling; the peers' on one batch."""
     method, shape, episodes, settings = CASES[case]
     asked = {"method": method, "data": str(options.data), "shape": [shape.ways, shape.shots, shape.queries]}
     if method == "maml":
@@ -126,12 +126,12 @@ def steps(case: str, images: ClassImages, options: argparse.Namespace) -> dict[s
         "case": case,
         "ms": {name: round(each, 3) for name, each in took.items()},
         "ratio to the best peer": {name: round(best / took[name], 2) for name in VARIANTS},
-        "first losses in float64": losses,  # easyfsl embeds support and queries apart, so its batches are others
+        "first losses in float64": losses,  # easyfsl embeds support and queries separately, so its batches differ
     }
 
 
 def peers(measure: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """What bench/peers/contenders.py measures on the GPU, in the peers' own environment."""
+    """Run bench/peers/contenders.py on the GPU, in the peers' environment."""
     sys.path.insert(0, str(HERE / "peers"))
     from environment import prepare
 
@@ -147,7 +147,7 @@ def step_ms(
     method: str, images: ClassImages, shape: Shape, episodes: int, settings: dict[str, Any],
     variant: dict[str, Any], device: str, rounds: int,
 ) -> float:  # fmt: skip
-    """Milliseconds of an outer step inside `meta_train`, on average."""
+    """Mean milliseconds of an outer step inside `meta_train`."""
     norm, warm = "batch" if method == "maml" else "running", min(WARM, rounds)
     learner = {"name": method, **(PLAIN_MAML if method == "maml" else {}), **settings}
     backbone = {"name": "conv4", "width": 64, "norm": norm}
@@ -170,7 +170,7 @@ def step_ms(
 
 
 def evaluation(options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a test episode, 5-way 1-shot with 15 queries: kshot's 10,000 for easyfsl's 300, and MAML's."""
+    """Milliseconds per test episode, 5-way 1-shot with 15 queries: 10,000 of kshot, 300 of easyfsl, and MAML's."""
     found = {}
     for method, ours, theirs, more in (("protonet", 10_000, 300, {}), ("maml", 60, 60, {"inner": 10})):
         asked = {"method": method, "data": str(options.data), "rounds": 3, "episodes": ours, "peer_episodes": theirs}
@@ -183,7 +183,7 @@ def evaluation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def to_accuracy(attempt: str, data: Path) -> dict[str, Any]:
-    """Seconds of a training after which test accuracy is at the marks of the record on a CPU, or how far it came."""
+    """Seconds of training to the accuracy targets of bench/time_to_accuracy.py, or the accuracy reached."""
     asked = ATTEMPTS[attempt]
     recipe = recipes.load(asked.recipe, (*asked.changes, "training.cuda_graph=true"))
     splits = [ImageSet.open(data).split(split, rotations=True) for split in ("train", "val", "test")]
@@ -194,7 +194,7 @@ def trained_to(
     recipe: Recipe, train: ClassImages, validation: ClassImages, test: ClassImages, marks: dict[int, float],
     device: str, episodes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Seconds and memory of a training, and its test accuracies in % by ways, at one shot."""
+    """Seconds and memory of a training, and its 1-shot test accuracies in % by ways."""
     learner = recipe.build(train.shape)
     began, memory = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def trained_to(
 def compare(
     path: Path, device: Any, size: int, rounds: int, sizes: tuple[int, ...], channels: int = 3
 ) -> dict[str, Any]:
-    """A bundle on a device and on the CPU: features of the same images, and images a second, in interleaved rounds."""
+    """Compare a bundle on a device and on the CPU: features of the same images, and images per second, alternating."""
     bundles = {name: Bundle.open(path, device=name) for name in dict.fromkeys((device, "cpu"))}
     random = np.random.default_rng(0)
     batches = {batch: random.integers(0, 256, (batch, channels, size, size), np.uint8) for batch in sizes}
@@ -239,7 +239,7 @@ def compare(
 
 
 def served(path: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A real server on the device, at saturation: every request answered."""
+    """Throughput of a real server on the device at saturation, with every request answered."""
 
     def photo(thing: int, shade: int) -> bytes:
         return load.photo(thing, shade, size=options.size, channels=3, kind="JPEG")
@@ -257,7 +257,7 @@ def served(path: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
-    """A recipe at full length on the GPU."""
+    """Run a recipe at full length on the GPU."""
     folder.mkdir(exist_ok=True)
     kshot = Path(sys.executable).with_name("kshot")
     started = time.perf_counter()

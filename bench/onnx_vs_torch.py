@@ -1,11 +1,11 @@
-"""Adapting and classifying with a bundle's ONNX graphs, against torch itself: same weights, same images, one thread.
+"""Time to adapt and classify with a bundle's ONNX graphs compared with torch: same weights, images, and one thread.
 
     python bench/onnx_vs_torch.py [--rounds 15] [--size 28] [--width 64]
 
-The two take turns within each round, so a busy machine slows both; what counts is the ratio of the round, in CPU time,
-of which the median and the middle half are printed. The graphs run as in the server: memory kept in an arena, and a
-state with weights in its own session. Torch runs as it comes, and again inside `kshot.malloc.kept`. Weights are
-untrained, which changes no running time. Writes bench/results/onnx_vs_torch.json.
+The two alternate within each round, so that other load affects both; the ratio of CPU times is computed per round,
+and its median and middle half are printed. The graphs run as in the server: with a memory arena, and a
+state with weights in its own session. Torch runs with default malloc, and again inside `kshot.malloc.kept`. Weights are
+untrained, which does not affect the time. Writes bench/results/onnx_vs_torch.json.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def compare(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Torch and onnxruntime in turns, for adapting and for classifying many queries and one."""
+    """Times of torch and onnxruntime, alternating, for adapting and for classifying many queries and one."""
     torch.manual_seed(0)
     image = (1, options.size, options.size)
     recipe = Recipe(
@@ -103,7 +103,7 @@ def compare(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def timed(torchs: Callable[[], object], onnxs: Callable[[], object], rounds: int) -> np.ndarray:
-    """Milliseconds (rounds, 2) of torch and of onnxruntime, in turns."""
+    """Milliseconds (rounds, 2) of torch and of onnxruntime, alternating."""
     torchs(), onnxs()
     return np.array([[milliseconds(torchs), milliseconds(onnxs)] for _ in range(rounds)])
 
@@ -132,13 +132,13 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def floats(images: np.ndarray) -> torch.Tensor:
-    """As episodes are made: floats in 0..1, channels last."""
+    """Images as in episodes: floats in 0..1, channels last."""
     source = torch.from_numpy(images)
     return torch.empty(source.shape, memory_format=torch.channels_last).copy_(source).div_(255)
 
 
 def machine() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

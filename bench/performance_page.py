@@ -2,7 +2,7 @@
 
     python bench/performance_page.py
 
-What stands between `<!-- speed -->` and `<!-- end of speed -->`, and between the same for `causes`, is generated.
+Replaces the text between `<!-- speed -->` and `<!-- end of speed -->`, and likewise for `causes`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def rewritten(text: str, found: Found) -> str:
-    """The page with its blocks of figures made from these."""
+    """The page with its blocks of figures regenerated."""
     made = {"speed": rows(found), "causes": causes(found)}
     return _BLOCK.sub(lambda block: f"{block[1]}\n{made[block[2]]}\n\n{block[3]}", text)
 
@@ -76,18 +76,18 @@ def reached(row: Found) -> bool:
 
 
 def sentence(row: Found) -> str:
-    """A row for the terminal."""
+    """A row as text for the terminal."""
     what, against, ratio, half, bar, ours, others = cells(row)
     return f"{what}: {ratio.replace('*', '')} ({half}; bar {bar}) beside {against}: kshot {ours}, {others}"
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """A number with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw(rows: Sequence[Found]) -> None:
-    """A bar for each ratio to a peer, its interval, and the bar that it must reach."""
+    """Plot each ratio to a peer with its interval and its target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,7 +96,7 @@ def draw(rows: Sequence[Found]) -> None:
     shown = [row for row in rows if row["theirs"]][::-1]
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(shown) + 1.2), layout="constrained")
     for place, row in enumerate(shown):
-        # Where less is better, the bar is turned round: to the right is always better.
+        # If lower is better, the ratio is inverted, so that right is always better.
         ratio, low, high, bar = (
             1 / row[key] if row["better"] == "lower" else row[key] for key in ("ratio", "low", "high", "bar")
         )

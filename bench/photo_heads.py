@@ -4,11 +4,11 @@
     python bench/photo_heads.py DATA --report
 
 DATA holds a folder for each data set, with its archives. The backbone is efficientnet-lite0, frozen; its features are
-kept in the cache, a folder of the temporary ones by default, as are choices. Classes are split in two: statistics and
-all settings come from the base classes, by the folds of `kshot learn`, and episodes are drawn from the others, the same
+cached, by default in a temporary folder, as are selected heads. Classes are split in two: statistics and
+all settings come from the base classes, by the folds of `kshot learn`, and episodes from the test classes, the same
 for every head.
-Results of each data set are written as they come, and `--report` joins those that are there: it writes
-bench/results/photo_heads.json, the tables of docs/photographs.md between their markers, and the pictures beside it.
+Results of each data set are written when measured, and `--report` combines those that exist: it writes
+bench/results/photo_heads.json, the tables of docs/photographs.md between their markers, and its pictures.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ COLOURS = {"cosine": "#9aa5b1", "finetune": "#e0a458", "whitened": "#5b8fd9", "p
 
 @dataclass(frozen=True)
 class Photos:
-    """A data set: what it is packed from, its base and its test classes, and the sizes of its episodes."""
+    """A data set: its source, its base and test classes, and its episode sizes."""
 
-    source: str  # an archive in its folder, or nothing for a source of kshot's own
+    source: str  # an archive in its folder, or empty for a named source of kshot
     shapes: tuple[Shape, ...] = (Shape(5, 1, QUERIES), Shape(5, 5, QUERIES))
     base: int | None = None  # of the shuffled classes; half if None
-    splits: tuple[str, str] | None = None  # of base and of test classes, where the data set brings them
+    splits: tuple[str, str] | None = None  # splits of base and of test classes, if the data set defines them
     groups: bool = False  # whether file names begin with train_ or test_: another visit, other coins
-    most: tuple[int, int] = (10_000, 10_000)  # classes of a split, and images of a class, that are taken
+    most: tuple[int, int] = (10_000, 10_000)  # maximal numbers of classes per split, and of images per class
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class Draw:
-    """An episode by the numbers of its photos among those of the test classes."""
+    """An episode, as indices into the photos of the test classes."""
 
     support: np.ndarray  # class by class
     labels: np.ndarray
@@ -134,12 +134,12 @@ class Classes:
 
     @cached_property
     def bodies(self) -> dict[str, Backbone]:
-        """A backbone for each kind of features."""
+        """The backbone, once per kind of features."""
         return {kind: recipe("cosine", kind).build_backbone(self.base.shape) for kind in KINDS}
 
     @cached_property
     def features(self) -> dict[str, tuple[ClassFeatures, ClassFeatures]]:
-        """Base and test classes as features of each kind."""
+        """Features of base and test classes, of each kind."""
         store = self.cache / "embeddings"
         return {
             kind: (ClassFeatures(self.base, body, store).complete(), ClassFeatures(self.test, body, store).complete())
@@ -148,11 +148,11 @@ class Classes:
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
-        """The features (N, D) of all photos of the test classes, class by class."""
+        """Features (N, D) of all photos of the test classes, ordered by class."""
         return {kind: torch.cat([*test.by_class]) for kind, (_, test) in self.features.items()}
 
     def draws(self, shape: Shape, protocol: str, episodes: int, seed: int = 0) -> list[Draw]:
-        """Episodes: across groups, the support is of `train` and the queries of `test`."""
+        """The episodes; across groups, support is from `train` and queries from `test` files."""
         random, across, found = np.random.default_rng(seed), protocol == ACROSS, list[Draw]()
         starts = np.cumsum(self.test.counts) - self.test.counts
         for _ in range(episodes):
@@ -194,8 +194,10 @@ LEARN = Recipe.load(HERE.parent / "flows" / "recipes" / "photos.toml")
 
 @torch.no_grad()
 def play(head: FeatureLearner, table: Tensor, draws: Sequence[Draw]) -> dict[str, Any]:
-    """What a head answers: the accuracy of each episode, and its scores of known and of unknown queries."""
-    if isinstance(head, WhitenedSpace) and getattr(head.config, "whiten", True):  # all rows once, for all episodes
+    """Evaluate a head: the accuracy of each episode, and the scores of known and unknown queries."""
+    if isinstance(head, WhitenedSpace) and getattr(
+        head.config, "whiten", True
+    ):  # transform all rows once, for all episodes
         table, head = head.space(table), copy.copy(head)
         head.space = lambda rows: rows
     accuracies, known, unknown, right = [], [], [], []
@@ -220,7 +222,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def calibrated(head: FeatureLearner, base: ClassFeatures, shape: Shape) -> Calibration:
-    """Temperature and score for unknown from the base classes, as `kshot learn` does: halves, and the classes seen."""
+    """Temperature and score for unknown photos, calibrated on the base classes as by `kshot learn`."""
     parts: list[Trial] = [(head, base)]
     if head.closed_form:
         parts = trials(head, folds_of(base, 2, LEARN.seed))
@@ -232,7 +234,7 @@ def calibrated(head: FeatureLearner, base: ClassFeatures, shape: Shape) -> Calib
 
 def figures(head: FeatureLearner, table: Tensor, base: ClassFeatures, shape: Shape, draws: Sequence[Draw],
             baseline: np.ndarray | None = None) -> dict[str, Any]:  # fmt: skip
-    """The figures of a head with its statistics, and the accuracies of its episodes."""
+    """The results of a head, and the accuracies of its episodes."""
     fit = calibrated(head, base, shape)
     played = play(head, table, draws)
     accuracies, inside, outside = played["accuracies"], played["known"], played["unknown"]
@@ -254,7 +256,7 @@ def figures(head: FeatureLearner, table: Tensor, base: ClassFeatures, shape: Sha
 
 
 def let_in(known: np.ndarray, unknown: np.ndarray, passing: float = 0.95) -> float:
-    """The share of unknown queries that pass where this share of the known do."""
+    """The share of unknown queries that pass the threshold that this share of the known pass."""
     return float((unknown >= np.quantile(known, 1 - passing)).mean())
 
 
@@ -270,18 +272,18 @@ def percents(values: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen on the base classes of a data set."""
+    """Selections on the base classes of a data set."""
 
     base: Mapping[str, ClassFeatures]  # by kind of features, with the protocol of their episodes
     by_pair: Mapping[tuple[str, str], Tried]  # for each head and kind of features, its settings
-    learnt: Tried  # by `kshot learn`, among all
-    of_two: Tried  # among whitened and plda
+    learnt: Tried  # selected by `kshot learn`, among all
+    of_two: Tried  # selected among whitened and plda
     tried: Sequence[Tried]
     seconds: float
 
 
 def chosen(classes: Classes, protocol: str) -> Chosen:
-    """Choose heads and settings as `kshot learn` does, by folds over the base classes."""
+    """Select heads and settings as `kshot learn` does, by folds over the base classes."""
     bodies = classes.bodies
     base = {kind: known.with_protocol(protocol) for kind, (known, _) in classes.features.items()}
     kind_of = {id(body): kind for kind, body in bodies.items()}
@@ -317,7 +319,7 @@ def built(classes: Classes, head: str, kind: str, settings: Mapping[str, Any], b
 
 
 def measured(classes: Classes, protocol: str) -> dict[str, Any]:
-    """All heads on all kinds of features, on the same test episodes."""
+    """Results of all heads on all kinds of features, on the same test episodes."""
     picked = chosen(classes, protocol)
     print(f"{classes.name}, {protocol}: {picked.learnt} chosen in {picked.seconds:.0f} s", flush=True)
     rows, distances = [], []
@@ -326,7 +328,7 @@ def measured(classes: Classes, protocol: str) -> dict[str, Any]:
         baseline, accuracies = None, dict[str, np.ndarray]()
         for head, kind in [(head, kind) for head in HEADS for kind in KINDS]:
             if head == "finetune" and kind != "last" and (classes.name not in SHOWN or protocol != SHOWN[classes.name]):
-                continue  # it takes as long as all others together
+                continue  # takes as long as all others together
             one = picked.by_pair.get((head, kind))
             settings = one.settings if one else {}
             made = built(classes, head, kind, settings, picked.base[kind])
@@ -334,7 +336,7 @@ def measured(classes: Classes, protocol: str) -> dict[str, Any]:
             name = f"{head} {kind}"
             accuracies[name] = found.pop("accuracies")
             if (classes.name, protocol) != ("fruit", ACROSS):
-                found.pop("let_in_at", None)  # only what a picture shows
+                found.pop("let_in_at", None)  # only for data sets in the pictures
             baseline = accuracies["cosine last"]
             where = {"data": classes.name, "protocol": protocol, "head": head, "features": kind, "settings": settings}
             rows.append({
@@ -364,7 +366,7 @@ def measured(classes: Classes, protocol: str) -> dict[str, Any]:
 
 
 def served(classes: Classes, protocol: str, picked: Chosen, shots: int) -> dict[str, Any]:
-    """The calibration error of a label space of 10 classes, calibrated on what the base classes allow."""
+    """The calibration error of a label space of 10 classes, calibrated on the base classes."""
     one, shape = picked.learnt, Shape(10, shots, QUERIES)
     head, kind = one.recipe.learner.one, one.recipe.backbone.options["features"]
     made = built(classes, head, kind, one.settings, picked.base[kind])
@@ -375,7 +377,7 @@ def served(classes: Classes, protocol: str, picked: Chosen, shots: int) -> dict[
 
 
 def either_direction(classes: Classes, picked: Chosen) -> list[dict[str, Any]]:
-    """kshot's own protocol across groups: the support of any group, the queries of all others."""
+    """kshot's own protocol across groups: support from any group, queries from all others."""
     found = []
     one = picked.learnt
     pairs = [("cosine", "last", {}), (one.recipe.learner.one, one.recipe.backbone.options["features"], one.settings)]
@@ -391,7 +393,7 @@ def either_direction(classes: Classes, picked: Chosen) -> list[dict[str, Any]]:
 
 
 def foreign(classes: Classes, other: Classes) -> list[dict[str, Any]]:
-    """Episodes of a label space without base classes: with the statistics of another data set, and with none."""
+    """Results without base classes: with the statistics of another data set, and with none."""
     found = []
     for shape in classes.photos.shapes:
         draws = classes.draws(shape, ACROSS, EPISODES)
@@ -415,7 +417,7 @@ def foreign(classes: Classes, other: Classes) -> list[dict[str, Any]]:
 
 
 def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
-    """Processor time on one thread, heads in turns: to learn statistics, to adapt, to classify a photo's features."""
+    """CPU time on one thread, heads alternating: learning statistics, adapting, classifying a photo's features."""
     [draw] = classes.draws(Shape(5, 5, QUERIES), RANDOM, 1)
     labels, times = torch.from_numpy(draw.labels), dict[tuple[str, str], dict[str, list[float]]]()
     heads = {}
@@ -425,7 +427,7 @@ def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
             head = recipe(name, kind).build_head(classes.bodies[kind]).eval()
             head.config = head.config.model_copy(update={"whiten": True} if name == "ridge" else {})
             began = time.process_time()
-            head.learn_statistics([part.clone() for part in base])  # new tensors: nothing of another head's is reused
+            head.learn_statistics([part.clone() for part in base])  # new tensors, so that no head reuses another's
             heads[name, kind] = head
             times[name, kind] = {"statistics": [time.process_time() - began], "adapt": [], "classify": []}
     with torch.no_grad():
@@ -449,7 +451,7 @@ def costs(classes: Classes, rounds: int = 15) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-# ---- what was found, as tables and pictures
+# ---- tables and pictures
 
 
 def report(cache: Path) -> None:
@@ -485,7 +487,7 @@ def report(cache: Path) -> None:
 
 
 def chosen_features(tried: Sequence[Tried]) -> dict[str, str]:
-    """For each head whose settings are open the kind of features that `choose` takes, by itself."""
+    """For each head with unset settings, the kind of features that `choose` selects for it."""
     of = {name: [one for one in tried if one.recipe.learner.one == name] for name in ("whitened", "plda")}
     return {name: choose(own).recipe.backbone.options["features"] for name, own in of.items()}
 
@@ -495,7 +497,7 @@ Part = Mapping[str, Any]
 
 
 def targets(parts: Sequence[Part], foreign: Sequence[Part]) -> list[dict[str, Any]]:
-    """What was asked for beside what was found."""
+    """Targets and measured values."""
     found: list[dict[str, Any]] = []
 
     def ask(what: str, value: float, least: float | None = None, most: float | None = None) -> None:
@@ -571,7 +573,7 @@ def trust(row: Mapping[str, Any]) -> str:
 
 
 def head_table(part: Part) -> str:
-    """All heads on all kinds of features."""
+    """The table of all heads on all kinds of features."""
     pairs: dict[str, list[dict[str, Any]]] = {}
     for row in part["rows"]:
         pairs.setdefault(f"{row['head']} {row['features']}", []).append(row)
@@ -593,7 +595,7 @@ def head_table(part: Part) -> str:
 
 
 def summary(parts: Sequence[Part]) -> str:
-    """Cosine, finetune, and what `kshot learn` chooses."""
+    """The table of cosine, finetune, and the selection of `kshot learn`."""
     lines = []
     for part in parts:
         for gap in part["distances"]:
@@ -649,7 +651,7 @@ def direction_table(parts: Sequence[Part]) -> str:
 
 
 def put(name: str, text: str) -> None:
-    """Replace what stands between the markers of this name in docs/photographs.md."""
+    """Replace the text between the markers of this name in docs/photographs.md."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, _, rest = DOCS.read_text().partition(begin)
     _, found, after = rest.partition(end)
@@ -659,7 +661,7 @@ def put(name: str, text: str) -> None:
 
 
 def drawn(part: Part) -> dict[str, list[Any]]:
-    """For each head of the pictures its rows, on the features that were chosen for it."""
+    """The rows of each head in the pictures, on the features selected for it."""
     found = {}
     for head in COLOURS:
         kind = part["chosen_features"].get(head, "last")
@@ -668,7 +670,7 @@ def drawn(part: Part) -> dict[str, list[Any]]:
 
 
 def bars(parts: Sequence[Part]) -> None:
-    """Accuracies with intervals, at one photo and at five."""
+    """Plot accuracies with intervals, at one photo and at five."""
     figure = Figure((9, 3.4), layout="constrained")
     axes = figure.subplots()
     places, labels = [], []
@@ -690,7 +692,7 @@ def bars(parts: Sequence[Part]) -> None:
 
 
 def unknown_curves(parts: Sequence[Part]) -> None:
-    """Unknown photos let in against known that pass: fruit, another visit."""
+    """Plot unknown photos let in against known that pass, for fruit across groups."""
     [part] = [part for part in parts if (part["data"], part["protocol"]) == ("fruit", ACROSS)]
     figure = Figure((8, 3.4), layout="constrained")
     for size, axes in enumerate(figure.subplots(1, 2, sharey=True)):

@@ -1,14 +1,14 @@
-"""The same few photos by kshot and by what one would take instead: scikit-learn, easyfsl, fine-tuning and others.
+"""Compare kshot with scikit-learn, easyfsl, fine-tuning and others on the same episodes of photos.
 
     python bench/photos_vs_peers.py DATA [fruit coins emoji-4v] [--cache DIR] [--episodes 300] [--tuned 8]
     python bench/photos_vs_peers.py DATA --report
 
-DATA and the cache are those of bench/photo_heads.py, which has to run first: kshot's head is what it chose there on the
-base classes. The peers get the same episodes of the same backbone's last features in a file, and are installed into an
-environment of their own, cache/peers, by `python -m venv` and `pip install scikit-learn easyfsl` (some GB with torch).
-Each is used as its documents say, its score for unknown is the largest probability. The backbone that is fine-tuned for
-each episode takes so long that it gets the first few episodes only. kshot and the peers take turns, episode by episode;
-seconds are processor time of one thread, medians. Writes bench/results/photos_vs_peers.json and its part of
+DATA and the cache are those of bench/photo_heads.py, which has to run first: kshot's head is the one selected there on
+the base classes. The peers get the same episodes of the same backbone's last features in a file, and are installed into
+a separate environment, cache/peers, by `python -m venv` and `pip install scikit-learn easyfsl` (some GB with torch).
+Each is used as documented; its score for unknown is the largest probability. The backbone that is fine-tuned for each
+episode takes so long that it gets only the first few episodes. kshot and the peers alternate, episode by episode;
+seconds are CPU time of one thread, medians. Writes bench/results/photos_vs_peers.json and its part of
 docs/photographs.md.
 """
 
@@ -34,7 +34,7 @@ PARTS = {"peers": slice(None), "tuned-small": slice(1), "tuned-large": slice(1, 
 """What is measured apart, and on which sizes of episode."""
 PEERS = ("scikit-learn", "easyfsl")
 TRANSDUCTIVE = ("easyfsl BD-CSPN", "easyfsl TIM")
-LATE = (*TRANSDUCTIVE, "easyfsl Finetune")  # they learn when they are asked, and their seconds count to the answer
+LATE = (*TRANSDUCTIVE, "easyfsl Finetune")  # these learn at query time, so their seconds include classification
 Classify = Callable[[np.ndarray], np.ndarray]
 """Probabilities (N, W) of features (N, D)."""
 
@@ -43,7 +43,7 @@ Classify = Callable[[np.ndarray], np.ndarray]
 
 
 def answer(file: Path) -> None:
-    """Answer the episodes of a file, one for each line of standard input."""
+    """Evaluate episodes of a file, one per line of standard input."""
     import torch
 
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def answer(file: Path) -> None:
 
 
 def peers(centre: np.ndarray) -> dict[str, Callable[[np.ndarray, np.ndarray], Classify]]:
-    """By name: features (S, D) and labels to a classifier. `centre` (D,) is the mean of the base classes' features."""
+    """Methods by name: features (S, D) and labels to a classifier. `centre` (D,) is the base classes' mean feature."""
     import torch
     from easyfsl.methods import BDCSPN, TIM, Finetune, PrototypicalNetworks, SimpleShot
     from sklearn.linear_model import LogisticRegression
@@ -89,7 +89,7 @@ def peers(centre: np.ndarray) -> dict[str, Callable[[np.ndarray, np.ndarray], Cl
 
 
 def easyfsl(method: Any, **options: Any) -> Callable[[np.ndarray, np.ndarray], Classify]:
-    """A method of easyfsl on features, as it comes."""
+    """A method of easyfsl on features, with its defaults."""
     import torch
 
     def fit(features: np.ndarray, labels: np.ndarray) -> Classify:
@@ -98,7 +98,7 @@ def easyfsl(method: Any, **options: Any) -> Callable[[np.ndarray, np.ndarray], C
 
         def classify(
             queries: np.ndarray,
-        ) -> np.ndarray:  # some methods learn here: what they take is not in the seconds
+        ) -> np.ndarray:  # some methods learn here; this time is not counted
             return model(torch.from_numpy(queries)).detach().numpy()
 
         return classify
@@ -107,7 +107,7 @@ def easyfsl(method: Any, **options: Any) -> Callable[[np.ndarray, np.ndarray], C
 
 
 def two_layers(features: np.ndarray, labels: np.ndarray) -> Classify:
-    """What Teachable Machine trains on its backbone's features: 100 units, 50 epochs of Adam, batches of 16."""
+    """Teachable Machine's head on its backbone's features: 100 units, 50 epochs of Adam, batches of 16."""
     import torch
     from torch.nn import functional as F
 
@@ -130,7 +130,7 @@ def two_layers(features: np.ndarray, labels: np.ndarray) -> Classify:
 
 
 def environment(cache: Path) -> Path:
-    """The python of an environment that holds the peers, made if it is not there."""
+    """The Python interpreter of the peers' environment, which is created if missing."""
     folder = cache / "peers"
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
@@ -146,7 +146,7 @@ Answers = dict[str, tuple[list[np.ndarray], list[float]]]
 
 
 def compared(name: str, data: Path, cache: Path, part: str, episodes: int) -> list[dict[str, Any]]:
-    """A data set: the peers on the episodes of each size, or the fine-tuned backbone on those of one size."""
+    """Results on a data set: the peers on episodes of each size, or the fine-tuned backbone on those of one size."""
     from photo_heads import PROTOCOLS, SHOWN, Classes, built, percent, percents, play
 
     from kshot.evaluation.statistics import auroc
@@ -188,7 +188,7 @@ def compared(name: str, data: Path, cache: Path, part: str, episodes: int) -> li
 def turns(
     classes: Any, shape: Any, draws: Sequence[Any], head: Any, table: Any, cache: Path
 ) -> tuple[Answers, list[float]]:
-    """What the peers answer, and the seconds that kshot takes to adapt to the same episodes in between."""
+    """Results of the peers, and kshot's seconds to adapt to the same episodes, alternating."""
     import torch
 
     parts = ("support", "labels", "queries", "unknown")
@@ -232,7 +232,7 @@ def told(pairs: Sequence[tuple[np.ndarray, Any]]) -> float:
 
 
 def tune(classes: Any, shape: Any, draws: Sequence[Any]) -> tuple[list[np.ndarray], list[float]]:
-    """The whole backbone with a linear layer, trained on the support: 20 epochs of Adam at 1e-4, with flips."""
+    """Fine-tune the whole backbone with a linear layer on the support: 20 epochs of Adam at 1e-4, with flips."""
     import torch
     from photo_heads import recipe
     from torch.nn import functional as F
@@ -289,7 +289,7 @@ VERSIONS = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[
 
 
 def peer_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each method, with what it does at each size of episode."""
+    """A table row per method, with its results at each episode size."""
     from photo_heads import shown, table
 
     methods: dict[str, list[dict[str, Any]]] = {}

@@ -1,8 +1,8 @@
-"""Put what a finished `kshot run` reached into the committed figures, and write the tables of docs/results.md anew.
+"""Add the results of a finished `kshot run` to the committed figures, and regenerate the tables of docs/results.md.
 
     python bench/record_figures.py PROJECT RECIPE [KEY=VALUE...] [--memory 1.7]
 
-PROJECT is the folder in which the run took place; recipe and changes are those of its command. A row of the same
+PROJECT is the project folder of the run; recipe and overrides are those of its command. A row of the same
 method on the same data is replaced.
 """
 
@@ -56,7 +56,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def found(asked: argparse.Namespace) -> Run:
-    """The run that a recipe with these changes gave in a project."""
+    """The finished run of a recipe with these overrides in a project."""
     recipe = recipes.load(asked.recipe, asked.changes)
     folder, made = _made(asked.project, recipe)
     scores = _scores(folder, recipe)
@@ -86,15 +86,15 @@ def _now() -> str:
 
 
 def _data(recipe: Recipe) -> str:
-    """Which table: of the data set that was trained on, and of the other one if it was tested elsewhere."""
+    """The table's name: the training data set, and the test data set if it differs."""
     tested = [name for name in splits_of(recipe.dataset.test, recipe.dataset.name) if name != recipe.dataset.name]
     return " to ".join([recipe.dataset.name, *tested])
 
 
 def _made(project: Path, recipe: Recipe) -> tuple[Path, Recipe]:
-    """Where the training was, and the recipe that it left, which has one learner with all its settings.
+    """The folder of the training, and its resolved recipe with one learner and all settings.
 
-    Found by its content, as the folder's name also holds a hash of code that may have changed since.
+    Found by content, since the folder's name also depends on a hash of code that may have changed since.
     """
     wanted = _training(recipe)
     places = sorted(project.glob(f"runs/{recipe.name}/*/learner.pt"), key=lambda file: file.stat().st_mtime)
@@ -106,9 +106,9 @@ def _made(project: Path, recipe: Recipe) -> tuple[Path, Recipe]:
 
 
 def _candidates(recipe: Recipe, made: Recipe) -> list[Recipe]:
-    """The recipe, or where it leaves a choice to validation, each choice with the settings that were found for it."""
+    """The recipe, or, if it leaves a selection to validation, each candidate with its selected settings."""
     found = {**made.learner.options, "name": made.learner.name}
-    if recipe.training.steps:  # a training leaves only the inner steps by shots to be chosen
+    if recipe.training.steps:  # a training selects only the inner steps by shots
         found = {name: value for name, value in found.items() if name == "eval_steps"}
     return [
         one.model_copy(update={"learner": LearnerSettings(**{**found, **one.learner.model_dump()})})
@@ -121,7 +121,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 
 def _scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """The newest scores there on the recipe's test episodes, by its own protocol."""
+    """The newest scores in the folder on the recipe's test episodes, in its protocol."""
     shapes = {(shape.ways, shape.shots, shape.queries) for shape in recipe.evaluation.shapes}
     for file in sorted(folder.glob("scores-*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         lines: list[dict[str, Any]] = json.loads(file.read_text())["lines"]

@@ -1,4 +1,4 @@
-"""What Schemathesis is told besides the API's description: photos, an export, which id fits where, what a 5xx is."""
+"""Schemathesis hooks: valid photos and exports, links between ids, and a check for 5xx answers."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from schemathesis import Case, CheckContext, HookContext, Response
 
-EXAMPLES = {"model": "embed", "number": "0"}  # a model that is always there, and its version
+EXAMPLES = {"model": "embed", "number": "0"}  # a model that always exists, and its version
 DEADLINE = "x-kshot-deadline-ms"
 LATE = (b'"too_late"', b"no answer in time", b"longer than its deadline")  # at /v1; and, without a code, at /v2
 
-# Which ids an answer holds, by the names that paths have for them.
+# The ids in an answer, by their names in paths.
 PRODUCERS = {
     ("/v1/spaces", "post", "201"): {
         "space_id": "$response.body#/id",
@@ -41,7 +41,7 @@ def photo(kind: str) -> bytes:
 
 
 def mostly(*real: bytes) -> st.SearchStrategy[bytes]:
-    """One of these, or, one time in eight, anything."""
+    """Generate one of these values, or, one time in eight, anything."""
     return st.integers(0, 7).flatmap(lambda which: st.sampled_from(real) if which else ANYTHING)
 
 
@@ -58,7 +58,7 @@ schemathesis.openapi.media_type("application/zip", mostly(Path(os.environ["KSHOT
 
 @schemathesis.hook
 def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None:
-    """Links from what makes an id to all that take it, so that long stories come about and not only 404."""
+    """Add links from operations that create an id to those that use it, so that stateful tests get beyond 404."""
     for methods in raw_schema["paths"].values():
         for operation in methods.values():
             for parameter in operation.get("parameters", []):
@@ -67,7 +67,7 @@ def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             if "inputs" in body.get("example", {}):
                 body["example"]["inputs"][0]["data"] = [base64.b64encode(PHOTOS["PNG"]).decode()]
-                del body["example"]["outputs"]  # they are a label space's, and not of `embed`
+                del body["example"]["outputs"]  # links of a label space, not of `embed`
     for (path, method, status), gives in PRODUCERS.items():
         links = raw_schema["paths"][path][method]["responses"][status].setdefault("links", {})
         for methods in raw_schema["paths"].values():
@@ -83,7 +83,7 @@ def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None
 
 @schemathesis.check
 def no_server_error(context: CheckContext, response: Response, case: Case) -> None:
-    """No 5xx, but to a client that gave the server less time than it takes."""
+    """Fail on a 5xx, except if the request's own deadline was too short."""
     asked = DEADLINE in {name.lower() for name in case.headers or {}}
     late = asked and response.status_code == 503 and any(word in response.content for word in LATE)
     assert response.status_code < 500 or late, f"{response.status_code}"

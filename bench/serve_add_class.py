@@ -1,10 +1,10 @@
-"""Adding a class of 5 photos to a label space of 100 classes, over HTTP, until the next answer knows it.
+"""Time to add a class of 5 photos to a label space of 100 classes over HTTP, and until an answer includes it.
 
     python bench/serve_add_class.py [--adds 100] [--protonet BUNDLE] [--maml BUNDLE]
 
 Without bundles, untrained ones of the size of Omniglot's recipes are built: conv4-64, 28 x 28, MAML with 2 steps. Each
-add is followed by a question with one of its photos, and by deleting the class, which is not timed. The server is a
-`kshot serve` of its own. Writes bench/results/serve_add_class.json.
+add is followed by classifying one of its photos, and by deleting the class, which is not timed. The server is a
+separate `kshot serve`. Writes bench/results/serve_add_class.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(bundle: Path, folder: Path, adds: int) -> dict[str, Any]:
-    """Seconds of each add and of the question after it, and how often the answer knew the new class."""
+    """Seconds of each add and of the following request, and how often its answer was the new class."""
     added, asked = [], []
     known = named = 0
     with serving(bundle, folder) as server, server.client() as client:
@@ -71,7 +71,7 @@ def measure(bundle: Path, folder: Path, adds: int) -> dict[str, Any]:
             added.append(then - began)
             asked.append(ended - then)
             result = answer["results"][0]
-            # The photo is one of the class's own, so the nearest evidence is of this class, however untrained.
+            # The photo belongs to the class, so its nearest evidence is of this class even with an untrained learner.
             knows = answer["revision"] == new["revision"] and result["evidence"][0]["class"] == new["class"]["id"]
             known += knows
             named += result["classes"][0]["id"] == new["class"]["id"]

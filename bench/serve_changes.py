@@ -1,12 +1,12 @@
-"""What must not be lost: requests while champions change and while the server ends, writes while it is killed.
+"""Check that nothing is lost: requests during champion swaps and shutdown, writes when the server is killed.
 
     python bench/serve_changes.py [--workers 1] [--swaps 20] [--kills 20] [--only swaps sigterm kills corrupt]
 
 Swaps: `kshot serve models:/NAME@production` follows a real MLflow registry on SQLite, in which the alias is moved,
-while photos to classify come at random times. SIGTERM: under such a load; what the server's log says was answered must
-have reached the clients. kill -9: at random moments while four writers add and delete classes; then a new server on the
-same folder is asked for everything that was acknowledged. Corrupt: 32 requests at once, one of them with a photo that
-is cut short. Writes bench/results/serve_changes.json; with several workers, another beside it.
+while classify requests arrive at random times. SIGTERM: under the same load; requests that the server logged as
+answered must have reached the clients. kill -9: at random moments while four writers add and delete classes; then a new
+server on the same folder is asked for everything that was acknowledged. Corrupt: 32 requests at once, one of them with
+a photo that is cut short. Writes bench/results/serve_changes.json; with several workers, another beside it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def questions(space: str) -> list[bytes]:
 
 @contextmanager
 def under_load(port: int, requests: Sequence[bytes], rate: float) -> Iterator[list[Sent]]:
-    """Requests at random times while the block runs; afterwards all of them are in the list."""
+    """Send requests at random times while the block runs; afterwards the list has all of them."""
     sent: list[Sent] = []
     seeds = count(1)
     with meanwhile(lambda: sent.extend(asyncio.run(arrivals(port, requests, rate, 2.0, next(seeds))))):
@@ -95,7 +95,7 @@ def under_load(port: int, requests: Sequence[bytes], rate: float) -> Iterator[li
 
 
 def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Champions that follow each other, and what became of the requests meanwhile."""
+    """Swap champions under load; the results of the requests meanwhile."""
     folder.mkdir()
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     os.environ["KSHOT_HOME"] = str(folder)
@@ -135,7 +135,7 @@ def swaps(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
 
 
 def sigterm(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The end of a server that is at work."""
+    """Terminate a server under load."""
     with serving(bundle, folder, *many(options)) as server:
         with server.client() as client:
             space = fill(client, WAYS, photo)
@@ -159,25 +159,25 @@ def sigterm(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[di
 
 
 def log_statuses(log: Path) -> Counter[int]:
-    """How many requests to classify the server says it answered, by status."""
+    """Numbers of classify requests in the server's log, by status."""
     lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
     return Counter(line["status"] for line in lines if line.get("route", "").endswith("/classify"))
 
 
 @dataclass
 class Written:
-    """What a writer was told is done."""
+    """The acknowledged writes of one writer."""
 
     space: str
     photos: dict[str, list[bytes]] = field(default_factory=dict)  # of each class by its name
     ids: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # the class's, its photos'
     deleted: set[str] = field(default_factory=set)
-    doubtful: set[str] = field(default_factory=set)  # asked to be deleted, without an answer
+    doubtful: set[str] = field(default_factory=set)  # deletion requested, not acknowledged
     revision: int = 1
 
 
 def kills(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Servers that are killed while label spaces are written, and what the next one knows."""
+    """Kill servers while label spaces are written, and check the state of the next server."""
     dice = random.Random(0)
     written: list[Written] = []
     acknowledged = lost = half = unacknowledged = 0
@@ -209,13 +209,13 @@ def kills(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict
 
 
 async def killed(port: int, kill: Any, written: Sequence[Written], turn: int, after: float) -> None:
-    """Writers at work until the server is killed in the midst of it."""
+    """Run writers until the server is killed at a random moment."""
     asyncio.get_running_loop().call_later(after, kill)
     await asyncio.gather(*[writer(port, each, turn * 10_000 + 1000 * n) for n, each in enumerate(written)])
 
 
 async def writer(port: int, done: Written, number: int) -> None:
-    """Add classes, and delete every second one, until there is no answer."""
+    """Add classes, and delete every second one, until the server no longer answers."""
     connections = Connections(port)
     while True:
         number += 1
@@ -244,7 +244,7 @@ async def writer(port: int, done: Written, number: int) -> None:
 
 
 def compared(client: Any, done: Written) -> tuple[int, int, int]:
-    """What a server knows against what was acknowledged: lost writes, classes that are not whole, writes besides."""
+    """Compare a server's state with acknowledged writes: lost ones, incomplete classes, unexpected ones."""
     there = client.call("GET", f"/v1/spaces/{done.space}/classes").json()
     known = {each["name"]: each for each in there["classes"]}
     lost = int(there["revision"] < done.revision)
@@ -277,7 +277,7 @@ def by_name(statuses: Counter[int]) -> dict[str, int]:
 
 
 def corrupt(bundle: Path, folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A photo that is cut short among others that come at the same time."""
+    """Send one truncated photo among concurrent valid ones."""
     rounds, right = 20, 0
     dice = random.Random(0)
     with serving(bundle, folder, *many(options)) as server:

@@ -1,9 +1,9 @@
-"""The server's engine against a bare loop over InferenceSession.run, and the choices that its defaults rest on.
+"""Throughput of the server's engine compared with a bare loop over InferenceSession.run, and of its settings.
 
     python bench/serve_engine.py [--rounds 9] [--size 28] [--width 64]
 
-Contenders take turns within each round, so a busy machine slows all of them; what counts are ratios within a round, of
-which the median and the middle half are printed. Weights are untrained, which changes no running time. No image is
+Contenders alternate within each round, so that other load affects all of them; ratios are computed per round, of
+which the median and the middle half are printed. Weights are untrained, which does not affect the time. No image is
 decoded. Writes bench/results/serve_engine.json.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def saturation(name: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Single images of many clients, each asking again when answered, against full batches in a bare loop."""
+    """Single images from many closed-loop clients, compared with full batches in a bare loop."""
     bundle = Engine(SETTINGS, Metrics()).open(path)
     model, graphs = Champion(bundle, bundle.manifest.id, name, "0", ""), bundle.graphs
     images = np.random.default_rng(0).integers(0, 256, (CLIENTS, 1, options.size, options.size), np.uint8)
@@ -97,7 +97,7 @@ def saturation(name: str, path: Path, options: argparse.Namespace) -> dict[str, 
 def rate_of(
     settings: EngineSettings, images: np.ndarray, ask: Callable[..., Any], options: argparse.Namespace
 ) -> Callable[[], float]:
-    """Images a second of an engine whose clients never pause."""
+    """Images per second of an engine at saturation."""
 
     async def whole() -> float:
         engine = Engine(settings, Metrics())
@@ -121,7 +121,7 @@ def rate_of(
 
 
 def session_options(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Settings of onnxruntime in two runners, as a share of the first one's rate; and what each costs the processor."""
+    """Compare onnxruntime settings in two runners: rate relative to the first, and CPU time."""
     random = np.random.default_rng(0)
     found = []
     for size in (1, 8, BATCH):
@@ -129,7 +129,7 @@ def session_options(path: Path, options: argparse.Namespace) -> list[dict[str, A
         contenders = {}
         for threads, arena, spinning in itertools.product(sorted({1, cores()}), (False, True), (False, True)):
             if threads == 1 and spinning:
-                continue  # there is nobody to spin
+                continue  # no threads that spin
             session = session_with(path, threads, arena, spinning)
             name = f"threads {threads}, arena {'on' if arena else 'off'}, spinning {'on' if spinning else 'off'}"
             contenders[name] = lambda session=session, images=images: two_loops(session, images, options.seconds / 2)
@@ -164,7 +164,7 @@ def two_loops(session: onnxruntime.InferenceSession, images: np.ndarray, seconds
 
 
 def runners(path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """How many runs at once, and of how many threads each."""
+    """Compare numbers of concurrent runs and of threads per run."""
     images = np.random.default_rng(0).integers(0, 256, (CLIENTS, 1, options.size, options.size), np.uint8)
     contenders = {}
     for count, threads in itertools.product((1, 2, 3), sorted({1, cores()})):
@@ -181,7 +181,7 @@ def runners(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(what: str, contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
-    """Rates of contenders in turns; ratios to the first in the same round. CPU seconds are of the whole process."""
+    """Rates of contenders, alternating; ratios to the first in the same round. CPU seconds are of the whole process."""
     for contender in contenders.values():
         contender()
     measured = np.array([[measure(contender) for contender in contenders.values()] for _ in range(rounds)])

@@ -1,11 +1,11 @@
-"""Hostile files: mutants of JPEG, PNG and WebP through the decoder and over HTTP, and decompression bombs.
+"""Fuzz the decoder and the HTTP API with mutated JPEG, PNG and WebP files, and with decompression bombs.
 
     python bench/serve_fuzz.py [--files 100000] [--requests 10000] [--bundle FOLDER]
     python bench/serve_fuzz.py --replay 4711 > mutant
 
-Every mutant is made from its number alone, so a finding is replayed by its number. The decoder runs in a child process
-that notes each number before it decodes: a crash names its file, and the rest goes on in a new child. Times are of the
-processor, for the machine may be busy. Exits with 1 if a bar is missed. Writes bench/results/serve_fuzz.json.
+A mutant depends only on its number, so a finding is replayed by its number. The decoder runs in a child process
+that records each number before decoding: a crash is attributed to its file, and a new child continues. Times are CPU
+times, as the machine may be busy. Exits with 1 if a target is missed. Writes bench/results/serve_fuzz.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Part = tuple[bytes, bytes]  # of a file: its kind and what is in it
 RULE = ImageRule(size=28, channels=3)
 SLOW_S, GREW_MB = 1.0, 20.0
 LEAKS = re.compile(rb"0x[0-9a-f]{4}|Traceback|/usr/|/home/|site-packages|PIL|libpng|libjpeg", re.IGNORECASE)
-IDS = re.compile(rb"(spc|cls|pho)_[0-9a-z]{26}")  # random letters and digits, of which some look like an address
+IDS = re.compile(rb"(spc|cls|pho)_[0-9a-z]{26}")  # random base64 text, parts of which may look like an address
 CLIENTS = 4
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     if options.replay is not None:
         sys.stdout.buffer.write(mutant(options.replay)[1])
         return 0
-    from serving_load import write  # it brings torch along, which a child and a replay do without
+    from serving_load import write  # imports torch, which a child and a replay do not need
 
     with tempfile.TemporaryDirectory() as scratch:
         decoder = fuzz_decoder(options.files, Path(scratch))
@@ -156,7 +156,7 @@ def joined(kind: str, pieces: list[Part]) -> bytes:
 
 
 def mutant(number: int) -> tuple[str, bytes]:
-    """The mutant of this number, and how it was made."""
+    """The mutant with this number, and the mutations that made it."""
     random = np.random.default_rng((20_26, number))
     kind, data = seeds()[random.integers(len(seeds()))]
     how = MUTATIONS[random.integers(len(MUTATIONS))]
@@ -167,7 +167,7 @@ def mutant(number: int) -> tuple[str, bytes]:
 
 
 def bits(random: Random, kind: str, data: bytes) -> bytes:
-    """Some bits flipped; half of the time in the head of the file."""
+    """Flip some bits, half of the time in the header."""
     changed = bytearray(data)
     reach = min(len(changed), 64 if random.random() < 0.5 else len(changed))
     for _ in range(random.integers(1, 17)):
@@ -177,7 +177,7 @@ def bits(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def numbers(random: Random, kind: str, data: bytes) -> bytes:
-    """Values that programs trip over, in the place of others."""
+    """Replace values by boundary values."""
     changed = bytearray(data)
     for _ in range(random.integers(1, 5)):
         value = random.choice(
@@ -203,13 +203,13 @@ def repeated(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def spliced(random: Random, kind: str, data: bytes) -> bytes:
-    """The head of one file and the tail of another, of whatever format."""
+    """Join the head of one file and the tail of another, of any formats."""
     other = seeds()[random.integers(len(seeds()))][1]
     return data[: random.integers(len(data))] + other[random.integers(len(other)) :]
 
 
 def shuffled(random: Random, kind: str, data: bytes) -> bytes:
-    """Parts dropped, doubled, moved, or taken from another file of the format."""
+    """Drop, duplicate or move parts, or take them from another file of the format."""
     pieces = parts(kind, data)
     for _ in range(random.integers(1, 5)):
         at = int(random.integers(len(pieces)))
@@ -226,7 +226,7 @@ def shuffled(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def edited(random: Random, kind: str, data: bytes) -> bytes:
-    """One part changed inside, or made shorter or longer; lengths and checksums are right again."""
+    """Change one part, or its length, and correct lengths and checksums."""
     pieces = parts(kind, data)
     at = int(random.integers(len(pieces)))
     name, content = pieces[at]
@@ -237,7 +237,7 @@ def edited(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def resized(random: Random, kind: str, data: bytes) -> bytes:
-    """A head that claims another size, depth or number of channels."""
+    """Change the header's size, depth or number of channels."""
     pieces = parts(kind, data)
     heads = {b"IHDR", b"fcTL", b"acTL", b"VP8X", b"VP8 ", b"VP8L", b"ANMF", b"\xff\xc0", b"\xff\xc2"}
     at = int(random.choice([i for i, (name, _) in enumerate(pieces) if name in heads]))
@@ -251,7 +251,7 @@ def resized(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def repacked(random: Random, kind: str, data: bytes) -> bytes:
-    """A PNG whose rows are changed before they are packed: its stream is sound. Others: as `edited`."""
+    """Change a PNG's rows before compression, so that its stream is valid; other formats as in `edited`."""
     if kind != "PNG":
         return edited(random, kind, data)
     pieces = parts(kind, data)
@@ -263,7 +263,7 @@ def repacked(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def confused(random: Random, kind: str, data: bytes) -> bytes:
-    """The magic number of one format, or of one that is not taken, before the body of another."""
+    """Put the magic number of another, or of an unsupported, format before a body."""
     magic = random.choice(
         [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF\0", b"RIFF\xff\xff\0\0WEBPVP8 ", b"GIF89a", b"BM", b"II*\0",
          b"%PDF-1.7\n", b"%!PS-Adobe", b"SIMPLE  =", b"PK\3\4", b"\0\0\0\x0cjP  \r\n\x87\n", b"<svg ", b"MM\0*"]
@@ -272,7 +272,7 @@ def confused(random: Random, kind: str, data: bytes) -> bytes:
 
 
 def polyglot(random: Random, kind: str, data: bytes) -> bytes:
-    """Another file behind this one, or inside a part where anything may stand."""
+    """Append another file, or embed it in a part with arbitrary content."""
     other = seeds()[random.integers(len(seeds()))][1]
     if random.random() < 0.3:
         return data + other
@@ -299,7 +299,7 @@ MUTATIONS: tuple[Callable[[Random, str, bytes], bytes], ...] = (
 
 
 def child(first: int, count: int, notes: Path) -> int:
-    """Decode these mutants and print what came of them. `notes` holds the number at work."""
+    """Decode these mutants and print the outcomes; `notes` holds the current number."""
     outcomes: dict[str, Counter[str]] = {how.__name__: Counter() for how in MUTATIONS}
     slowest: list[tuple[float, int, str]] = []
     broken: list[tuple[int, str]] = []
@@ -330,7 +330,7 @@ def child(first: int, count: int, notes: Path) -> int:
 
 
 def resident(process: str | int = "self", field: str = "VmRSS") -> float:
-    """Memory in MB."""
+    """Resident memory in MB."""
     return int(re.findall(rf"{field}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[0]) / 1000
 
 
@@ -421,7 +421,7 @@ def fuzz_server(requests: int, bundle: Path | None, scratch: Path) -> dict[str, 
 
 
 async def post(port: int, path: str, count: int) -> tuple[Counter[int], tuple[float, int], list[int]]:
-    """Mutants one by one, every eighth time four in a form: statuses, the slowest, and answers that tell too much."""
+    """POST mutants singly, or every eighth time four in a form; statuses, the slowest, and leaks of internals."""
     from serving_load import Connections, form, request
 
     connections, numbers_left = Connections(port), itertools.count()
@@ -448,7 +448,7 @@ async def post(port: int, path: str, count: int) -> tuple[Counter[int], tuple[fl
 
 
 def decompression_bombs() -> list[tuple[str, bytes]]:
-    """Small files that would be 144 million pixels and more."""
+    """Small files that decode to 144 megapixels or more."""
     side = 12_000
     flat = save(Image.new("1", (side, side)), "PNG", optimize=True)
     webp = save(Image.new("RGB", (64, 64)), "WEBP", lossless=True)
@@ -465,11 +465,11 @@ def decompression_bombs() -> list[tuple[str, bytes]]:
 
 
 def drop(served: Any, path: str, name: str, file: bytes) -> dict[str, Any]:
-    """What a bomb costs: the best of five, for the machine may be busy; the memory of them all."""
+    """Costs of a decompression bomb: the best time of five, as the machine may be busy, and the memory of all."""
     http = served.client()._http
     headers = {"content-type": "image/png"}
-    http.post(path, content=b"no photo", headers=headers)  # the connection stands
-    Path(f"/proc/{served.process.pid}/clear_refs").write_text("5")  # the high-water mark is as of now
+    http.post(path, content=b"no photo", headers=headers)  # the connection is established
+    Path(f"/proc/{served.process.pid}/clear_refs").write_text("5")  # resets the peak of resident memory
     before, took = resident(served.process.pid), []
     for _ in range(5):
         began = time.perf_counter()

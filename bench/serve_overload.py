@@ -2,10 +2,10 @@
 
     python bench/serve_overload.py [--minutes 5] [--overload 5] [--photo-side 3000]
 
-Requests come at random times whether or not those before are answered, and their time counts from when they were due.
+Requests arrive at random times, independent of earlier answers, and latency counts from the scheduled time.
 Each is one large JPEG photo to classify (ProtoNet, conv4-64, 28 x 28), so that the server's capacity is low enough for
-ten times of it to come from the same processor; the generator runs on it too, and says what it took. Capacity is what
-clients that never pause get answered. Writes bench/results/serve_overload.json.
+ten times of it to be generated on the same processor; the generator's CPU time is reported. Capacity is the rate that
+closed-loop clients reach. Writes bench/results/serve_overload.json.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from serving_load import (
 )
 
 WAYS, SHARE, TIMES = 5, 0.7, 10
-TAIL = 5.0  # p99 at most so many medians
+TAIL = 5.0  # p99 at most this many medians
 REFUSAL_MS = 50
-SETTLED_S = 5.0  # into a load: a burst is let in, and has left by then
-GROWTH_MB = 64  # beyond this memory is not flat
+SETTLED_S = 5.0  # start of a load that is excluded: an accepted burst has been answered by then
+GROWTH_MB = 64  # growth beyond which memory does not count as flat
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
                 space = fill(client, WAYS, photo)
             photos = [large(number, options.photo_side) for number in range(8)]
             requests = [request(f"/v1/spaces/{space}/classify", each, "image/jpeg") for each in photos]
-            asyncio.run(saturate(server.port, requests, options.clients, 5.0))  # warm, and its memory grown
+            asyncio.run(saturate(server.port, requests, options.clients, 5.0))  # warm-up, until memory has grown
             capacity = rate(asyncio.run(saturate(server.port, requests, options.clients, 15.0)), 15.0)
             print(f"capacity: {capacity:.1f} requests a second, photos of {np.mean([*map(len, photos)]) / 1000:.0f} kB")
             steady = load(server, requests, SHARE * capacity, 60 * options.minutes)
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def large(number: int, side: int) -> bytes:
-    """A photo that takes long to decode for its bytes: big, and smooth."""
+    """A large, smooth photo: few bytes, long decoding."""
     random = np.random.default_rng(number)
     small = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
     file = io.BytesIO()
@@ -104,13 +104,13 @@ def large(number: int, side: int) -> bytes:
 
 
 def rate(sent: Sequence[Sent], seconds: float) -> float:
-    """Answers a second; any other reply is an error of the bench's."""
+    """Answers per second; any other reply is an error of the benchmark."""
     assert all(each.reply.status == 200 for each in sent), Counter(each.reply.status for each in sent)
     return len(sent) / max(seconds, max(each.due + each.took for each in sent))
 
 
 def load(server: Served, requests: Sequence[bytes], per_second: float, seconds: float) -> dict[str, Any]:
-    """An open loop, and what became of its requests."""
+    """Run an open-loop load, and summarise its requests."""
     own, theirs, began = time.process_time(), server.processor(), time.perf_counter()
     with watched(server) as memory:
         sent = asyncio.run(arrivals(server.port, requests, per_second, seconds))
@@ -144,7 +144,7 @@ def reason(each: Sent) -> str:
 
 @contextmanager
 def watched(server: Served) -> Iterator[list[float]]:
-    """The server's memory in MB, twice a second."""
+    """Record the server's memory in MB, twice per second."""
     memory = [server.memory()]
     with meanwhile(lambda: memory.append(server.memory()), pause=0.5):
         yield memory

@@ -4,10 +4,10 @@
     python bench/serve_parity.py data/mini-imagenet ORIGINALS --episodes 50 --ways 5 --queries 15
 
 DATA is a data set as `kshot data import` packs it, ORIGINALS a folder with the archives that it was imported from. An
-episode's support images become the classes of a label space, uploaded as the files that they came as; its queries are
-classified there. torch sees the packed images, as every evaluation does. --run is the folder of a training, with its
-learner and its bundle; without it an untrained ProtoNet on conv4 is compared with its own export. Exits with 1 if a bar
-is missed. Adds to bench/results/serve_parity.json.
+episode's support images are uploaded as original files to the classes of a label space; its queries are classified
+there. torch uses the packed images, as in every evaluation. --run is the folder of a training, with its learner and its
+bundle; without it an untrained ProtoNet on conv4 is compared with its own export. Exits with 1 if a target is missed.
+Adds to bench/results/serve_parity.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from kshot_serve.client import Client
 
 NAME = "serve_parity"
 AT_ONCE = 8  # episodes that an evaluation draws together
-UPLOAD = 32  # photos that a request may hold
+UPLOAD = 32  # maximal photos per request
 POINTS = 0.1
 
 
@@ -115,7 +115,7 @@ class Originals:
 def compare(
     learner: Learner, data: ImageSet, files: Originals, shape: Shape, episodes: int, client: Client
 ) -> dict[str, Any]:
-    """Both see each episode. Classes are not turned as a recipe may turn them: files are uploaded as they are."""
+    """Evaluate each episode with both; without rotations, since original files are uploaded."""
     images = data.split("test")
     by_torch = answers(learner, images, shape, episodes, seed=TEST_SEED)
     began, right, agree = time.perf_counter(), [], []
@@ -138,14 +138,14 @@ def compare(
 
 
 def draws(images: ClassImages, shape: Shape, episodes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Which classes (ways,) and images (ways, shots + queries) each episode of an evaluation has."""
+    """The classes (ways,) and images (ways, shots + queries) of each episode of an evaluation."""
     for step in range(math.ceil(episodes / AT_ONCE)):
         batch = draw_indices(images, shape, AT_ONCE, seed=TEST_SEED, step=step, stream="test")
         yield from itertools.islice(zip(*batch, strict=True), episodes - step * AT_ONCE)
 
 
 def ask(client: Client, support: list[list[bytes]], query: list[bytes]) -> np.ndarray:
-    """The number of the class that the server finds likeliest for each query, in a label space of its own."""
+    """The index of the most probable class for each query, from a new label space on the server."""
     space = client.call("POST", "/v1/spaces", json={"name": "episode"}).json()["id"]
     for label, photos in enumerate(support):
         add(client, space, str(label), photos)
@@ -159,7 +159,7 @@ def ask(client: Client, support: list[list[bytes]], query: list[bytes]) -> np.nd
 
 
 def keep(key: str, found: dict[str, Any]) -> bool:
-    """Add this comparison to the others, and say whether all of its bars are met."""
+    """Save this comparison with the others; returns whether it meets all targets."""
     for row in found["rows"]:
         apart = round(abs(row["http"] - row["torch"]), 3)
         print(f"{key}, {row['shape']}: {row['http']:.2f} % over HTTP, {row['torch']:.2f} % by torch; "

@@ -1,10 +1,10 @@
-"""Schemathesis against a real server: every operation, valid and invalid data, and long stories of requests.
+"""Run Schemathesis against a real server: every operation, valid and invalid data, and stateful sequences.
 
     python bench/serve_schema.py [--seconds 300] [--bundle FOLDER]
 
-No 5xx, no status or header or body that the description does not have, nothing found after it was deleted. The one 5xx
-that may come is a 503 to a client whose own deadline is too short. bench/schema_hooks.py has what Schemathesis is told.
-What each operation answered is counted from the server's own log. Exits with 1 if a bar is missed. Writes
+Checks: no 5xx, no undocumented status, header or body, no access to deleted objects. The only allowed 5xx
+is 503 for a request whose own deadline is too short. bench/schema_hooks.py configures Schemathesis.
+Answers per operation are counted from the server's log. Exits with 1 if a target is missed. Writes
 bench/results/serve_schema.json.
 """
 
@@ -50,7 +50,7 @@ def main() -> int:
     succeeded = {route for route, status in answers if status < 300}
     asked = {route for route, _ in answers} - {"unmatched"}
     if options.bundle is None:
-        asked.discard("POST /v1/verify")  # an untrained learner has nothing to tell same from different by
+        asked.discard("POST /v1/verify")  # an untrained learner cannot verify
     found = {
         "what": f"Schemathesis for {options.seconds} s, {answers.total():,} requests",
         "answers": {f"{status} {route}": count for (route, status), count in sorted(answers.items())},
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def ask(url: str, exported: Path, seconds: int, seed: int) -> tuple[int, str]:
-    """How Schemathesis ended, and its report. It repeats its stories until the time is up."""
+    """Run Schemathesis until the time is up; its outcome and its report."""
     here = str(Path(__file__).parent)
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "schema_hooks", "PYTHONPATH": here, "KSHOT_EXPORTED": exported}
     command = [Path(sys.executable).with_name("st"), "run", url, "--checks", ",".join(CHECKS), "--seed", str(seed)]
@@ -77,14 +77,14 @@ def ask(url: str, exported: Path, seconds: int, seed: int) -> tuple[int, str]:
 
 
 def answered(log: Path) -> tuple[Counter[tuple[str, int]], list[str]]:
-    """How often each route gave each status, and every line of an error."""
+    """Counts of each route's statuses, and all error lines."""
     answers: Counter[tuple[str, int]] = Counter()
     errors = []
     for line in log.read_text().splitlines():
         try:
             told = json.loads(line)
         except ValueError:
-            told = {"level": "error"}  # no line of the server's
+            told = {"level": "error"}  # not a log line of the server
         if told.get("message") == "request":
             answers[told["route"], told["status"]] += 1
         if told["level"] in ("error", "critical"):

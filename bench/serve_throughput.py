@@ -1,17 +1,17 @@
-"""Classifying at saturation: the server over HTTP beside a bare loop over InferenceSession.run, MLflow and LitServe.
+"""Throughput at saturation of the server over HTTP, a bare loop over InferenceSession.run, MLflow and LitServe.
 
     python bench/serve_throughput.py [--rounds 5] [--seconds 4] [--cases 28x1x1 84x3x1 84x3x8]
 
 A case is the images' size, their channels, and the photos in each request.
 
-All serve one bundle (ProtoNet on an untrained conv4-64, 5-way 5-shot) and take turns within each round; ratios are of
-one round, of which the median counts. Clients ask again as soon as they are answered; they run on the same processor,
-and what they use of it is told. Each server has one worker with all threads, or one for each thread, and the faster of
-the two counts; so it is with the bare loop and its threads. The servers get the same JPEG photos, as many in each
-request: ours as they are, several as a multipart body, the others as base64 in JSON, which is what they take. So that
-decoding is apart, ours is also asked for decoded images (/v2, binary), and it is these that are held against the bare
-loop; a bare loop that also decodes stands beside the photos. LitServe batches by itself (32 images, 5 ms), and is
-installed for the occasion into a virtual environment that goes again. Writes bench/results/serve_throughput.json.
+All serve one bundle (ProtoNet on an untrained conv4-64, 5-way 5-shot) and alternate within each round; ratios are of
+one round, of which the median counts. Clients are closed-loop; they run on the same processor, and their CPU time is
+reported. Each server has one worker with all threads, or one per thread, and the faster of the two counts; likewise for
+the bare loop and its threads. All servers get the same JPEG photos, as many per request: ours as raw or multipart
+bodies, the others as base64 in JSON, which they require. To separate decoding, ours also gets decoded images (/v2,
+binary), whose rate is compared with the bare loop; the rate on photos is compared with a bare loop that decodes.
+LitServe uses its own batching (32 images, 5 ms), and is installed into a temporary virtual environment. Writes
+bench/results/serve_throughput.json.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ WAYS, SHOTS, BATCH, FILES = 5, 5, 32, 64
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that classifies images for so many seconds: gives images a second, and processor seconds an image."""
+    """Classifies images for some seconds; returns images per second and CPU seconds per image."""
 
     name: str
     run: Callable[[float], dict[str, Any]]
-    pid: int | None = None  # of its server
+    pid: int | None = None  # of the server process
 
     def turn(self, seconds: float) -> dict[str, Any]:
-        """Run it while it is awake, which it is only then: an idle server may poll, and cost others their time."""
+        """Run a contender, resumed only for this time: an idle server may poll and take CPU time from others."""
         self.wake()
         try:
             return self.run(seconds)
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def compare(case: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All contenders on images of one size, with so many photos in each request."""
+    """Compare all contenders on images of one size, with this number of photos per request."""
     size, channels, photos = map(int, case.split("x"))
     folder = scratch / case
     path = build("protonet", folder / "bundle", size=size, channels=channels)
@@ -157,7 +157,7 @@ def compare(case: str, scratch: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def decoding(files: Sequence[bytes], rule: ImageRule) -> float:
-    """Milliseconds of one thread to decode one of the photos."""
+    """Milliseconds to decode a photo on one thread."""
     began = time.perf_counter()
     for _ in range(10):
         for file in files:
@@ -170,7 +170,7 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
 
 
 def judged(case: str, contenders: Sequence[Contender], options: argparse.Namespace) -> dict[str, Any]:
-    """Everyone in turns, and what the bars are about."""
+    """Run all contenders alternating, and compute the ratios with targets."""
     try:
         for contender in contenders:
             contender.turn(1.0)
@@ -192,7 +192,7 @@ def judged(case: str, contenders: Sequence[Contender], options: argparse.Namespa
         return round(float(np.median(best(ours) / best(theirs))), 2)
 
     def best(whose: str) -> np.ndarray:
-        """Of each round, with the number of workers that is the best of all rounds."""
+        """Rates per round, with the best number of workers over all rounds."""
         theirs = [i for i, name in enumerate(names) if name.startswith(f"{whose}, ")]
         found: np.ndarray = rates[:, max(theirs, key=lambda i: float(np.median(rates[:, i])))]
         return found
@@ -218,9 +218,9 @@ def judged(case: str, contenders: Sequence[Contender], options: argparse.Namespa
 
 
 def bare(path: Path, files: Sequence[bytes], workers: int) -> Callable[[float], dict[str, Any]]:
-    """Full batches, one after the other, by so many workers that share the threads; files, if given, decoded before.
+    """Full batches in a loop, by workers that share the threads; files, if given, are decoded first.
 
-    The workers are threads, which wait for nobody: onnxruntime and decoders let go of Python's lock.
+    The workers are threads that run in parallel: onnxruntime and decoders release the GIL.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores() // workers
@@ -252,7 +252,7 @@ def bare(path: Path, files: Sequence[bytes], workers: int) -> Callable[[float], 
 def loaded(
     port: int, pid: int, requests: Sequence[bytes], clients: int, photos: int
 ) -> Callable[[float], dict[str, Any]]:
-    """A server whose clients never pause."""
+    """A server under closed-loop load."""
 
     def run(seconds: float) -> dict[str, Any]:
         began, own, theirs = time.perf_counter(), time.process_time(), processor_of(pid)
@@ -279,7 +279,7 @@ def processor_of(pid: int) -> float:
 
 
 def tensor_request(space: str, images: np.ndarray) -> bytes:
-    """Decoded images in the Open Inference Protocol's binary form."""
+    """A request with decoded images in the Open Inference Protocol's binary format."""
     data = images.tobytes()
     tensor = {
         "name": "images",
@@ -303,7 +303,7 @@ def photos_request(space: str, photos: Sequence[bytes]) -> bytes:
 
 @contextmanager
 def with_mlflow(bundle: Path, state: Path, folder: Path, workers: int) -> Iterator[tuple[int, int]]:
-    """Its port and process, serving the bundle."""
+    """Start MLflow serving the bundle; its port and process."""
     import mlflow
 
     model, port = folder / "model", free_port()
@@ -320,7 +320,7 @@ def with_mlflow(bundle: Path, state: Path, folder: Path, workers: int) -> Iterat
 
 
 def litserve_at(folder: Path) -> Path:
-    """The interpreter of an environment with LitServe, and with what this one has, at the same versions."""
+    """The interpreter of an environment with LitServe and this environment's packages at the same versions."""
     python = folder / "bin" / "python"
     if not folder.exists():
         venv.create(folder, with_pip=True)
@@ -345,7 +345,7 @@ def with_litserve(
 def peer(
     command: list[str], port: int, health: str, log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[int]:
-    """A server that is up; it and its processes end together."""
+    """Run a server for the block, and end it with its child processes."""
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, stdout=errors, stderr=errors, start_new_session=True, env=os.environ | (environment or {})
@@ -365,7 +365,7 @@ def peer(
             raise SystemExit(f"{command[0]} did not start:\n{log.read_text()[-2000:]}")
         yield process.pid
     finally:
-        with suppress(ProcessLookupError):  # it may have ended by itself
+        with suppress(ProcessLookupError):  # it may have already ended
             os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(10)

@@ -1,4 +1,4 @@
-"""What benches of the server share: a bundle to serve, photos, a real `kshot serve`, and clients that cost little."""
+"""Shared code of the server benchmarks: a bundle, photos, a `kshot serve` process, and lightweight clients."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from kshot_serve.client import Client
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"downsample": "stride", "norm": "group"}}
-LEARNERS: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"steps": 2}}  # as Omniglot's recipes
+LEARNERS: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"steps": 2}}  # as in Omniglot's recipes
 
 
 def build(name: str, folder: Path, *, size: int = 28, channels: int = 1, width: int = 64, **settings: Any) -> Path:
-    """A bundle of an untrained learner on conv4: weights change no running time."""
+    """A bundle of an untrained learner on conv4; weights do not affect the time."""
     torch.manual_seed(0)
     image = (channels, size, size)
     recipe = Recipe(
@@ -61,7 +61,7 @@ def build(name: str, folder: Path, *, size: int = 28, channels: int = 1, width: 
 
 
 def photo(of: int, shade: int = 0, *, size: int = 28, channels: int = 1, kind: str = "PNG") -> bytes:
-    """A photo of a thing by its number: coarse blocks in the thing's own pattern, under noise of this shot."""
+    """A synthetic photo: the object's pattern of coarse blocks, with noise that depends on the shot."""
     thing, shot = np.random.default_rng(of), np.random.default_rng((of, shade))
     blocks = np.kron(thing.integers(0, 256, (4, 4, channels)), np.ones((-(-size // 4), -(-size // 4), 1)))
     pixels = np.clip(blocks[:size, :size] + shot.normal(0, 12, (size, size, channels)), 0, 255).astype(np.uint8)
@@ -75,7 +75,7 @@ def photo(of: int, shade: int = 0, *, size: int = 28, channels: int = 1, kind: s
 
 @dataclass(frozen=True)
 class Served:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     url: str
     process: subprocess.Popen[str]
@@ -94,12 +94,12 @@ class Served:
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1000
 
     def processor(self) -> float:
-        """Seconds of processor that it has used."""
+        """CPU seconds used so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
-        """At once, with its workers: nothing of it gets to end."""
+        """SIGKILL the server and its workers."""
         for each in family(self.process.pid):
             os.kill(each, signal.SIGKILL)
 
@@ -109,7 +109,7 @@ class Served:
 
 
 def family(pid: int) -> dict[int, float]:
-    """A process and its living descendants, with the seconds of processor that each has used."""
+    """A process and its living descendants, with the CPU seconds of each."""
     parents, used = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -129,7 +129,7 @@ def family(pid: int) -> dict[int, float]:
 def serving(
     source: str | Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Served]:
-    """`kshot serve` on a free port of this machine, with its state in this folder, ready; stopped in the end."""
+    """Run `kshot serve` on a free local port with its state in this folder, for the block."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         str(Path(sys.executable).with_name("kshot")),
@@ -163,7 +163,7 @@ def serving(
 
 
 def fill(client: Client, classes: int, photos: Callable[[int, int], bytes], shots: int = 5, name: str = "bench") -> str:
-    """A label space of so many classes; its id. `photos(thing, shade)` makes the photos."""
+    """Create a label space with this number of classes; its id. `photos(thing, shade)` makes the photos."""
     space = client.call("POST", "/v1/spaces", json={"name": name}).json()["id"]
     for thing in range(classes):
         add(client, space, f"thing {thing}", [photos(thing, shade) for shade in range(shots)])
@@ -175,12 +175,12 @@ def add(client: Client, space: str, name: str, photos: Sequence[bytes]) -> dict[
     return client.call("POST", f"/v1/spaces/{space}/classes", data={"name": name}, files=files).json()
 
 
-# Clients that cost little ------------------------------------------------------------------------------------------
+# Lightweight clients -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; status 0 is a connection that ended without one, -1 one that did not come about."""
+    """An answer; status 0: the connection ended without one, -1: it could not be opened."""
 
     status: int
     body: bytes = b""
@@ -188,7 +188,7 @@ class Reply:
 
 
 class Connection(asyncio.Protocol):
-    """A connection that is kept: one request at a time, sent as ready bytes."""
+    """A persistent connection: one request at a time, sent as prepared bytes."""
 
     def __init__(self) -> None:
         self.open = False
@@ -239,7 +239,7 @@ class Connection(asyncio.Protocol):
 
 
 class Connections:
-    """As many connections as there are requests at once; an idle one is used again."""
+    """A pool with as many connections as concurrent requests; idle ones are reused."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -266,7 +266,7 @@ class Connections:
 
 
 def request(path: str, body: bytes, content_type: str, **headers: str) -> bytes:
-    """A POST as bytes."""
+    """A POST request as bytes."""
     head = {"Host": "127.0.0.1", "Content-Type": content_type, "Content-Length": str(len(body))}
     head |= {name.replace("_", "-"): value for name, value in headers.items()}
     lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
@@ -274,22 +274,22 @@ def request(path: str, body: bytes, content_type: str, **headers: str) -> bytes:
 
 
 def form(photos: Sequence[bytes]) -> tuple[bytes, str]:
-    """Photos as a multipart body, and its type."""
+    """Photos as a multipart body, and its content type."""
     head = b'--edge\r\nContent-Disposition: form-data; name="photos"; filename="photo"\r\n\r\n'
     return b"".join(head + each + b"\r\n" for each in photos) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A request of a load: when it was due, and how it was answered. Times in seconds from the load's beginning."""
+    """A request of a load: its scheduled time and its answer. Times are in seconds from the start of the load."""
 
     due: float
-    took: float  # from when it was due, so that a generator or a server that lags behind cannot hide it
+    took: float  # from the scheduled time, so that a lagging generator or server does not hide latency
     reply: Reply
 
 
 async def saturate(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> list[Sent]:
-    """Clients that ask again as soon as they are answered, or a moment after they are refused."""
+    """Closed-loop clients: each sends a request when the previous one is answered, or shortly after a refusal."""
     began = time.perf_counter()
     sent: list[Sent] = []
 
@@ -311,13 +311,13 @@ async def saturate(port: int, requests: Sequence[bytes], clients: int, seconds: 
 
 
 async def arrivals(port: int, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> list[Sent]:
-    """An open loop: requests come at random times (Poisson), whether or not those before are answered."""
+    """An open loop: requests arrive at random times (Poisson), independent of earlier answers."""
     random = np.random.default_rng(seed)
     times = np.cumsum(random.exponential(1 / rate, round(rate * seconds * 1.5) + 50))
     sent: list[Sent] = []
     tasks: set[asyncio.Task[None]] = set()
     gc.collect()
-    gc.disable()  # seen: at 20,000 requests it stopped the generator for 0.3 s, which looked like the server's delay
+    gc.disable()  # at 20,000 requests it paused the generator for 0.3 s, which looked like latency of the server
     connections, began = Connections(port), time.perf_counter()
 
     async def one(number: int, due: float) -> None:
@@ -338,7 +338,7 @@ async def arrivals(port: int, requests: Sequence[bytes], rate: float, seconds: f
 
 @contextmanager
 def meanwhile(function: Callable[[], None], pause: float = 0.0) -> Iterator[None]:
-    """Call a function again and again in a thread, for as long as the block runs; a call that has begun ends."""
+    """Call a function repeatedly in a thread while the block runs; the last call completes."""
     ended = threading.Event()
 
     def again() -> None:
@@ -358,7 +358,7 @@ def meanwhile(function: Callable[[], None], pause: float = 0.0) -> Iterator[None
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and the slowest, in ms."""
+    """Median and maximum, in ms."""
     if not len(seconds):
         return {}
     named = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
@@ -366,13 +366,13 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def bar(what: str, came: float, bound: float, met: bool, unit: str = "") -> dict[str, Any]:
-    """Whether a figure keeps the bar that was set for it; printed, and for the results."""
+    """Compare a figure with its target; printed, and returned for the results."""
     print(f"{'met   ' if met else 'MISSED'}  {what}: {came:g} {unit} (bar {bound:g})", flush=True)
     return {"what": what, "figure": came, "bar": bound, "unit": unit, "met": bool(met)}
 
 
 def write(name: str, found: Mapping[str, Any], *packages: str) -> None:
-    """Into bench/results, with what it was measured on."""
+    """Write results to bench/results, with a description of the machine."""
     about = {
         "machine": f"{machine()}, {os.cpu_count()} threads",
         "versions": {each: version(each) for each in ("kshot", "onnxruntime-gpu", "fastapi", "uvicorn", *packages)}

@@ -1,15 +1,15 @@
-"""kshot beside easyfsl, learn2learn, higher and torchopt, and its bundles beside torch: one run, one thread.
+"""Compare the speed of kshot with easyfsl, learn2learn, higher and torchopt, and of its bundles with torch.
 
     python bench/speed.py [--data data/omniglot] [--learn2learn SOURCE] [--quick] [--only WORDS]
 
-Sets up the peers in an environment of their own the first time (bench/peers/environment.py; without a network, give a
+Installs the peers into a separate environment the first time (bench/peers/environment.py; offline, give a
 copy of learn2learn's git repository). All contenders have the same network, weights and images; their losses are
-compared before anything is timed. They take turns within each round, in CPU time; a ratio is of one round, of which the
+compared before anything is timed. They alternate within each round, in CPU time; a ratio is of one round, of which the
 median counts, and `low` and `high` bound the middle half. "As they come" runs each contender in a separate process,
-in which the peers' malloc is as Python leaves it.
+in which the peers use malloc's defaults.
 
 Writes bench/results/speed.json, docs/performance.md and docs/performance.png; with --quick or --only it only prints.
-Without Omniglot, the glyphs that kshot draws take its place.
+Without Omniglot, the built-in glyphs are used.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from environment import FOLDER, LEARN2LEARN, prepare
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
 KSHOT = (sys.executable, "-c", "from kshot_flows.cli.main import main; main()")
-EQUAL = 1e-4  # relative, of kshot's losses with one of its means and without, in float32
-SAME = 1e-8  # of kshot's and the peers', in float64
+EQUAL = 1e-4  # relative tolerance of kshot's losses with and without an optimisation, in float32
+SAME = 1e-8  # relative tolerance of kshot's and the peers' losses, in float64
 
 
 class Bench(NamedTuple):
-    """How this run measures."""
+    """Settings of this run."""
 
     python: Path
     data: str
     quick: bool
 
     def turn(self, measure: str, **asked: Any) -> dict[str, Any]:
-        """What one process of the peers' environment measures."""
+        """Run one measurement in a process of the peers' environment."""
         command = [self.python, HERE / "peers" / "contenders.py", json.dumps({"measure": measure, **asked})]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -65,7 +65,7 @@ Found = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A line of the record: the ratio of `against` to kshot, or kshot to it where less is better."""
+    """A result: the ratio of `against` to kshot, or of kshot to it if lower is better."""
 
     what: str
     against: str
@@ -118,7 +118,7 @@ VERSIONS = (
 
 
 def images(data: Path, folder: Path) -> str:
-    """The packed data set to measure on: this one, or glyphs, drawn once."""
+    """The data set to measure on: the given one, or glyphs, drawn once."""
     if data.exists():
         return str(data.resolve())
     drawn = folder / "data" / "glyphs"
@@ -133,7 +133,7 @@ def images(data: Path, folder: Path) -> str:
 
 
 def protonet(bench: Bench, shape: tuple[int, int, int], *, apart: bool, noise: bool = False) -> Found:
-    """A step, with everybody's malloc tuned, or each contender as it comes."""
+    """A ProtoNet step, with tuned malloc for all contenders, or each with its defaults."""
     case = {"method": "protonet", "data": "noise" if noise else bench.data, "shape": shape}
     one_pass = bench.turn("losses", **case)
     two_passes = bench.turn("losses", **case, norm="batch")
@@ -157,7 +157,7 @@ def maml(bench: Bench, *, first_order: bool) -> Found:
 
 
 def maml_memory(bench: Bench) -> Found:
-    """Of 16 episodes, second order; each contender in a separate process."""
+    """Peak memory of MAML with 16 episodes, second order; each contender in a separate process."""
     case = {"method": "maml", "data": bench.data, "shape": (5, 1, 15), "episodes": 16, "inner": 5, "first_order": False}
     peaks: dict[str, list[float]] = {name: [] for name in ("kshot", "learn2learn", "higher", "torchopt")}
     equal(bench.turn("losses", **case))
@@ -174,13 +174,13 @@ def maml_evaluation(bench: Bench) -> Found:
         inner=10,
     )  # fmt: skip
     accuracies = found["accuracies"]
-    if abs(accuracies["kshot"] - accuracies["learn2learn"]) > 0.5:  # rounding moves a query now and then
+    if abs(accuracies["kshot"] - accuracies["learn2learn"]) > 0.5:  # rounding occasionally changes a prediction
         raise SystemExit(f"the same episodes, and other accuracies: {accuracies}")
     return ratios(found["times"], unit="s") | {"accuracies": accuracies, "episodes": episodes}
 
 
 def protonet_evaluation(bench: Bench) -> Found:
-    """easyfsl's time for 10,000 is that of 300 times 33.3: it embeds each episode's images anew."""
+    """Time of 10,000 test episodes; easyfsl's is that of 300 times 33.3, as it embeds each episode's images again."""
     episodes, some = 10_000, 60 if bench.quick else 300
     found = bench.turn(
         "evaluation", method="protonet", data=bench.data, rounds=bench.rounds(3), episodes=episodes, peer_episodes=some
@@ -191,7 +191,7 @@ def protonet_evaluation(bench: Bench) -> Found:
 
 
 class Bundles:
-    """What bench/onnx_vs_torch.py finds, run once."""
+    """The results of bench/onnx_vs_torch.py, run once."""
 
     @cached_property
     def rows(self) -> list[Found]:
@@ -210,14 +210,14 @@ class Bundles:
 
 
 def ablation(bench: Bench, cause: str, **case: Any) -> Found:
-    """kshot's step with one of its means, beside its step without."""
+    """kshot's step with and without one of its optimisations."""
     found = bench.turn("ablation", cause=cause, data=bench.data, rounds=bench.rounds(7), **case)
     equal(found["losses"], EQUAL)
     return ratios(found["times"])
 
 
 def kept_memory(bench: Bench) -> Found:
-    """A step in which freed memory is kept, beside one with malloc as it comes, each in a separate process."""
+    """A step with freed memory kept, and one with malloc's defaults, each in a separate process."""
     case = {"method": "protonet", "data": bench.data, "shape": (60, 1, 5), "rounds": 3, "only": "kshot"}
     times: dict[str, list[float]] = {"kshot": [], "without": []}
     for _ in range(bench.rounds(5)):
@@ -233,7 +233,7 @@ def cached_features(bench: Bench) -> Found:
 
 
 def second_run(bench: Bench) -> Found:
-    """Seconds of CPU that `make run` takes when nothing has changed."""
+    """CPU seconds of an unchanged `make run`."""
     command = [*KSHOT, "run", "glyphs-protonet"]
     command += ["training.steps=20", "training.validate_every=20"] if bench.quick else []
     took = []
@@ -247,14 +247,14 @@ def second_run(bench: Bench) -> Found:
 
 
 def equal(losses: Mapping[str, float], tolerance: float = SAME) -> None:
-    """Refuse to time what does not compute the same."""
+    """Raise an error unless contenders compute the same loss."""
     values = list(losses.values())
     if max(values) - min(values) > tolerance * max(values):
         raise SystemExit(f"the first losses differ, so that these steps are not the same: {losses}")
 
 
 def ratios(taken: Mapping[str, Sequence[float]], *, unit: str = "ms", inverse: bool = False) -> Found:
-    """kshot beside the best of the others, round by round."""
+    """Ratios of the best other to kshot, per round."""
     peers = {name: round(median(values), 2) for name, values in taken.items() if name != "kshot"}
     best = min(peers, key=lambda name: peers[name])
     pairs = list(zip(taken[best], taken["kshot"], strict=True))

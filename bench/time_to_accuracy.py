@@ -1,11 +1,11 @@
-"""The record: CPU seconds of meta-training on Omniglot (Vinyals split) after which test accuracy is at a known mark.
+"""CPU seconds of meta-training on Omniglot (Vinyals split) to a target test accuracy.
 
     python bench/time_to_accuracy.py protonet|maml [--data data/omniglot] [--record "what moved it"]
 
-One thread. The schedule of each record is fixed below before it is run, and was chosen on validation classes. Time
-counts everything that `meta_train` does, validation too; the weights that validated best are then tested once, on 1,000
-episodes of each shape with 15 queries of each class. A run that misses a mark is no record. With --record, a run that
-reaches its marks adds its row to bench/LEADERBOARD.md; run it at the commit that it is to name, without changes.
+One thread. The schedule of each attempt is fixed below, and was chosen on validation classes. Time
+includes everything that `meta_train` does, with validation; the best weights by validation are tested once, on 1,000
+episodes of each shape with 15 queries per class. A run that misses a target is no record. With --record, a run that
+reaches its targets adds a row to bench/LEADERBOARD.md; run it on a clean checkout of the commit to be named.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEADERBOARD = HERE / "LEADERBOARD.md"
 
 @dataclass(frozen=True)
 class Attempt:
-    """A recipe with changes, and the test accuracies in % that it must reach, by ways at one shot."""
+    """A recipe with overrides, and its target 1-shot test accuracies in %, by ways."""
 
     recipe: str
     changes: tuple[str, ...]

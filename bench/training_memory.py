@@ -1,4 +1,4 @@
-"""Meta-training with memory that is kept between steps (`kshot.malloc`) beside meta-training without.
+"""Time and memory of meta-training with and without keeping freed memory between steps (`kshot.malloc`).
 
     python bench/training_memory.py [--rounds 5] [--steps 4]
 
@@ -61,7 +61,7 @@ def one(case: str, how: str, steps: int) -> dict[str, float]:
 
 
 def turn(case: str, how: str, steps: int) -> dict[str, float]:
-    """Seconds of a step, and the most memory."""
+    """Seconds per step, and peak memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     size, channels, shape = CASES[case]

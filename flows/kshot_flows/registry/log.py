@@ -184,7 +184,7 @@ class Log:
         said = defaultdict(set, {version: {self.stage(version)} for version in stages})
         held: dict[Stage, set[int | None]] = {single: {self.holder(single)} for single in SINGLE}
         for entry in recent:
-            # What an adopted move left of a version's stage to be changed is on its way as well.
+            # Stage changes that follow from an adopted move are pending too, not foreign.
             said[entry.version] |= set(Stage) if entry.adopted else {entry.came_from, entry.stage, Stage.ARCHIVED}
             if entry.displaced is not None:
                 said[entry.displaced] |= {entry.stage, Stage.ARCHIVED}
