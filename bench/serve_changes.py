@@ -45,9 +45,9 @@ from serving_load import (
     write,
 )
 
+from kshot_client import RefusedError
 from kshot_flows import registry
 from kshot_flows.tracking import runs
-from kshot_serve.client import RefusedError
 
 WHAT = "swaps, SIGTERM, kill -9 and a corrupt photo, conv4, 28x28x1"
 WAYS, SHOTS, WRITERS, AT_ONCE, MODEL = 5, 5, 4, 32, "bench"

@@ -33,11 +33,11 @@ from kshot.evaluation.scores import answers
 from kshot.export import Facts, export
 from kshot.learner import Learner
 from kshot.recipe import LearnerSettings, PluginSettings, Recipe
+from kshot_client import Client
 from kshot_flows.store import learners
 from kshot_flows.store.keys import TEST_SEED
 from kshot_runtime.images import decode
 from kshot_runtime.manifest import MANIFEST, Plugin
-from kshot_serve.client import Client
 
 NAME = "serve_parity"
 AT_ONCE = 8  # episodes that an evaluation draws together

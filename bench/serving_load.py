@@ -32,9 +32,9 @@ from kshot.data.datasets import ClassImages
 from kshot.data.episodes import Shape
 from kshot.export import Facts, export
 from kshot.recipe import LearnerSettings, PluginSettings, Recipe
+from kshot_client import Client
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Plugin
-from kshot_serve.client import Client
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"downsample": "stride", "norm": "group"}}

@@ -9,6 +9,7 @@ import sys
 
 from starlette.requests import Request
 
+from kshot_client import ClientError, Filling
 from kshot_runtime.errors import KshotError
 from kshot_serve.budgets import Budgets
 from kshot_serve.errors import Problem
@@ -16,7 +17,6 @@ from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champions import Champions
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
-from kshot_serve.spaces.folders import Filling
 from kshot_serve.spaces.service import Spaces
 from kshot_serve.storage.keys import Keys
 from kshot_serve.storage.store import Store
@@ -46,7 +46,10 @@ class Backend:
         self.decoder = self.spaces.decoder
         self.keys = Keys(self.store)
         self.budgets = Budgets(settings)
-        self._fillings = [Filling(source) for source in settings.fill]
+        try:
+            self._fillings = [Filling(source) for source in settings.fill]
+        except ClientError as error:
+            raise KshotError(str(error)) from None
         self.leaving = self.draining = False
         self.idle = True  # once it has stopped: whether no thread still loads or adapts, for nobody any more
 
@@ -60,7 +63,10 @@ class Backend:
     async def _load(self) -> None:
         await self.champions.start()
         for filling in self._fillings:
-            await self._fill(filling)
+            try:
+                await self._fill(filling)
+            except ClientError as error:
+                raise KshotError(str(error)) from None
 
     async def _fill(self, filling: Filling) -> None:
         """Make or update the label space of this name; standard error tells how far it is, and what was left out."""

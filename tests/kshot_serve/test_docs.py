@@ -63,7 +63,7 @@ def test_its_clients_run(server: Running, photos: Path, monkeypatch: pytest.Monk
         known,
     )
     known["client"].close()
-    known["pets"]._client.close()
+    known["pets"]._awaited._client._http.close()
     assert known["answer"].as_numpy("class").tolist() == [b"dog"]
 
 

@@ -253,7 +253,7 @@ $('code').addEventListener('click', () => {
   const key = sessionStorage.getItem('kshot-key')
   $('usage-curl').textContent = `curl ${location.origin}/v1/spaces/${id}/classify \\\n  ${
     key ? '-H "Authorization: Bearer $KSHOT_KEY" \\\n  ' : ''}-F photos=@photo.jpg`
-  $('usage-python').textContent = `${key ? 'import os\n\n' : ''}from kshot_serve.client import Client
+  $('usage-python').textContent = `${key ? 'import os\n\n' : ''}from kshot_client import Client
 
 client = Client("${location.origin}"${key ? ', key=os.environ["KSHOT_KEY"]' : ''})
 space = client.space(${JSON.stringify(name)})

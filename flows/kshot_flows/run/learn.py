@@ -217,10 +217,13 @@ def write_recipe(settings: Sequence[str], file: Path) -> None:
 
 def fill(url: str, key: str | None, source: str, name: str) -> None:
     """Create or complete a label space on a server from the photos of a folder or zip."""
-    from kshot_serve.client import Client
+    from kshot_client import Client, ClientError
 
-    with Client(url, key) as client, progress.busy(f"filling the label space {name} at {url}"):
-        filling = client.space(name).fill(source)
+    try:
+        with Client(url, key) as client, progress.busy(f"filling the label space {name} at {url}"):
+            filling = client.space(name).fill(source)
+    except ClientError as error:
+        raise KshotError(str(error)) from None
     progress.say(f"[bold]Label space[/bold]  {name} at {url}: {filling.added} photos added")
     for line in filling.skipped[:5]:
         progress.say(escape(f"  left out {line}"))

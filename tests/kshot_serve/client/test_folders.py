@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from kshot_runtime.errors import KshotError
-from kshot_serve.client import Client
+from kshot_client import Client, ClientError, Filling
 from kshot_serve.settings import Settings
-from kshot_serve.spaces.folders import Filling
 
 Photo = Callable[..., bytes]
 KSHOT = Path(sys.executable).with_name("kshot")
@@ -109,7 +107,7 @@ def test_of_too_many_photos_the_first_of_each_class_count_and_it_is_said(colours
     filling, found = taken({"blue": ["another's"] * 1 + ["others'"]})
     assert found["blue"] == ["blue/0.png"]
     assert filling.skipped[1] == "blue/1.png: the class has 3 photos, and the model takes no more"
-    with pytest.raises(KshotError, match="colours would have 3 classes, and this model tells at most 2 apart"):
+    with pytest.raises(ClientError, match="colours would have 3 classes, and this model tells at most 2 apart"):
         taken({"green": []}, ways=2)
 
 

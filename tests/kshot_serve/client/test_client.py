@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kshot_serve.client import Client, RefusedError
+from kshot_client import AsyncClient, AsyncSpace, Client, ClientError, RefusedError, Space
 from kshot_serve.errors import Problem
+from kshot_serve.settings import Settings
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py
@@ -107,24 +109,80 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(
         return await real(*given)
 
     monkeypatch.setattr(server.backend.spaces, "list", list_)
-    monkeypatch.setattr("kshot_serve.client.time.sleep", waited.append)
+    monkeypatch.setattr("kshot_client.client.time.sleep", waited.append)
     assert isinstance(list(client.spaces()), list)
     assert waited == [1.0, 2.0]
 
 
 def test_a_key_is_sent_along(server: Running) -> None:
     with Client(server.url, key="kshot_x") as client:
-        assert client._http.headers["Authorization"] == "Bearer kshot_x"
+        assert client._awaited._http.headers["Authorization"] == "Bearer kshot_x"
 
 
 def test_a_missing_httpx_is_told_with_what_to_do() -> None:
-    code = "import sys; sys.modules['httpx'] = None\nfrom kshot_serve.client import Client\nClient()"
+    code = "import sys; sys.modules['httpx'] = None\nfrom kshot_client import Client\nClient()"
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "KshotError: the client needs httpx: pip install 'kshot[client]'" in failed.stderr
+    assert "ClientError: the client needs httpx: pip install 'kshot[client]'" in failed.stderr
 
 
-def test_importing_the_client_takes_no_server_along() -> None:
-    code = (
-        "import sys; from kshot_serve.client import Client; print(sorted({'fastapi', 'sqlalchemy'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+def test_more_photos_than_one_request_takes_go_in_several(client: Client, photo: Photo) -> None:
+    most = client.limits()["request"]["photos"]
+    space = client.space("splits")
+    notes = space.add("red", [*(photo("red", shade) for shade in range(most + 2)), photo("red", 1)])
+    assert notes == [f"photo {most + 3} is in this class already, and was left out"]
+    space.add("blue", photo("blue"))
+    [blue, red] = sorted(space.classes(), key=lambda each: each["name"])
+    assert (len(blue["photos"]), len(red["photos"])) == (1, most + 2)
+    asked = [photo("blue", shade) for shade in range(most)]
+    answers = space.classify_all([*asked, b"no photo"])
+    assert [answer.name for answer in answers[:-1] if not isinstance(answer, RefusedError)] == ["blue"] * most
+    assert isinstance(answers[-1], RefusedError)
+    assert len(client.embed([*asked, photo("red")])) == most + 1
+
+
+def test_requests_stay_below_the_bytes_that_a_server_takes(
+    running: Any, features_bundle: Path, photo: Photo, tmp_path: Path
+) -> None:
+    large = photo("red", kind="PNG", size=(500, 300))  # about 400 kB
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, body_mb=1)
+    with running(settings) as server, Client(server.url) as client:
+        assert 4 * len(large) > 1_000_000
+        assert len(client.embed([large] * 4)) == 4
+
+
+def test_classes_and_spaces_are_renamed_and_deleted(client: Client, photo: Photo) -> None:
+    space = client.space("changes")
+    space.add("red", [photo("red"), photo("red", 1)])
+    space.add("bleu", photo("blue"))
+    space.rename_class("bleu", "blue")
+    space.rename("changed")
+    assert client.space("changed").id == space.id
+    [first, _] = next(each["photos"] for each in space.classes() if each["name"] == "red")
+    assert space.photo(first["id"]) == photo("red")
+    space.delete_photo(first["id"])
+    space.delete_class("blue")
+    assert [(each["name"], len(each["photos"])) for each in space.classes()] == [("red", 1)]
+    with pytest.raises(ClientError, match="changed has no class 'blue'; it has red"):
+        space.delete_class("blue")
+
+
+def test_the_share_that_is_accepted_is_set_and_given_back(client: Client) -> None:
+    space = client.space("accepts")
+    assert space.accept(0.9)["accept"] == 0.9
+    assert space.accept(None)["accept"] is None
+
+
+def test_the_asynchronous_client_has_the_same_methods(server: Running, photo: Photo) -> None:
+    async def told() -> list[str | None]:
+        async with AsyncClient(server.url) as client:
+            space = await client.space("awaited")
+            await asyncio.gather(space.add("red", photo("red")), space.add("blue", photo("blue")))
+            asked = [space.classify(photo(colour, 3)) for colour in ("red", "blue", "red")]
+            names = [answer.name for answer in await asyncio.gather(*asked)]
+            assert [each.name for each in await client.spaces() if each.id == space.id] == ["awaited"]
+            await space.delete()
+            return names
+
+    assert asyncio.run(told()) == ["red", "blue", "red"]
+    for blocking, awaited in ((Client, AsyncClient), (Space, AsyncSpace)):
+        assert {n for n in vars(blocking) if n[0] != "_"} - {"id", "name"} == {n for n in vars(awaited) if n[0] != "_"}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from kshot_runtime.errors import KshotError
-from kshot_serve.spaces.names import normal
+from kshot_client.errors import ClientError
 
 _BATCH_BYTES = 8_000_000  # of photos in one request, about
 _LARGEST = 100_000_000  # bytes of one file; servers take less
 
 Batch = dict[str, bytes]
 """Encoded photos, by what their files are called."""
+
+
+def normal(name: str) -> str:
+    """The name in its normal form, as servers keep it, without blanks around it."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 class Filling:
@@ -34,7 +39,7 @@ class Filling:
                 if rest:
                     self._classes.setdefault(normal(first), []).append(file)
         if not self._classes:
-            raise KshotError(f"{source} has no folders with photos in them: give each class a folder named after it")
+            raise ClientError(f"{source} has no folders with photos in them: give each class a folder named after it")
         self.added = self.there = 0
         self.skipped: list[str] = []  # a line each, for people
 
@@ -51,7 +56,7 @@ class Filling:
         each, and photos in all: of each class's files the first count, the same ones whenever it is done again.
         """
         if (count := len({*known, *self._classes})) > ways:
-            raise KshotError(f"{self.name} would have {count} classes, and this model tells at most {ways} apart")
+            raise ClientError(f"{self.name} would have {count} classes, and this model tells at most {ways} apart")
         most = max(1, min(shots, support // count))
         if cut := [name for name, files in self._classes.items() if len(files) > most]:
             self.skipped.append(
@@ -88,7 +93,7 @@ class Filling:
         try:
             archive = zipfile.ZipFile(source)
         except (OSError, zipfile.BadZipFile) as error:
-            raise KshotError(f"{source} is neither a folder nor a zip of class folders: {error}") from None
+            raise ClientError(f"{source} is neither a folder nor a zip of class folders: {error}") from None
         with archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
             yield _shown(sizes), lambda file: archive.read(file) if sizes[file] <= _LARGEST else b""
