@@ -381,7 +381,7 @@ def test_a_step_that_changes_the_state_s_shape_is_refused(tmp_path: Path, images
             return self.embed(query)[:, : state["head"].shape[1]] @ state["head"].t()
 
     learner = make(Grows, "flat")
-    with pytest.raises(ExportError, match=r"turns 'head' from \(W, 256\) torch.float32 into \(W, 128\)"):
+    with pytest.raises(ExportError, match=r"changes 'head' from \(W, 256\) torch.float32 to \(W, 128\)"):
         exported(learner, tmp_path / "bundle", images)
 
 
