@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -123,10 +123,25 @@ class Operation(APIRoute):
 
 
 def _authorise(scope: Scope, needed: access.Scope) -> None:
-    """The middleware has found the key, if this server needs any."""
-    key: access.Key | None = scope.get("state", {}).get("key")
-    if key is not None and not key.may(needed):
+    """The middleware has found the key, if this server needs any. What a key may not see is as if it were not there."""
+    key = _key(scope)
+    if key is None:
+        return
+    if not key.may(needed):
         raise Problem("key_not_allowed", f"this key has scope {key.scope}, and this needs {needed}")
+    if key.spaces is None:
+        return
+    path = scope["path_params"]
+    space = path.get("space_id", path.get("model"))  # or the model `embed`, which belongs to no label space
+    if space is None and needed != "read":
+        raise Problem("key_not_allowed", "this key is bound to label spaces: it cannot make others")
+    if space is not None and space not in key.spaces | {"embed"}:
+        raise Problem("model_unknown" if "model" in path else "space_unknown", "there is no such label space")
+
+
+def _key(scope: Scope) -> access.Key | None:
+    key: access.Key | None = scope.get("state", {}).get("key")
+    return key
 
 
 async def _unless_gone(answer: Awaitable[None], body: Body, receive: Receive) -> None:
@@ -200,8 +215,14 @@ ZIP = {"application/zip": {"schema": _FILE}}
 
 def author(request: Request) -> str:
     """The name of the key that a write is done with."""
-    key = request.scope.get("state", {}).get("key")
+    key = _key(request.scope)
     return key.name if key else ""
+
+
+def visible(request: Request) -> Collection[str] | None:
+    """Ids of the only label spaces that a request may see; none: it may see all."""
+    key = _key(request.scope)
+    return key.spaces if key else None
 
 
 def request_id() -> str:

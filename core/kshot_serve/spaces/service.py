@@ -6,7 +6,7 @@ Each write is a revision, and tells what may be wrong with the photos that came;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -92,22 +92,22 @@ class Spaces:
         await self._count()
         return self._shown(space)
 
-    async def list(self, limit: int = 100, after: str = "") -> tuple[list[Space], str | None]:
-        """Label spaces from the oldest to the newest, and the `after` of the next page, if there is one."""
+    async def list(
+        self, limit: int = 100, after: str = "", *, only: Collection[str] | None
+    ) -> tuple[list[Space], str | None]:
+        """Label spaces from the oldest to the newest, and the `after` of the next page, if there is one.
+
+        `only`: those that the asker may see; none: all.
+        """
         if after and not is_id(after):
             raise Problem("bad_request", "`after` is an id that a page before this one ended with")
-        found = await self._read(self._store.spaces, limit + 1, after)
+        found = await self._read(self._store.spaces, limit + 1, after, only)
         return [self._shown(space) for space in found[:limit]], found[limit - 1].id if len(found) > limit else None
 
     async def named(self, name: str) -> Space:
         """The label space of this name; a new one if there is none."""
-        after: str | None = ""
-        while after is not None:
-            found, after = await self.list(1000, after)
-            for space in found:
-                if space.name == normal(name):
-                    return space
-        return await self.create(name, who="--space")
+        space = await self._read(self._store.taken, normal(name))
+        return await self.get(space) if space else await self.create(name, who="--space")
 
     async def get(self, space: str) -> Space:
         return self._shown(await self._read(self._store.space, space))

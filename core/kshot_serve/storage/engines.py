@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, insert, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.errors import Problem
-from kshot_serve.storage.tables import METADATA, SCHEMA
+from kshot_serve.storage.migrations import migrate
 
 THREADS = 8  # that may ask a database at once
 
-_VERSION = 1  # of these tables
 _WAIT_S = 10.0  # for others' writes
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,12 @@ def opened(address: str) -> Engine:
         if url.get_backend_name() not in READING:
             raise KshotError(f"label spaces lie in SQLite or in Postgres, not in {url.get_backend_name()}")
         database = _postgres(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
-        with database.begin() as connection:
-            _prepare(connection)
+        try:
+            with database.begin() as connection:
+                migrate(connection)
+        except BaseException:
+            database.dispose()
+            raise
     except ArgumentError:
         raise KshotError(
             "the database's address is no SQLAlchemy URL; such are sqlite:///spaces.db and "
@@ -82,25 +85,6 @@ def _sqlite_connected(connection: Any, record: object) -> None:
 def _sqlite_begins(connection: Connection) -> None:
     # A writer takes the lock at once: one that first reads and then writes could be refused in between.
     connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("reading") else "BEGIN IMMEDIATE")
-
-
-def create(connection: Connection, tables: MetaData) -> None:
-    """Make those of the tables that are not there. Replicas that start together do so one after the other."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(7165)"))
-    tables.create_all(connection)
-
-
-def _prepare(connection: Connection) -> None:
-    create(connection, METADATA)
-    version = connection.execute(select(SCHEMA.c.version)).scalar()
-    if version is None:
-        connection.execute(insert(SCHEMA).values(version=_VERSION))
-    elif version != _VERSION:
-        raise KshotError(
-            f"the label spaces were written by another kshot (schema {version}; this one reads {_VERSION}): "
-            "use that one, export them, and import them here"
-        )
 
 
 @contextmanager

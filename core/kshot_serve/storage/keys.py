@@ -7,17 +7,17 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Literal, get_args
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, get_args
 
-from sqlalchemy import Column, Double, LargeBinary, MetaData, RowMapping, String, Table, insert, select, update
+from sqlalchemy import RowMapping, insert, select, update
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.errors import Problem
-from kshot_serve.storage.engines import create
 from kshot_serve.storage.store import Store
+from kshot_serve.storage.tables import KEYS
 from kshot_serve.storage.values import when
 
 Scope = Literal["read", "write", "admin"]
@@ -31,17 +31,8 @@ _KEY = re.compile(r"kshot_([0-9a-z]{10})_([0-9a-f]{64})")
 _REMEMBERED_S = 5.0  # a revoked key may live on for so long
 _WRONG_KEYS = 1000  # that are remembered, for as long
 
-_metadata = MetaData()
-_keys = Table(
-    "keys",
-    _metadata,
-    Column("id", String(10), primary_key=True),
-    Column("name", String(200), nullable=False),
-    Column("scope", String(10), nullable=False),
-    Column("hash", LargeBinary(32), nullable=False),
-    Column("created", Double, nullable=False),  # seconds since 1970, as in the other tables
-    Column("revoked", Double),
-)
+_MOST_SPACES = 500  # that a key may be bound to
+_SPANS = {"h": 1, "d": 24, "w": 7 * 24}  # hours
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,10 @@ class Key:
     scope: Scope
     created: datetime
     revoked: datetime | None = None
+    expires: datetime | None = None
+    owner: str = ""
+    note: str = ""
+    spaces: frozenset[str] | None = None  # ids of the only label spaces that it sees; none: it sees all
 
     def may(self, scope: Scope) -> bool:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
@@ -70,35 +65,47 @@ class Keys:
         self._clock = clock
         self._known: dict[bytes, tuple[Key, float]] = {}  # valid keys, by their hash, and until when to trust that
         self._wrong: dict[bytes, float] = {}  # others, by their hash, and until when not to ask again
-        with store.writing() as connection:
-            create(connection, _metadata)
 
-    def new(self, name: str, scope: Scope) -> tuple[Key, str]:
-        """Make a key. Its text is given once, here, and kept nowhere."""
+    def new(
+        self, name: str, scope: Scope, *, spaces: Sequence[str] = (), expires: str = "", owner: str = "", note: str = ""
+    ) -> tuple[Key, str]:
+        """Make a key. Its text is given once, here, and kept nowhere.
+
+        `spaces`: ids or names of the only label spaces that it shall see; none: all. `expires`: "90d", say; "": never.
+        """
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise KshotError(f"{name!r} cannot name a key: give it 1 to 200 printable characters")
+        for what, given, most in (("owner", owner, 200), ("note", note, 1000)):
+            if len(given) > most or not (given + "x").isprintable():
+                raise KshotError(f"a key's {what} has at most {most} printable characters")
+        if len(spaces) > _MOST_SPACES:
+            raise KshotError(f"a key can be bound to at most {_MOST_SPACES} label spaces")
         alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
-        secret = secrets.token_hex(32)
-        key = Key("".join(secrets.choice(alphabet) for _ in range(10)), name, scope, datetime.now(UTC))
-        row = {"id": key.id, "name": name, "scope": scope, "hash": _hash(secret), "created": key.created.timestamp()}
+        secret, now = secrets.token_hex(32), datetime.now(UTC)
+        row: dict[str, Any] = {
+            "id": "".join(secrets.choice(alphabet) for _ in range(10)), "name": name, "scope": scope,
+            "hash": _hash(secret), "created": now.timestamp(), "revoked": None,
+            "expires": (now + _span(expires)).timestamp() if expires else None, "owner": owner, "note": note,
+            "spaces": " ".join(sorted(set(map(self._store.find, spaces)))) or None,
+        }  # fmt: skip
         with self._store.writing() as connection:
-            connection.execute(insert(_keys).values(row))
-        return key, f"kshot_{key.id}_{secret}"
+            connection.execute(insert(KEYS).values(row))
+        return _key(row), f"kshot_{row['id']}_{secret}"
 
     def all(self) -> list[Key]:
         """Every key, revoked ones too, from the oldest to the newest."""
         with self._store.reading() as connection:
-            rows = connection.execute(select(_keys).order_by(_keys.c.created, _keys.c.id)).mappings()
+            rows = connection.execute(select(KEYS).order_by(KEYS.c.created, KEYS.c.id)).mappings()
             return [_key(row) for row in rows]
 
     def revoke(self, key: str) -> Key:
         """Make a key worthless. It stays in the list, with the time."""
         with self._store.writing() as connection:
-            row = connection.execute(select(_keys).where(_keys.c.id == key)).mappings().first()
+            row = connection.execute(select(KEYS).where(KEYS.c.id == key)).mappings().first()
             if row is None:
                 raise KshotError(f"there is no key {key!r}; `kshot keys list` shows their ids")
             if row["revoked"] is None:
-                connection.execute(update(_keys).where(_keys.c.id == key).values(revoked=time.time()))
+                connection.execute(update(KEYS).where(KEYS.c.id == key).values(revoked=time.time()))
         self._known.clear()
         return next(each for each in self.all() if each.id == key)
 
@@ -109,7 +116,8 @@ class Keys:
                 "key_missing", "this server needs an API key: send it as `Authorization: Bearer kshot_…`, or X-API-Key"
             )
         whole = _hash(text)
-        if (known := self._known.get(whole)) is not None and self._clock() < known[1]:
+        known = self._known.get(whole)
+        if known is not None and self._clock() < known[1] and not _is_over(known[0].expires):
             return known[0]
         if self._clock() < self._wrong.get(whole, 0):
             raise _wrong()
@@ -133,20 +141,34 @@ class Keys:
         if parts is None:
             return None
         with self._store.reading() as connection:
-            row = connection.execute(select(_keys).where(_keys.c.id == parts[1])).mappings().first()
+            row = connection.execute(select(KEYS).where(KEYS.c.id == parts[1])).mappings().first()
         if row is None or not hmac.compare_digest(row["hash"], _hash(parts[2])) or row["revoked"] is not None:
             return None
-        return _key(row)
+        return None if _is_over((key := _key(row)).expires) else key
 
 
 def _wrong() -> Problem:
-    return Problem("key_unknown", "this API key is not valid: it is unknown or was revoked")
+    return Problem("key_unknown", "this API key is not valid: it is unknown, was revoked or has expired")
 
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
-def _key(row: RowMapping) -> Key:
-    revoked = None if row["revoked"] is None else when(row["revoked"])
-    return Key(row["id"], row["name"], row["scope"], when(row["created"]), revoked)
+def _span(text: str) -> timedelta:
+    number = re.fullmatch(r"([1-9][0-9]{0,4})([hdw])", text)
+    if number is None:
+        raise KshotError(f"a key expires after hours, days or weeks, such as 12h, 90d or 52w; not {text!r}")
+    return timedelta(hours=int(number[1]) * _SPANS[number[2]])
+
+
+def _is_over(expires: datetime | None) -> bool:
+    return expires is not None and expires.timestamp() <= time.time()
+
+
+def _key(row: RowMapping | dict[str, Any]) -> Key:
+    revoked, expires = (None if row[name] is None else when(row[name]) for name in ("revoked", "expires"))
+    spaces = None if row["spaces"] is None else frozenset(row["spaces"].split())
+    return Key(
+        row["id"], row["name"], row["scope"], when(row["created"]), revoked, expires, row["owner"], row["note"], spaces
+    )

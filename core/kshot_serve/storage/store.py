@@ -15,7 +15,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -130,20 +130,28 @@ class Store:
             row = row_of(connection, space)
             return described(connection, [row])[0]
 
-    def spaces(self, limit: int, after: str = "") -> list[Space]:
-        """Label spaces from the oldest to the newest, those behind the id `after`."""
+    def spaces(self, limit: int, after: str = "", only: Collection[str] | None = None) -> list[Space]:
+        """Label spaces from the oldest to the newest, those behind the id `after`; if `only` is given, of those."""
+        query = select(SPACES).where(SPACES.c.id > after).order_by(SPACES.c.id).limit(limit)
         with self.reading() as connection:
-            rows = connection.execute(select(SPACES).where(SPACES.c.id > after).order_by(SPACES.c.id).limit(limit))
+            rows = connection.execute(query if only is None else query.where(SPACES.c.id.in_(only)))
             return described(connection, rows.all())
 
     def count(self) -> int:
         with self.reading() as connection:
             return connection.execute(select(func.count()).select_from(SPACES)).scalar_one()
 
-    def taken(self, name: str) -> bool:
-        """Whether a label space has this name."""
+    def taken(self, name: str) -> str | None:
+        """The id of the label space that has this name, if there is one."""
         with self.reading() as connection:
-            return connection.execute(select(SPACES.c.id).where(SPACES.c.name == name)).first() is not None
+            return connection.execute(select(SPACES.c.id).where(SPACES.c.name == name)).scalar()
+
+    def find(self, space: str) -> str:
+        """The id of the label space that has this id or this name."""
+        found = space if self.newest([space]) else self.taken(space)
+        if found is None:
+            raise Problem("space_unknown", f"there is no label space with the id or the name {space!r}")
+        return found
 
     def snapshot(self, space: str) -> Snapshot:
         with self.reading() as connection:

@@ -1,4 +1,4 @@
-"""The tables of the label spaces, and their ids."""
+"""The tables of the label spaces and keys, and their ids."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
 )
 
 METADATA = MetaData()
@@ -27,8 +28,6 @@ METADATA = MetaData()
 def _space() -> Column[str]:
     return Column("space", String(30), ForeignKey("spaces.id", ondelete="CASCADE"), primary_key=True)
 
-
-SCHEMA = Table("kshot_schema", METADATA, Column("version", Integer, primary_key=True))
 
 SPACES = Table(
     "spaces",
@@ -94,6 +93,22 @@ CONTENTS = Table(
     Column("kind", String(10), primary_key=True),
     Column("made_by", String(64), primary_key=True),
     Column("content", LargeBinary, nullable=False),
+)
+
+
+KEYS = Table(
+    "keys",
+    METADATA,
+    Column("id", String(10), primary_key=True),
+    Column("name", String(200), nullable=False),
+    Column("scope", String(10), nullable=False),
+    Column("hash", LargeBinary(32), nullable=False),
+    Column("created", Double, nullable=False),  # seconds since 1970, as in the other tables
+    Column("revoked", Double),
+    Column("expires", Double),  # none: never
+    Column("owner", String(200), nullable=False, server_default=""),
+    Column("note", String(1000), nullable=False, server_default=""),
+    Column("spaces", Text),  # ids that it is bound to, with blanks between them; none: all
 )
 
 

@@ -132,6 +132,19 @@ def new(
         Literal["read", "write", "admin"],
         typer.Option(help="read: classify; write: also change label spaces; admin: also export, import, delete them."),
     ] = "read",
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID_OR_NAME",
+            help="The only label space that the key sees; repeatable. By default it sees all, and may create more.",
+            show_default=False,
+        ),
+    ] = None,
+    expires: Annotated[
+        str, typer.Option(metavar="SPAN", help="When the key ends: 12h, 90d or 52w from now; by default never.")
+    ] = "",
+    owner: Annotated[str, typer.Option(help="Who has the key; shown by `kshot keys list`.")] = "",
+    note: Annotated[str, typer.Option(help="Anything else to remember about the key.")] = "",
     folder: Folder = Path("serve"),
     database: Database = "",
 ) -> None:
@@ -139,9 +152,13 @@ def new(
 
     [cyan]kshot keys new shop-website --scope read[/cyan]
 
+    Only for one label space, for three months:
+
+    [cyan]kshot keys new shop-website --scope write --space fruit --expires 90d --owner ann[/cyan]
+
     Clients send it as [cyan]Authorization: Bearer kshot_...[/cyan]
     """
-    key, text = _keys(folder, database).new(name, scope)
+    key, text = _keys(folder, database).new(name, scope, spaces=space or (), expires=expires, owner=owner, note=note)
     typer.echo(text)
     typer.echo(
         f"This is the only time that it is shown. Its id is {key.id}; `kshot keys revoke {key.id}` ends it.", err=True
@@ -150,7 +167,7 @@ def new(
 
 @keys.command("list")
 def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
-    """List the ids, names and scopes of API keys; the keys themselves are not stored.
+    """List API keys: ids, names, scopes, label spaces, owners and times; the keys themselves are not stored.
 
     [cyan]kshot keys list[/cyan]
     """
@@ -162,10 +179,12 @@ def list_(folder: Folder = Path("serve"), database: Database = "") -> None:
         typer.echo("No keys yet. `kshot keys new NAME` makes one.")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("id", "name", "scope", "made", "revoked"):
+    for column in ("id", "name", "scope", "label spaces", "owner", "note", "made", "expires", "revoked"):
         table.add_column(column, overflow="fold")
     for key in found:
-        table.add_row(key.id, key.name, key.scope, _day(key.created), _day(key.revoked))
+        spaces = "all" if key.spaces is None else "\n".join(sorted(key.spaces))
+        times = (_day(key.created), _day(key.expires), _day(key.revoked))
+        table.add_row(key.id, key.name, key.scope, spaces, key.owner, key.note, *times)
     from kshot_flows.console.tables import console
 
     console().print(table)

@@ -7,16 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.errors import Problem
-from kshot_serve.storage.keys import Keys
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import is_id, new_id
@@ -427,37 +424,8 @@ def test_a_database_that_cannot_be_used_is_refused_with_the_reason(url: str, rea
         Store(url)
 
 
-def test_a_file_that_is_no_database_and_one_of_another_kshot_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "spaces.db"
     path.write_bytes(b"not a database at all, but long enough to be taken for one" * 100)
     with pytest.raises(KshotError, match="cannot be used: file is not a database"):
         Store(f"sqlite:///{path}")
-    path.unlink()
-    store = Store(f"sqlite:///{path}")
-    with store.writing() as connection:
-        connection.exec_driver_sql("UPDATE kshot_schema SET version = 99")
-    store.close()
-    with pytest.raises(KshotError, match="written by another kshot"):
-        Store(f"sqlite:///{path}")
-
-
-def test_servers_that_start_together_on_an_empty_postgres_all_do(postgres: str) -> None:
-    """Seen in review: the keys' table was made outside the lock, and the slower of two servers ended."""
-    first = Store(postgres)
-    with first.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS empty"))
-        connection.execute(text("CREATE DATABASE empty"))
-    first.close()
-    stores = [Store(postgres.replace("/postgres?", "/empty?")) for _ in range(8)]
-    together = threading.Barrier(len(stores))
-
-    def start(store: Store) -> Keys:
-        together.wait()
-        return Keys(store)
-
-    with ThreadPoolExecutor(len(stores)) as many:
-        made = list(many.map(start, stores))
-    made[0].new("shop", "read")
-    assert [key.name for key in made[-1].all()] == ["shop"]
-    for store in stores:
-        store.close()

@@ -18,6 +18,7 @@ from kshot_serve.api.operation import (
     SpaceId,
     author,
     operation,
+    visible,
 )
 from kshot_serve.api.schemas import model_of
 from kshot_serve.backend import Backend
@@ -43,12 +44,13 @@ async def create_space(request: Request, backend: Serving, wanted: schemas.NewSp
 
 @router.get("/v1/spaces", tags=["label spaces"], **operation("read"))
 async def list_spaces(
+    request: Request,
     backend: Serving,
     limit: PageSize = 100,
     after: Annotated[str, Query(max_length=40, description="`next` of the page before")] = "",
 ) -> schemas.SpaceList:
-    """List label spaces, from the oldest to the newest."""
-    spaces, following = await backend.spaces.list(limit, after)
+    """List label spaces, from the oldest to the newest: those that the key may see."""
+    spaces, following = await backend.spaces.list(limit, after, only=visible(request))
     return schemas.SpaceList(spaces=[_space(space, backend) for space in spaces], next=following)
 
 

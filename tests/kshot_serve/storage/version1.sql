@@ -1,0 +1,23 @@
+-- Label spaces and keys as kshot wrote them at schema version 1 (c6a2c5c), for SQLite; the test makes Postgres' words of it.
+CREATE TABLE spaces ( id VARCHAR(30) NOT NULL, name VARCHAR(400) NOT NULL, revision INTEGER NOT NULL, accept DOUBLE, created DOUBLE NOT NULL, changed DOUBLE NOT NULL, PRIMARY KEY (id), UNIQUE (name) );
+INSERT INTO spaces VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec','pets',3,0.9,1800000000.0,1800000000.0);
+CREATE TABLE revisions ( space VARCHAR(30) NOT NULL, number INTEGER NOT NULL, created DOUBLE NOT NULL, who VARCHAR(400) NOT NULL, action VARCHAR(20) NOT NULL, class VARCHAR(30), photos INTEGER NOT NULL, back_to INTEGER, accept DOUBLE, PRIMARY KEY (space, number), FOREIGN KEY(space) REFERENCES spaces (id) ON DELETE CASCADE );
+INSERT INTO revisions VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec',1,1800000000.0,'ann','create',NULL,0,NULL,0.9);
+INSERT INTO revisions VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec',2,1800000000.0,'ann','add_class','cls_1k1frbyat38wst0vt1hcvw7f1s',2,NULL,0.9);
+INSERT INTO revisions VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec',3,1800000000.0,'bob','delete_photo','cls_1k1frbyat38wst0vt1hcvw7f1s',1,NULL,0.9);
+CREATE TABLE classes ( space VARCHAR(30) NOT NULL, id VARCHAR(30) NOT NULL, from_revision INTEGER NOT NULL, to_revision INTEGER, name VARCHAR(400), PRIMARY KEY (space, id, from_revision), FOREIGN KEY(space) REFERENCES spaces (id) ON DELETE CASCADE );
+INSERT INTO classes VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec','cls_1k1frbyat38wst0vt1hcvw7f1s',2,NULL,'cat');
+CREATE TABLE members ( space VARCHAR(30) NOT NULL, photo VARCHAR(30) NOT NULL, from_revision INTEGER NOT NULL, to_revision INTEGER, class VARCHAR(30) NOT NULL, PRIMARY KEY (space, photo, from_revision), FOREIGN KEY(space) REFERENCES spaces (id) ON DELETE CASCADE );
+INSERT INTO members VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec','pho_1k1frbyav273qky5atbq2y6rw6',2,3,'cls_1k1frbyat38wst0vt1hcvw7f1s');
+INSERT INTO members VALUES('spc_1k1frby9a5d63x8dvc7ad2fhec','pho_1k1frbyb9sez2cep6m1jcyje65',2,NULL,'cls_1k1frbyat38wst0vt1hcvw7f1s');
+CREATE TABLE photos ( id VARCHAR(30) NOT NULL, space VARCHAR(30) NOT NULL, class VARCHAR(30) NOT NULL, sha256 VARCHAR(64) NOT NULL, size BIGINT NOT NULL, created DOUBLE NOT NULL, PRIMARY KEY (id), FOREIGN KEY(space) REFERENCES spaces (id) ON DELETE CASCADE );
+INSERT INTO photos VALUES('pho_1k1frbyb9sez2cep6m1jcyje65','spc_1k1frby9a5d63x8dvc7ad2fhec','cls_1k1frbyat38wst0vt1hcvw7f1s','56465c77b321069f39577693ce1d8d2fa8a95021f884ff90b4b35c603588aeb8',20,1800000000.0);
+CREATE TABLE contents ( photo VARCHAR(30) NOT NULL, kind VARCHAR(10) NOT NULL, made_by VARCHAR(64) NOT NULL, content BLOB NOT NULL, PRIMARY KEY (photo, kind, made_by), FOREIGN KEY(photo) REFERENCES photos (id) ON DELETE CASCADE );
+INSERT INTO contents VALUES('pho_1k1frbyb9sez2cep6m1jcyje65','original','',X'7365636F6E642070686F746F');
+INSERT INTO contents VALUES('pho_1k1frbyb9sez2cep6m1jcyje65','features','b',X'7365636F6E642070');
+CREATE TABLE kshot_schema ( version INTEGER NOT NULL, PRIMARY KEY (version) );
+INSERT INTO kshot_schema VALUES(1);
+CREATE TABLE keys ( id VARCHAR(10) NOT NULL, name VARCHAR(200) NOT NULL, scope VARCHAR(10) NOT NULL, hash BLOB NOT NULL, created DOUBLE NOT NULL, revoked DOUBLE, PRIMARY KEY (id) );
+INSERT INTO keys VALUES('xtt4de120r','shop read','read',X'69880213230D403131DF82A6ACB3CEE23B7267DBDEE45EC8DC80334DBC82985A',1.79604405504732608797e+09,NULL);
+INSERT INTO keys VALUES('xy0c4fkxg3','shop admin','admin',X'D64A0410F7225BCF3859E79C8A25795B36E08AA55BEBC9D9B3F71EBE6C1AE9EA',1.79604405506633305542e+09,NULL);
+CREATE INDEX photos_of_a_space ON photos (space, class);
