@@ -9,6 +9,7 @@ for _switch, _off in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "KINETO_LOG_LEVEL": "6",  # of torch.profiler, which reports its start and stop on standard error
     "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",  # a server logs errors while it stops
 }.items():
     os.environ.setdefault(_switch, _off)
