@@ -5,6 +5,7 @@ A caller is a key, by its id, or, where no key was sent, a client's address.
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from kshot_serve.settings import Settings
 
 Reason = Literal["bodies", "answers", "requests", "queue", "rate"]
 
+SPARE_FILES = 128
+"""Open files that are no connections: models, databases, logs; and, of half of them, connections that are refused."""
 _CALLERS = 10_000  # whose rates are remembered
 _BURST_S = 10.0  # a caller that was silent for so long may send that many seconds' worth at once
 
@@ -43,10 +46,14 @@ class Share:
         within = (1 - self._share) * (self.held[caller] + amount) <= self._share * free
         return free >= 0 and (within or all_of_it)
 
-    def take(self, caller: str, amount: int, *, all_of_it: bool = False) -> None:
-        """Take an amount until it is given back, or raise Problem `busy` (429)."""
+    def check(self, caller: str, amount: int, *, all_of_it: bool = False) -> None:
+        """Raise Problem `busy` (429) where an amount does not fit."""
         if not self.fits(caller, amount, all_of_it=all_of_it):
             raise Problem("busy", self._message, retry_after=1, reason=self._reason)
+
+    def take(self, caller: str, amount: int, *, all_of_it: bool = False) -> None:
+        """Take an amount until it is given back, or raise Problem `busy` (429)."""
+        self.check(caller, amount, all_of_it=all_of_it)
         self.held[caller] += amount
         self.taken += amount
 
@@ -111,9 +118,16 @@ class Budgets:
             "answers",
             "too many large answers at once: try again",
         )
-        self.requests = Share(settings.connections, share, "requests", "too many requests at once: try again")
+        self.connections = _connections(settings.connections)
+        self.requests = Share(self.connections, share, "requests", "too many requests at once: try again")
         self.request_rate = Rate(settings.requests_per_s, "more requests than this server takes from one caller")
         self.wrong_key_rate = Rate(settings.wrong_keys_per_s, "too many wrong keys came from this address")
+
+
+def _connections(wanted: int) -> int:
+    """How many connections there may be: as many as wanted, or as the system's limit of open files allows."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if files == resource.RLIM_INFINITY else max(16, min(wanted, files - SPARE_FILES))
 
 
 def caller_of(scope: Any) -> str:

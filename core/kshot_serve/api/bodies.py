@@ -108,7 +108,7 @@ class Answer:
         """ASGI's send. Raises AnswerRefusedError before anything is sent."""
         if message["type"] == "http.response.start":
             size = int(Headers(raw=message["headers"]).get("content-length", _STREAM))
-            if size > _PIECE and message["status"] != 204:
+            if size > _PIECE and message["status"] not in (204, 304):
                 try:
                     self._answers.take(self._caller, size)
                 except Problem as problem:
@@ -116,9 +116,9 @@ class Answer:
                 self._taken = size
         elif len(content := message.get("body", b"")) > _PIECE:
             for start in range(0, len(content) - _PIECE, _PIECE):
-                await self._send(message | {"body": content[start : start + _PIECE], "more_body": True})
+                await self._send({**message, "body": content[start : start + _PIECE], "more_body": True})
             rest = len(content) % _PIECE or _PIECE
-            message = message | {"body": content[-rest:]}
+            message = {**message, "body": content[-rest:]}
         await self._send(message)
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class Envelope:
                     headers.setdefault(name, value)
                 headers["X-Request-Id"] = request.id
                 headers["traceparent"] = request.traceparent
-                if self.backend.leaving:
+                if self.backend.leaving or scope.get("state", {}).get("surplus"):
                     headers["Connection"] = "close"
             await send(message)
 
@@ -145,6 +145,8 @@ class Guard:
             raise Problem("host_not_allowed", "this server does not go by the name in Host; see --allow-host")
         if not self._may_come_from(headers.get("origin"), headers.get("host", "")):
             raise Problem("origin_not_allowed", "a page of another origin may not call this server; see --origin")
+        if scope.get("state", {}).get("surplus") and path not in OPEN:
+            raise Problem("busy", "too many connections are open: try again", retry_after=1, reason="connections")
         if self.backend.draining and path not in OPEN:
             raise Problem("draining", "this server is shutting down: ask another, or again", retry_after=1)
         if self.backend.settings.needs_keys and path not in self._open:

@@ -35,7 +35,9 @@ class Metrics:
         self.batch = Histogram("kshot_batch_images", "images in one run", buckets=(1, 2, 4, 8, 16, 32, 64), registry=to)
         self.decisions = Counter("kshot_decisions", "answers by decision", ["decision"], registry=to)
         self.swaps = Counter("kshot_champion_swaps", "new champions, taken and refused", ["outcome"], registry=to)
+        self.cut = Counter("kshot_connections_cut", "connections that the server closed", ["why"], registry=to)
         # Of a worker that has died, gauges tell nothing any more.
+        self.connections = Gauge("kshot_connections", "open now", registry=to, multiprocess_mode="livesum")
         self.queued = Gauge("kshot_queued_images", "images waiting now", registry=to, multiprocess_mode="livesum")
         self.ready = Gauge(
             "kshot_ready", "1 when a champion is loaded and warm", registry=to, multiprocess_mode="livemin"

@@ -1,4 +1,4 @@
-"""Runs the application on uvicorn: says when it is ready, hangs up on the slow, and ends without losing a request."""
+"""Runs the application on uvicorn: says when it is ready, and ends without losing a request."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import threadpoolctl
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kshot_serve.api.app import create_app
 from kshot_serve.backend import Backend
 from kshot_serve.observe.logs import configure_logs
+from kshot_serve.server.connections import Connections, raise_file_limit
 from kshot_serve.server.listening import bind, url
 from kshot_serve.settings import Settings
 
-_HEAD_BYTES = 64_000
 _MOMENT_S = 0.05
 
 
 def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C. `announce` gets one line when it is ready, which says where."""
     configure_logs(sys.stderr)
+    raise_file_limit()
     # After each small product OpenBLAS's idle threads spin for a while: measured, they took half of two cores from the
     # models' runs.
     threadpoolctl.threadpool_limits(1, user_api="blas")
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
                 app,
                 settings.host,
                 settings.port,
-                http=_patient(settings.headers_s, settings.idle_s),
+                http=Connections(settings, self.backend.metrics, self.backend.budgets.connections).protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -113,63 +113,3 @@ class Server(uvicorn.Server):
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
-
-
-def _patient(head_s: float, idle_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, hanging up on a client whose request's head is late (slowloris) or does not end."""
-
-    class Patient(HttpToolsProtocol):
-        _awaited: Literal["request", "rest of a head"] | None = None
-        _clock: asyncio.TimerHandle | None = None
-        _head: int | None = None  # bytes so far, while a head is coming; but for its first chunk's, that ends others'
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._expect()
-
-        def data_received(self, data: bytes) -> None:
-            if self._head is not None:
-                self._head += len(data)
-            super().data_received(data)
-            self._expect()
-            if self._head is not None and self._head > _HEAD_BYTES:
-                self.transport.close()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._head = 0
-
-        def on_headers_complete(self) -> None:
-            self._head = None
-            super().on_headers_complete()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._expect()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if self._clock:
-                self._clock.cancel()
-
-        def _expect(self) -> None:
-            """Run a clock while something is awaited: for a head, from its first moment and not from its last byte."""
-            awaited: Literal["request", "rest of a head"] | None = None
-            if self._head is not None:
-                awaited = "rest of a head"
-            elif self.cycle is None or self.cycle.response_complete:
-                awaited = "request"
-            if awaited != self._awaited:
-                self._awaited = awaited
-                if self._clock:
-                    self._clock.cancel()
-                if awaited == "rest of a head":
-                    self._clock = self.loop.call_later(head_s, self.transport.close)
-                elif awaited == "request":
-                    self._clock = self.loop.call_later(idle_s if self.cycle else head_s, self._look_once_more)
-
-        def _look_once_more(self) -> None:
-            """Into the socket: a busy server's clocks run out before it sees that a request has come."""
-            self._clock = self.loop.call_later(_MOMENT_S, self.transport.close)
-
-    return Patient

@@ -241,20 +241,22 @@ class Spaces:
 
         return await self._write(write, dropping=space)
 
-    async def photo(self, space: str, photo_id: str) -> tuple[bytes, str, str]:
-        """A photo as it came, or as it is seen if that was not kept: the file, its media type and its sha256."""
+    async def photo_facts(self, space: str, photo_id: str) -> tuple[str, int]:
+        """A tag that changes with what `photo` gives, and its bytes, nearly; to ask costs no reading of the photo."""
+        sha256, size, kept = await self._read(self._store.photo_facts, space, photo_id)
+        rule = self._champions.current.bundle.manifest.image
+        return sha256 if kept else f"{sha256}-{pixels_by(rule)[1][:16]}", size
+
+    async def photo(self, space: str, photo_id: str) -> tuple[bytes, str]:
+        """A photo as it came, or as it is seen if that was not kept: the file and its media type."""
         rule = self._champions.current.bundle.manifest.image
         kept = await self._read(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
         content = await self._engine.in_thread(picture, kept, rule)
-        return content, media_type(content), digest(content)
-
-    async def thumbnail_tag(self, space: str, photo_id: str) -> str:
-        """Changes with what `thumbnail` gives; to ask costs no reading or decoding of the photo."""
-        return f"{await self._read(self._store.sha256, space, photo_id)}-{THUMBNAIL.size}"
+        return content, media_type(content)
 
     async def thumbnail(self, space: str, photo_id: str) -> bytes:
         """The middle of a photo as a JPEG of 160 x 160 pixels, upright and without metadata."""
-        content, _, _ = await self.photo(space, photo_id)
+        content, _ = await self.photo(space, photo_id)
         [photo] = await self.decoder.read_all([content], THUMBNAIL)
         return await self._engine.in_thread(thumbnail, photo.pixels)
 

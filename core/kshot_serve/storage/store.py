@@ -30,6 +30,7 @@ from kshot_serve.storage.engines import READING, THREADS, opened, telling
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.tables import CLASSES, CONTENTS, MEMBERS, PHOTOS, REVISIONS, SPACES, is_id, new_id
 from kshot_serve.storage.values import (
+    ORIGINAL,
     Action,
     Key,
     Revision,
@@ -175,11 +176,13 @@ class Store:
             photo_row(connection, space, photo)
             return {key: content for key in keys for _, content in contents_of(connection, [photo], key)}
 
-    def sha256(self, space: str, photo: str) -> str:
-        """Of the file as it came."""
+    def photo_facts(self, space: str, photo: str) -> tuple[str, int, bool]:
+        """sha256 of the file as it came, bytes of what is kept of it, and whether the file is; it is not read."""
         with self.reading() as connection:
             row_of(connection, space)
-            return str(photo_row(connection, space, photo).sha256)
+            row = photo_row(connection, space, photo)
+            kept = select(CONTENTS.c.photo).where(CONTENTS.c.photo == photo, is_of(ORIGINAL))
+            return row.sha256, row.size, connection.execute(kept).first() is not None
 
     def lacking(self, keys: Sequence[Key], limit: int, after: str = "") -> list[str]:
         """Photos of any label space and revision that have none of these contents, in the order of their ids."""

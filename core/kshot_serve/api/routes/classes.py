@@ -21,7 +21,9 @@ from kshot_serve.api.operation import (
     author,
     operation,
 )
+from kshot_serve.budgets import caller_of
 from kshot_serve.errors import Code
+from kshot_serve.spaces.contents import THUMBNAIL
 from kshot_serve.spaces.service import Written
 from kshot_serve.storage.values import Class
 
@@ -92,20 +94,22 @@ async def add_photos(request: Request, backend: Serving, space_id: SpaceId, clas
 @router.get(
     "/v1/spaces/{space_id}/photos/{photo_id}", tags=["classes"], response_class=Response,
     **operation(
-        "read", "space_unknown", "photo_unknown", "not_ready",
+        "read", "space_unknown", "photo_unknown", "not_ready", "busy",
         answers={200: {"content": ONE_PHOTO}, 304: {"description": "unchanged"}},
     ),
 )  # fmt: skip
 async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
     """A photo as it came, or, where originals are not kept, as the model sees it."""
-    content, kind, digest = await backend.spaces.photo(space_id, photo_id)
+    tag, size = await backend.spaces.photo_facts(space_id, photo_id)
     headers = {
-        "ETag": f'"{digest}"',
+        "ETag": f'"{tag}"',
         "Cache-Control": "private, no-cache",  # so that a deleted photo is gone from a page too
         "Content-Disposition": "inline",
     }
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    backend.budgets.answers.check(caller_of(request.scope), size)
+    content, kind = await backend.spaces.photo(space_id, photo_id)
     return Response(content, media_type=kind, headers=headers)
 
 
@@ -119,7 +123,7 @@ async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo
 async def get_thumbnail(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
     """The middle of a photo as a JPEG of 160 x 160 pixels."""
     headers = {
-        "ETag": f'"{await backend.spaces.thumbnail_tag(space_id, photo_id)}"',
+        "ETag": f'"{(await backend.spaces.photo_facts(space_id, photo_id))[0]}-{THUMBNAIL.size}"',
         "Cache-Control": "private, no-cache",  # kept by a browser, which asks with the tag whether it is still there
     }
     if request.headers.get("if-none-match") == headers["ETag"]:

@@ -29,7 +29,7 @@ from kshot_serve.storage.values import Space
 router = APIRouter(route_class=Operation)
 
 
-_PIECE = 1 << 20  # bytes of an export sent at once
+_PIECE = 1 << 19  # bytes of an export sent at once
 
 
 @router.post(
