@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from kshot_serve.api import reference
 from kshot_serve.api.middleware import Envelope, Guard, refuse
 from kshot_serve.api.operation import Operation, is_question, operation
 from kshot_serve.api.routes import classes, health, protocol, questions, spaces
@@ -59,15 +59,17 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.backend = backend
-    page, routes = _page(), list[APIRoute]()
+    routes: list[APIRoute] = []
+    open_ = [_page(), _description(app, routes)]
     parts = [spaces, classes, questions, protocol, health]
-    routers = [page, *(part.router for part in parts), _description(app, routes)]
+    routers = [*open_, *(part.router for part in parts)]
     routes += [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     # They are tried one after the other: flat, and questions first. As routers they took a fifth of a small request.
     app.router.routes.extend(sorted(routes, key=is_question, reverse=True))
     _word_errors(app, backend, routes)
     # The last one added is the outermost.
-    app.add_middleware(Guard, backend=backend, open_paths=[route.path for route in page.routes])  # type: ignore[attr-defined]
+    paths = [route.path for router in open_ for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Guard, backend=backend, open_paths=paths)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -81,15 +83,22 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _page() -> APIRouter:
-    """A route for each file of the page, at its exact path: there is no path for anyone to walk."""
+    """A route for each file of the page and of Swagger UI, at its exact path: no path from a request is followed."""
     router = APIRouter(route_class=Operation)
-    folder = files("kshot_serve") / "page"
-    for file in folder.iterdir():
+    for path, file in _files():
         kind = mimetypes.guess_type(file.name)[0]
-        if file.is_file() and kind:
-            path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            router.add_api_route(path, _file(file.read_bytes(), kind), include_in_schema=False, **operation("read"))
+        if kind and file.is_file():
+            answer, methods = _file(file.read_bytes(), kind), ["GET", "HEAD"]
+            router.add_api_route(path, answer, methods=methods, include_in_schema=False, **operation("read"))
     return router
+
+
+def _files() -> Iterator[tuple[str, Traversable]]:
+    special = {"index.html": "/", "docs.html": "/docs"}
+    for file in (files("kshot_serve") / "page").iterdir():
+        yield special.get(file.name, f"/page/{file.name}"), file
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        yield f"/docs/{name}", files("fastapi_swagger.resources") / name
 
 
 def _file(content: bytes, kind: str) -> Any:
@@ -108,7 +117,7 @@ def _file(content: bytes, kind: str) -> Any:
 
 
 def _description(app: FastAPI, routes: Sequence[APIRoute]) -> APIRouter:
-    """/openapi.json and /docs."""
+    """/openapi.json. It needs no key, like the page: it describes this package, and holds no data."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
@@ -124,11 +133,6 @@ def _description(app: FastAPI, routes: Sequence[APIRoute]) -> APIRouter:
     async def description() -> Response:
         return JSONResponse(app.openapi())
 
-    @described.get("/docs", include_in_schema=False, **operation("read"))
-    async def docs() -> Response:
-        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'self'; frame-ancestors 'none'"}
-        return HTMLResponse(reference.page(app.openapi()), headers=policy)
-
     return described
 
 
@@ -141,7 +145,9 @@ def _trim(schema: dict[str, Any]) -> dict[str, Any]:
             each["security"] = [{}, {"key": [each["x-kshot-scope"]]}]
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
-    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    schema["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "a key from `kshot keys new`: kshot_..."}
+    }
     return schema
 
 

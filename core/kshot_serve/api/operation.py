@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -93,6 +93,10 @@ def is_question(route: BaseRoute) -> bool:
 
 class Operation(APIRoute):
     """A route that looks at key and load before it reads a body, and bounds the body while it reads it."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **declared: Any) -> None:
+        super().__init__(path, endpoint, **declared)
+        self.unique_id = self.name  # what generated clients call their functions
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         backend: Backend = scope["app"].state.backend

@@ -123,7 +123,7 @@ def bearer(locked: Running) -> dict[str, dict[str, str]]:
     return {scope: {"Authorization": f"Bearer {keys.new(scope, scope)[1]}"} for scope in SCOPES}
 
 
-OPEN = ("/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/health/ready", "/")
+OPEN = ("/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/health/ready", "/", "/docs", "/openapi.json")
 
 
 @pytest.mark.parametrize("path", OPEN)
@@ -134,7 +134,7 @@ def test_health_and_the_page_need_no_key(locked: Running, path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1/spaces", "/v1/model", "/v1/limits", "/metrics", "/docs", "/openapi.json", "/v2", "/nothing",
+        "/v1/spaces", "/v1/model", "/v1/limits", "/metrics", "/docs/", "/docs/x.js", "/v2", "/nothing",
         "/v1/spaces/health", "/v1/spaces/ready", "/v1/spaces/health/classes", "/v1/spaces/live",
         "/v2/models/health", "/v2/models/ready", "/v2/models/health/ready", "/v2/models/embed/ready",
         "/healthz/live/", "/healthz/live/x", "//healthz/live", "/healthz/../v1/spaces", "/v1/../healthz/live",

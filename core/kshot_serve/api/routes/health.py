@@ -24,12 +24,14 @@ def _status(description: str) -> dict[int | str, dict[str, Any]]:
     return {503: {"model": Status, "description": description}}
 
 
+@router.head("/healthz/live", include_in_schema=False, **operation("read"))
 @router.get("/healthz/live", response_model=Status, **operation("read", answers=_status("stalled")))
 async def live(backend: Serving) -> Response:
     """The process answers, and no image has been waiting for longer than any deadline."""
     return _answer("stalled" if stalled(backend) else "live")
 
 
+@router.head("/healthz/ready", include_in_schema=False, **operation("read"))
 @router.get("/healthz/ready", response_model=Status, **operation("read", answers=_status("starting, or stopping")))
 async def ready(backend: Serving) -> Response:
     """A model is loaded, each size of batch has been run, and the server is not stopping."""
@@ -44,6 +46,7 @@ def stalled(backend: Backend) -> bool:
     return backend.engine.oldest > backend.settings.stalled_s
 
 
+@router.head("/metrics", include_in_schema=False, **operation("read"))
 @router.get("/metrics", response_class=Response, **operation("read", answers={200: {"content": {"text/plain": {}}}}))
 async def metrics(backend: Serving) -> Response:
     """Prometheus metrics. Where keys are needed, a scraper sends one with scope read."""

@@ -141,26 +141,26 @@ def _operation(*codes: Any, **more: Any) -> dict[str, Any]:
 
 
 @router.get("/v2", **_operation())
-async def server() -> ServerMetadata:
+async def server_metadata() -> ServerMetadata:
     """What this server is."""
     return ServerMetadata(name="kshot", version=version("kshot"), extensions=list(protocol.EXTENSIONS))
 
 
 @router.get("/v2/health/live", response_model=Live, **_operation(answers={503: {"model": Live}}))
-async def live(backend: Serving) -> Response:
+async def server_live(backend: Serving) -> Response:
     """The status says it: 200 or 503."""
     good = not stalled(backend)
     return JSONResponse({"live": good}, 200 if good else 503)
 
 
 @router.get("/v2/health/ready", response_model=Ready, **_operation(answers={503: {"model": Ready}}))
-async def ready(backend: Serving) -> Response:
+async def server_ready(backend: Serving) -> Response:
     """The status says it: 200 or 503."""
     return JSONResponse({"ready": backend.ready}, 200 if backend.ready else 503)
 
 
 @router.get("/v2/models/{model}", **_operation("model_unknown", "not_ready"))
-async def metadata(backend: Serving, model: Name) -> ModelMetadata:
+async def model_metadata(backend: Serving, model: Name) -> ModelMetadata:
     """The tensors that a model takes and gives."""
     return await _metadata(backend, model, None)
 
