@@ -68,7 +68,7 @@ class Settings(_Part):
     connections: int = Field(4096, ge=16, description="of a worker; fewer if the system's limit of files is lower")
     requests_per_s: float = Field(0.0, ge=0, description="requests a second of one key; 10 s of them at once; 0: any")
     wrong_keys_per_s: float = Field(5.0, ge=0, description="unknown keys a second of one address, likewise; 0: any")
-    image: ImageLimits = ImageLimits()
+    image: ImageLimits = ImageLimits(max_pixels_whole=16_000_000)  # a screen of 5K has 14.7 million
     engine: EngineSettings = EngineSettings()
 
     strip_metadata: bool = Field(False, description="keep originals without EXIF, GPS, XMP, IPTC and comments")

@@ -1,6 +1,7 @@
 """The one decode: orientation, modes, fits, and every way in which a file can be bad."""
 
 import contextlib
+import itertools
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from kshot_runtime.errors import KshotError
-from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, decode
+from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, decode, undecoded
 
 GREY = ImageRule(size=16, channels=1)
 COLOUR = ImageRule(size=16)
@@ -136,6 +137,47 @@ def test_a_big_jpeg_is_decoded_at_a_fraction_and_looks_the_same():
     assert abs(small.astype(int) - whole.astype(int)).max() < 16
 
 
+@pytest.mark.parametrize("size", [(61, 47), (30, 90)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "RGB"])
+def test_a_large_image_is_flattened_in_strips_to_the_same_pixels(mode, size, monkeypatch):
+    """So that a bundle answers as it did before: composited on white first, and then resized."""
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 4), np.uint8))
+    options = {"transparency": 3} if mode == "P" else {"transparency": (1, 2, 3)} if mode == "RGB" else {}
+    if mode == "I;16":
+        image = Image.fromarray(random.integers(0, 65536, size[::-1], np.uint16))
+    elif mode != "RGBA":
+        image = image.convert("RGB").convert(mode) if mode == "P" else image.convert(mode)
+    data = encoded(image, **options)
+    for fit, channels, resize in itertools.product(
+        ("squash", "crop", "pad"), (1, 3), ("lanczos", "bicubic", "bilinear", "box", "nearest")
+    ):
+        rule = ImageRule(size=20, channels=channels, fit=fit, resize=resize)
+        whole = decode(data, rule)
+        monkeypatch.setattr("kshot_runtime.images._STRIP", 150)
+        assert np.array_equal(decode(data, rule), whole)
+        monkeypatch.undo()
+
+
+def test_a_png_or_webp_may_have_a_limit_of_its_own():
+    limits = ImageLimits(max_pixels_whole=40 * 40)
+    for kind in ("PNG", "WEBP"):
+        decode(encoded(quadrants(40), kind), GREY, limits)
+        with pytest.raises(ImageTooLargeError, match="44 x 44 pixels; at most 1,600 in all"):
+            decode(encoded(quadrants(44), kind), GREY, limits)
+    decode(encoded(quadrants(44), "JPEG"), GREY, limits)
+
+
+def test_what_decoding_takes_of_memory_is_known_from_the_header():
+    """A JPEG is decoded at a fraction of its size, but of a progressive one libjpeg holds all coefficients."""
+    sizes = {
+        kind: undecoded(encoded(quadrants(512), kind, **options), COLOUR).pixels
+        for kind, options in (("PNG", {}), ("WEBP", {}), ("JPEG", {}), ("JPEG", {"progressive": True}))
+    }
+    assert sizes == {"PNG": 512**2, "WEBP": 2 * 512**2, "JPEG": 512**2}
+    assert undecoded(encoded(quadrants(512), "JPEG"), COLOUR).pixels == 64**2
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_file_cut_short_is_refused(kind, share):
@@ -192,7 +234,7 @@ def test_a_decompression_bomb_costs_no_memory(tmp_path):
     assert bomb.stat().st_size < 20_000
     script = """
 import resource, sys, warnings
-from kshot_runtime.images import ImageRule, ImageTooLargeError, decode
+from kshot_runtime.images import ImageRule, ImageTooLargeError, decode, undecoded
 warnings.simplefilter("ignore")
 data = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -203,6 +245,23 @@ except ImageTooLargeError:
 """
     done = subprocess.run([sys.executable, "-c", script, str(bomb)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20_000  # kilobytes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+def test_a_large_png_with_alpha_is_decoded_without_further_copies_of_its_size(tmp_path):
+    """25 megapixels are 100 MB in Pillow; composited as a whole they took 488 MB."""
+    photo = tmp_path / "large.png"
+    photo.write_bytes(encoded(Image.new("RGBA", (5000, 5000), (9, 8, 7, 100)), compress_level=1))
+    script = """
+import resource, sys
+from kshot_runtime.images import ImageRule, decode
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode(data, ImageRule(size=28))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(photo)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 220_000  # kilobytes
 
 
 def test_errors_carry_nothing_of_the_decoders_insides():

@@ -274,6 +274,7 @@ class RequestLimits(BaseModel):
 class PhotoLimits(BaseModel):
     max_bytes: int
     max_pixels: int
+    max_pixels_whole: int = Field(description="of a PNG or WebP")
     max_side: int
     max_aspect: float
     min_side: int
