@@ -57,6 +57,8 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        # A span for each request, to where OTEL_EXPORTER_OTLP_ENDPOINT says; metrics and logs are ours.
+        telemetry={"auto_configure": True, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.backend = backend
     routes: list[APIRoute] = []

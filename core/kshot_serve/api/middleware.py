@@ -65,7 +65,7 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request = trace.Request.begin(Headers(scope=scope).get("traceparent"))
+        request = trace.Request.begin(Headers(scope=scope))
         token = trace.current.set(request)
         status = _GONE
 
@@ -77,7 +77,7 @@ class Envelope:
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
                 headers["X-Request-Id"] = request.id
-                headers["traceparent"] = request.traceparent
+                headers.update(request.headers)
                 if self.backend.leaving or scope.get("state", {}).get("surplus"):
                     headers["Connection"] = "close"
             await send(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -11,28 +10,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TextIO
 
+from pythonjsonlogger.json import JsonFormatter
+
 from kshot_serve.observe.trace import current
 
 _FLUSH_S = 0.1
 _PIPE_BYTES = 4096
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(JsonFormatter):
     """A log record as one JSON object: time, level, message, the request's ids, and the record's own `fields`."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+    def __init__(self) -> None:
+        super().__init__(["message"], timestamp="time", rename_fields={"exc_info": "exception"})
+
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        super().add_fields(log_data, record, message_dict)
+        log_data |= {"level": record.levelname.lower(), "logger": record.name}
         if (request := current.get()) is not None:
-            line |= {"request_id": request.id, "trace_id": request.trace}
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            log_data |= {"request_id": request.id, "trace_id": request.trace}
+        log_data |= log_data.pop("fields", {})
 
 
 class Lines(logging.Formatter):

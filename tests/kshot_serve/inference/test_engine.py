@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from starlette.datastructures import Headers
 
 from kshot_runtime.bundle import Bundle, Graphs
 from kshot_runtime.manifest import BundleError
@@ -273,7 +274,7 @@ def test_little_work_is_done_where_it_is_and_answers_alike(model: Champion, monk
 
 def test_stages_are_timed_for_the_request_that_waits(model: Champion) -> None:
     async def body(engine: Engine) -> None:
-        current.set(request := Request.begin(None))
+        current.set(request := Request.begin(Headers()))
         await engine.embed(model, images(1), soon())
         assert set(request.stages) == {"queue", "infer"}
 

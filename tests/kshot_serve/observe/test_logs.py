@@ -9,10 +9,11 @@ import sys
 
 SPEAKS = """
 import logging, sys
+from starlette.datastructures import Headers
 from kshot_serve.observe.logs import configure_logs
 from kshot_serve.observe.trace import current, Request
 configure_logs(sys.stderr)
-current.set(Request.begin("00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"))
+current.set(Request.begin(Headers({"traceparent": "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"})))
 logging.getLogger("kshot.serve").info("request", extra={"fields": {"route": "GET /", "status": 200}})
 if sys.argv[1] == "wait":
     sys.stdin.read()

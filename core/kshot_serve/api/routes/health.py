@@ -47,10 +47,15 @@ def stalled(backend: Backend) -> bool:
 
 
 @router.head("/metrics", include_in_schema=False, **operation("read"))
-@router.get("/metrics", response_class=Response, **operation("read", answers={200: {"content": {"text/plain": {}}}}))
-async def metrics(backend: Serving) -> Response:
-    """Prometheus metrics. Where keys are needed, a scraper sends one with scope read."""
-    return Response(backend.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+@router.get(
+    "/metrics",
+    response_class=Response,
+    **operation("read", answers={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}),
+)
+async def metrics(request: Request, backend: Serving) -> Response:
+    """Prometheus metrics, as OpenMetrics if asked for. Where keys are needed, a scraper sends one with scope read."""
+    content, kind = backend.metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": kind})
 
 
 @router.get("/v1/limits", **operation("read"))
