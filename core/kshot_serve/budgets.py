@@ -46,14 +46,10 @@ class Share:
         within = (1 - self._share) * (self.held[caller] + amount) <= self._share * free
         return free >= 0 and (within or all_of_it)
 
-    def check(self, caller: str, amount: int, *, all_of_it: bool = False) -> None:
-        """Raise Problem `busy` (429) where an amount does not fit."""
-        if not self.fits(caller, amount, all_of_it=all_of_it):
-            raise Problem("busy", self._message, retry_after=1, reason=self._reason)
-
     def take(self, caller: str, amount: int, *, all_of_it: bool = False) -> None:
         """Take an amount until it is given back, or raise Problem `busy` (429)."""
-        self.check(caller, amount, all_of_it=all_of_it)
+        if not self.fits(caller, amount, all_of_it=all_of_it):
+            raise Problem("busy", self._message, retry_after=1, reason=self._reason)
         self.held[caller] += amount
         self.taken += amount
 

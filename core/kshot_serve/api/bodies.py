@@ -110,16 +110,21 @@ class Answer:
             size = int(Headers(raw=message["headers"]).get("content-length", _STREAM))
             if size > _PIECE and message["status"] not in (204, 304):
                 try:
-                    self._answers.take(self._caller, size)
+                    self.reserve(size)
                 except Problem as problem:
                     raise AnswerRefusedError(problem) from None
-                self._taken = size
         elif len(content := message.get("body", b"")) > _PIECE:
             for start in range(0, len(content) - _PIECE, _PIECE):
                 await self._send({**message, "body": content[start : start + _PIECE], "more_body": True})
             rest = len(content) % _PIECE or _PIECE
             message = {**message, "body": content[-rest:]}
         await self._send(message)
+
+    def reserve(self, size: int) -> None:
+        """Count an answer of so many bytes before it is made, or raise Problem `busy` (429)."""
+        if size > self._taken:
+            self._answers.take(self._caller, size - self._taken)
+            self._taken = size
 
     def close(self) -> None:
         self._answers.give(self._caller, self._taken)

@@ -113,7 +113,7 @@ class Operation(APIRoute):
         body = Body(
             receive, budgets.bodies, caller, int(length) if length else None, limit, settings.body_s, whole=whole
         )
-        response = Answer(send, budgets.answers, caller)
+        response = scope["answer"] = Answer(send, budgets.answers, caller)
         if takes_photos:
             body.arrived = backend.engine.expect()
         try:

@@ -258,7 +258,7 @@ def large_photo(server: Running, key: dict[str, str]) -> tuple[str, bytes]:
 
 
 def test_unread_answers_are_bounded_for_each_key_and_closed(
-    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+    features_bundle: Path, tmp_path: Path, running: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S2: sixty photos of 19 MB, asked for with a read key and never read, took 1.2 GB, and kept it."""
     settings = Settings(
@@ -268,7 +268,9 @@ def test_unread_answers_are_bounded_for_each_key_and_closed(
         keys = {name: server.backend.keys.new(name, "write")[1] for name in ("slow", "other")}
         slow, other = ({"X-API-Key": key} for key in keys.values())
         path, content = large_photo(server, slow)
-        answers = server.backend.budgets.answers
+        answers, store, reads = server.backend.budgets.answers, server.backend.store, []
+        read = store.photo
+        monkeypatch.setattr(store, "photo", lambda *asked: reads.append(asked) or read(*asked))
         lines = [f"GET {path} HTTP/1.1", "Host: localhost", f"X-API-Key: {keys['slow']}", ""]
         readers = [open_.enter_context(connected(server.url, *lines, buffer=4096)) for _ in range(20)]
         until(lambda: answers.taken >= 30_000_000)  # two of them: half of the 64 MB is one key's share
@@ -279,6 +281,7 @@ def test_unread_answers_are_bounded_for_each_key_and_closed(
         exposed = server.http.get("/metrics", headers=other).text
         assert counted(exposed, 'kshot_connections_cut_total{why="unread"}') >= 2
         assert len(readers) == 20
+        assert len(reads) < 8  # those that were refused were not read before
         assert server.http.get(path, headers=slow).content == content
 
 

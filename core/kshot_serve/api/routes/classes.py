@@ -21,7 +21,6 @@ from kshot_serve.api.operation import (
     author,
     operation,
 )
-from kshot_serve.budgets import caller_of
 from kshot_serve.errors import Code
 from kshot_serve.spaces.contents import THUMBNAIL
 from kshot_serve.spaces.service import Written
@@ -108,7 +107,7 @@ async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo
     }
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    backend.budgets.answers.check(caller_of(request.scope), size)
+    request.scope["answer"].reserve(size)  # before it is in memory
     content, kind = await backend.spaces.photo(space_id, photo_id)
     return Response(content, media_type=kind, headers=headers)
 
@@ -122,12 +121,14 @@ async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo
 )  # fmt: skip
 async def get_thumbnail(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
     """The middle of a photo as a JPEG of 160 x 160 pixels."""
+    tag, size = await backend.spaces.photo_facts(space_id, photo_id)
     headers = {
-        "ETag": f'"{(await backend.spaces.photo_facts(space_id, photo_id))[0]}-{THUMBNAIL.size}"',
+        "ETag": f'"{tag}-{THUMBNAIL.size}"',
         "Cache-Control": "private, no-cache",  # kept by a browser, which asks with the tag whether it is still there
     }
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    request.scope["answer"].reserve(size)
     with backend.engine.admit(1):
         content = await backend.spaces.thumbnail(space_id, photo_id)
     return Response(content, media_type="image/jpeg", headers=headers)
