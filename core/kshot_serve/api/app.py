@@ -21,7 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from kshot_serve.api.middleware import Envelope, Guard, refuse
 from kshot_serve.api.operation import Operation, is_question, operation
-from kshot_serve.api.routes import classes, health, protocol, questions, spaces
+from kshot_serve.api.routes import classes, health, protocol, questions, repository, spaces
+from kshot_serve.api.statistics import Statistics
 from kshot_serve.backend import DEADLINE, Backend
 from kshot_serve.errors import Problem
 from kshot_serve.settings import Settings
@@ -61,9 +62,10 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"auto_configure": True, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.backend = backend
+    app.state.statistics = Statistics()
     routes: list[APIRoute] = []
     open_ = [_page(), _description(app, routes)]
-    parts = [spaces, classes, questions, protocol, health]
+    parts = [spaces, classes, questions, repository, protocol, health]
     routers = [*open_, *(part.router for part in parts)]
     routes += [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     # They are tried one after the other: flat, and questions first. As routers they took a fifth of a small request.

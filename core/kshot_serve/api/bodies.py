@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import Message, Receive, Send
 
-from kshot_serve.budgets import Share
+from kshot_serve.backend import Backend
+from kshot_serve.budgets import Share, caller_of
 from kshot_serve.errors import Problem
 
+_GZIP_OR_ZLIB = 47  # zlib's wbits for either header, found out from the data
+_INFLATED = 4_000_000  # bytes inflated at once
 _BODY_PACE = 100_000  # bytes of a body that earn it another second
 _PIECE = 64_000  # bytes of an answer that are sent at once; smaller answers are not counted
 _STREAM = 1_000_000  # bytes counted for an answer whose length is not known: its pieces are no larger
@@ -81,6 +87,39 @@ class Body:
         self.arrived()
         self._bodies.give(self._caller, self._taken)
         self._taken = 0
+
+
+@asynccontextmanager
+async def inflated(request: Request, backend: Backend) -> AsyncIterator[bytes]:
+    """A request's body, inflated if it says so; what that takes is limited and counted as the body itself is."""
+    body = await request.body()
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding == "identity":
+        yield body
+        return
+    if encoding not in ("gzip", "deflate"):
+        raise Problem("media_type_unknown", "bodies are taken as they are, or compressed as gzip or deflate")
+    inflater, limit, pieces, size = zlib.decompressobj(_GZIP_OR_ZLIB), backend.settings.body_mb * 1_000_000, [], 0
+    bodies, caller = backend.budgets.bodies, caller_of(request.scope)
+    try:
+        while not inflater.eof:
+            try:
+                piece = await backend.engine.in_thread(inflater.decompress, body, _INFLATED)
+            except zlib.error:
+                piece = b""
+            if not piece and not inflater.eof:
+                raise Problem("bad_request", f"the body is not {encoding}, or is cut short")
+            if size + len(piece) > limit:
+                raise Problem("body_too_large", f"a body may have at most {limit:,} bytes here, once inflated")
+            bodies.take(caller, len(piece))
+            size += len(piece)
+            pieces.append(piece)
+            body = inflater.unconsumed_tail
+        if inflater.unused_data:
+            raise Problem("bad_request", f"the body goes on after its {encoding} data")
+        yield b"".join(pieces)
+    finally:
+        bodies.give(caller, size)
 
 
 class AnswerRefusedError(Exception):

@@ -20,7 +20,7 @@ import numpy as np
 
 from kshot_serve.errors import Problem
 
-EXTENSIONS = ("binary_tensor_data",)
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 
 _TYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
@@ -97,6 +97,8 @@ def read(body: bytes, header_length: str | None, specs: Sequence[Spec], most: in
     if at != len(body):
         raise _bad(f"{len(body) - at} bytes more came than the inputs' binary_data_size say")
     wanted = _objects(request.get("outputs", []), "outputs")
+    if any("classification" in _parameters(output) for output in wanted):
+        raise _bad("class_count is not taken: ask for the outputs class and probability, or for logits and classes")
     return Infer(
         name,
         inputs,

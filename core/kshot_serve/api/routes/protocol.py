@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from time import perf_counter
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,18 +12,21 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from kshot_serve.api import protocol
+from kshot_serve.api.bodies import inflated
 from kshot_serve.api.operation import Operation, Serving, operation, timely
 from kshot_serve.api.protocol import Infer, Spec
 from kshot_serve.api.routes.health import stalled
 from kshot_serve.api.schemas import InferFailure
+from kshot_serve.api.statistics import Statistics
 from kshot_serve.backend import Backend
 from kshot_serve.errors import Problem
 from kshot_serve.models.champion import Champion
+from kshot_serve.observe import trace
 from kshot_serve.spaces.uploads import Upload
 
 router = APIRouter(route_class=Operation, tags=["Open Inference Protocol"])
 
-_EMBED = "embed"
+EMBED = "embed"
 _PLATFORM = "onnxruntime_onnx"
 
 Name = Annotated[str, Path(description="a label space's id, or `embed`")]
@@ -162,13 +166,13 @@ async def server_ready(backend: Serving) -> Response:
 @router.get("/v2/models/{model}", **_operation("model_unknown", "not_ready"))
 async def model_metadata(backend: Serving, model: Name) -> ModelMetadata:
     """The tensors that a model takes and gives."""
-    return await _metadata(backend, model, None)
+    return await metadata_of(backend, model, None)
 
 
 @router.get("/v2/models/{model}/versions/{number}", **_operation("model_unknown", "not_ready"))
 async def version_metadata(backend: Serving, model: Name, number: Version) -> ModelMetadata:
     """The same of one version; a label space has the one that it is at."""
-    return await _metadata(backend, model, number)
+    return await metadata_of(backend, model, number)
 
 
 @router.get("/v2/models/{model}/ready", response_model=ModelReady, **_operation("model_unknown", "not_ready"))
@@ -204,10 +208,22 @@ async def version_infer(request: Request, backend: Serving, model: Name, number:
 
 async def _infer(request: Request, backend: Serving, model: str, number: str | None) -> Response:
     champion = backend.champions.current
-    current = await _version(backend, champion, model, number)
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise Problem("media_type_unknown", "bodies are taken as they are, and not compressed")
-    body = await request.body()
+    current = await version_of(backend, champion, model, number)
+    started, images = perf_counter(), 0
+    try:
+        async with inflated(request, backend) as body:
+            answer, images = await _answer(request, backend, champion, current, model, body)
+        return answer
+    finally:
+        asked = trace.current.get()
+        statistics: Statistics = request.app.state.statistics
+        statistics.add(model, perf_counter() - started, images, asked.stages if asked else {})
+
+
+async def _answer(
+    request: Request, backend: Backend, champion: Champion, current: str, model: str, body: bytes
+) -> tuple[Response, int]:
+    """The answer to a body, and how many images it is about."""
     header_length = request.headers.get("inference-header-content-length")
     deadline = backend.deadline(request)
     most = backend.settings.photos
@@ -224,12 +240,12 @@ async def _infer(request: Request, backend: Serving, model: str, number: str | N
                 if name == "photos"
                 else [Upload(b"", pixels, champion.bundle.manifest.image) for pixels in given]
             )
-            if model == _EMBED:
+            if model == EMBED:
                 vectors = await backend.engine.embed(champion, np.stack([each.pixels for each in uploads]), deadline)
                 found = {"vectors": ("FP32", vectors)}
             else:
                 current, found = await _classify(backend, model, uploads, deadline)
-    return _inferred(model, current, asked, found)
+    return _inferred(model, current, asked, found), len(given)
 
 
 async def _classify(
@@ -254,10 +270,10 @@ def _inferred(model: str, current: str, asked: Infer, found: dict[str, tuple[str
     return Response(body, media_type="application/octet-stream", headers=headers)
 
 
-async def _metadata(backend: Backend, model: str, number: str | None) -> ModelMetadata:
+async def metadata_of(backend: Backend, model: str, number: str | None) -> ModelMetadata:
     champion = backend.champions.current
-    current = await _version(backend, champion, model, number)
-    if model == _EMBED:
+    current = await version_of(backend, champion, model, number)
+    if model == EMBED:
         outputs = [Spec("vectors", "FP32", (-1, champion.bundle.manifest.features))]
     else:
         outputs = [
@@ -277,14 +293,14 @@ async def _metadata(backend: Backend, model: str, number: str | None) -> ModelMe
 
 
 async def _ready(backend: Backend, model: str, number: str | None) -> ModelReady:
-    await _version(backend, backend.champions.current, model, number)
-    usable = model == _EMBED or (await backend.spaces.get(model)).classes > 0
+    await version_of(backend, backend.champions.current, model, number)
+    usable = model == EMBED or (await backend.spaces.get(model)).classes > 0
     return ModelReady(name=model, ready=usable and backend.ready)
 
 
-async def _version(backend: Backend, champion: Champion, model: str, number: str | None) -> str:
+async def version_of(backend: Backend, champion: Champion, model: str, number: str | None) -> str:
     """The version that a model is at, which is the only one that can be asked for."""
-    if model == _EMBED:
+    if model == EMBED:
         if champion.bundle.manifest.takes != "features":
             raise Problem("model_unknown", "this bundle has no features of a photo by itself: it has no model `embed`")
         current = champion.version
