@@ -21,6 +21,7 @@ Reason = Literal["bodies", "answers", "requests", "queue", "rate"]
 
 SPARE_FILES = 128
 """Open files that are no connections: models, databases, logs; and, of half of them, connections that are refused."""
+_EXPORTS = 4  # at once; each is a file of a whole label space until it has been sent
 _CALLERS = 10_000  # whose rates are remembered
 _BURST_S = 10.0  # a caller that was silent for so long may send that many seconds' worth at once
 
@@ -114,6 +115,7 @@ class Budgets:
             "answers",
             "too many large answers at once: try again",
         )
+        self.exports = Share(_EXPORTS, share, "answers", "too many exports at once: try again")
         self.connections = _connections(settings.connections)
         self.requests = Share(self.connections, share, "requests", "too many requests at once: try again")
         self.request_rate = Rate(settings.requests_per_s, "more requests than this server takes from one caller")

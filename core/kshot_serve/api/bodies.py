@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -135,6 +135,7 @@ class Answer:
 
     Its body is handed on in pieces, and each piece waits until the connection has room for it, so that of a large
     answer the connection holds two pieces at most. The answer itself is in memory until then, and is counted.
+    `until_sent` holds what is to be let go when the answer has been sent or given up.
     """
 
     def __init__(self, send: Send, answers: Share, caller: str) -> None:
@@ -142,6 +143,7 @@ class Answer:
         self._answers = answers
         self._caller = caller
         self._taken = 0
+        self.until_sent = ExitStack()
 
     async def send(self, message: Message) -> None:
         """ASGI's send. Raises AnswerRefusedError before anything is sent."""
@@ -166,5 +168,6 @@ class Answer:
             self._taken = size
 
     def close(self) -> None:
+        self.until_sent.close()
         self._answers.give(self._caller, self._taken)
         self._taken = 0

@@ -285,6 +285,26 @@ def test_unread_answers_are_bounded_for_each_key_and_closed(
         assert server.http.get(path, headers=slow).content == content
 
 
+def test_exports_that_are_not_read_are_few_and_leave_no_file(
+    features_bundle: Path, tmp_path: Path, running: Start
+) -> None:
+    """Each is a file of a whole label space, and /tmp may be memory."""
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, unread_s=1.0)
+    with running(settings) as server, ExitStack() as open_:
+        path, _ = large_photo(server, {})
+        path = f"{path.split('/photos')[0]}/export"
+        exports = server.backend.budgets.exports
+        lines = [f"GET {path} HTTP/1.1", f"Host: {server.url.removeprefix('http://')}", ""]
+        for _ in range(2):
+            open_.enter_context(connected(server.url, *lines, buffer=4096))
+        until(lambda: exports.taken == 2)
+        refused = server.http.get(path)
+        assert (refused.status_code, refused.json()["error"]["reason"]) == (429, "answers")
+        until(lambda: exports.taken == 0)  # nothing was read for a second
+        assert server.http.get(path).status_code == 200
+        assert exports.taken == 0
+
+
 def test_a_slow_reader_gets_all_of_a_large_answer(features_bundle: Path, tmp_path: Path, running: Start) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, unread_s=0.5)
     with running(settings) as server:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import IO, Annotated
+from functools import partial
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
@@ -22,6 +22,7 @@ from kshot_serve.api.operation import (
 )
 from kshot_serve.api.schemas import model_of
 from kshot_serve.backend import Backend
+from kshot_serve.budgets import caller_of
 from kshot_serve.errors import Problem
 from kshot_serve.spaces.service import KEEP
 from kshot_serve.storage.values import Space
@@ -88,13 +89,15 @@ async def delete_space(backend: Serving, space_id: SpaceId) -> None:
 
 @router.get(
     "/v1/spaces/{space_id}/export", tags=["label spaces"], response_class=StreamingResponse,
-    **operation("admin", "space_unknown", "not_ready", answers={200: {"content": ZIP}}),
+    **operation("admin", "space_unknown", "not_ready", "busy", answers={200: {"content": ZIP}}),
 )  # fmt: skip
-async def export_space(backend: Serving, space_id: SpaceId) -> StreamingResponse:
+async def export_space(request: Request, backend: Serving, space_id: SpaceId) -> StreamingResponse:
     """A label space as a zip: its classes and their photos, and what another server needs to go on from there."""
-    file = await backend.spaces.export(space_id)
+    until_sent = request.scope["answer"].until_sent
+    until_sent.enter_context(backend.budgets.exports.holding(caller_of(request.scope)))
+    file = until_sent.enter_context(await backend.spaces.export(space_id))
     headers = {"Content-Disposition": f'attachment; filename="{space_id}.zip"'}
-    return StreamingResponse(_pieces(file), media_type="application/zip", headers=headers)
+    return StreamingResponse(iter(partial(file.read, _PIECE), b""), media_type="application/zip", headers=headers)
 
 
 @router.post(
@@ -145,9 +148,3 @@ def _space(space: Space, backend: Backend) -> schemas.Space:
     return schemas.Space.model_validate(
         {name: getattr(space, name) for name in schemas.Space.model_fields if name != "model"} | {"model": model}
     )
-
-
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        while piece := file.read(_PIECE):
-            yield piece
