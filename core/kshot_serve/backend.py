@@ -112,9 +112,9 @@ class Backend:
     def ready(self) -> bool:
         return self.champions.ready and not self.leaving
 
-    def deadline(self, request: Request) -> float:
+    def deadline(self, request: Request, seconds: float | None = None) -> float:
         """When an answer comes too late, on the event loop's clock: the server's time, or a client's shorter one."""
-        seconds = self.settings.engine.deadline_s
+        seconds = self.settings.engine.deadline_s if seconds is None else seconds
         if (asked := request.headers.get(DEADLINE)) is not None:
             if not asked.isascii() or not asked.isdigit() or not int(asked[:12]) > 0:
                 raise Problem("bad_request", f"{DEADLINE} is no whole number of milliseconds above 0")

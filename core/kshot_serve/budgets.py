@@ -9,6 +9,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from time import monotonic
@@ -24,6 +25,10 @@ SPARE_FILES = 128
 _EXPORTS = 4  # at once; each is a file of a whole label space until it has been sent
 _CALLERS = 10_000  # whose rates are remembered
 _BURST_S = 10.0  # a caller that was silent for so long may send that many seconds' worth at once
+
+
+current_caller: ContextVar[str] = ContextVar("caller", default="")
+"""Who the work of this task is for; empty for the server's own."""
 
 
 class Share:

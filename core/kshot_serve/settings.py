@@ -21,8 +21,11 @@ class EngineSettings(_Part):
     threads: int = Field(0, ge=0, description="of onnxruntime for one run; 0: a runner's share of the cores")
     runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
-    queue: int = Field(256, ge=1, description="images in work at most, from decoding on; past that, 429 at once")
-    wait_s: float = Field(0.12, gt=0, description="a longer wait is not begun, 429 at once, unless few requests wait")
+    queue: int = Field(
+        256, ge=1, description="images at work, from decoding on; past that, and past half of it by one caller, 429"
+    )
+    wait_s: float = Field(1.0, gt=0, description="a request whose images would wait longer than this is refused, 429")
+    decode_mp: int = Field(64, ge=1, description="megapixels of large photos decoded at once, of about 8 bytes each")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
     states_mb: int = Field(512, ge=1, description="memory of a worker for adapted states; the least used go first")
@@ -54,6 +57,8 @@ class Settings(_Part):
     spaces: int = Field(100_000, ge=1, description="label spaces at most")
     space_mb: int = Field(512, ge=1, description="photos' bytes in one label space at most")
     photos: int = Field(32, ge=1, description="photos in one request at most")
+    request_mp: int = Field(2000, ge=1, description="megapixels of the large photos of one request, or one import")
+    import_s: float = Field(60.0, gt=0, description="for an imported label space, from when its body is here")
     body_mb: int = Field(64, ge=1, description="a request's body at most")
     bodies_mb: int = Field(512, ge=1, description="bodies of all requests that a worker has under way")
     body_s: float = Field(30.0, gt=0, description="for a request's body to arrive, and a second more for each 100 kB")

@@ -27,8 +27,8 @@ class Body:
 
     Only bytes that have arrived are counted: an announced length reserves nothing, and is refused if it is above the
     limit. The body has so many `seconds`, and earns more as it comes, so that a large one may take its time and one
-    that drips may not. `arrived` is called when it is complete or given up. With `whole` it may take all of the bodies'
-    bytes that are free, and not its caller's share only.
+    that drips may not. `began` is called when its first bytes come. With `whole` it may take all of the bodies' bytes
+    that are free, and not its caller's share only.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Body:
         *,
         whole: bool = False,
     ) -> None:
-        self.arrived: Callable[[], None] = lambda: None
+        self.began: Callable[[], None] = lambda: None
         self._receive = receive
         self._bodies = bodies
         self._caller = caller
@@ -70,13 +70,14 @@ class Body:
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self._check(self._taken + size)
+            if size and not self._taken:
+                self.began()
             self._bodies.take(self._caller, size, all_of_it=self._whole)
             self._taken += size
             if message.get("more_body", False):
                 self._until = min(self._until + size / _BODY_PACE, self._now() + self._seconds)
             else:
                 self.complete.set()
-                self.arrived()
         return message
 
     def _check(self, size: int) -> None:
@@ -84,7 +85,6 @@ class Body:
             raise Problem("body_too_large", f"a body may have at most {self._limit:,} bytes here")
 
     def close(self) -> None:
-        self.arrived()
         self._bodies.give(self._caller, self._taken)
         self._taken = 0
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query
@@ -17,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from kshot_serve.api.bodies import Answer, AnswerRefusedError, Body
 from kshot_serve.api.schemas import Failure
 from kshot_serve.backend import DEADLINE, Backend
-from kshot_serve.budgets import caller_of
+from kshot_serve.budgets import caller_of, current_caller
 from kshot_serve.errors import STATUS, Code, Problem
 from kshot_serve.observe import trace
 from kshot_serve.storage import keys as access
@@ -48,14 +47,13 @@ def operation(
     photos: bool = False,
     body: dict[str, Any] | None = None,
     whole: bool = False,
-    cancels: bool = False,
     failure: type = Failure,
     answers: dict[int | str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What a route's decorator is told: who may call it, what can go wrong, what its body is.
 
     `photos`: it works on photos, so it is turned away while the engine is full. `whole`: its body may be a whole label
-    space. `cancels`: it is given up when the client hangs up; only for what changes nothing.
+    space. Both are given up when the client hangs up; a write that has begun ends all the same.
     """
     known = {*_ALWAYS, *codes, *(_WITH_BODY if body or photos else ()), *(_WITH_PHOTOS if photos else ())}
     by_status: dict[int, list[str]] = {}
@@ -67,7 +65,6 @@ def operation(
     extra: dict[str, Any] = {
         "x-kshot-scope": scope,
         "x-kshot-photos": photos,
-        "x-kshot-cancels": cancels,
         "x-kshot-whole": whole,
     }
     if body:
@@ -88,11 +85,12 @@ _DEADLINE = {
 
 def is_question(route: BaseRoute) -> bool:
     """Whether a route answers questions about photos, which is what most requests are."""
-    return isinstance(route, APIRoute) and bool((route.openapi_extra or {}).get("x-kshot-cancels"))
+    declared = (isinstance(route, APIRoute) and route.openapi_extra) or {}
+    return bool(declared.get("x-kshot-photos")) and declared["x-kshot-scope"] == "read"
 
 
 class Operation(APIRoute):
-    """A route that looks at key and load before it reads a body, and bounds the body while it reads it."""
+    """A route that looks at the key before it reads a body, at the load once the body begins, and bounds the body."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **declared: Any) -> None:
         super().__init__(path, endpoint, **declared)
@@ -102,9 +100,6 @@ class Operation(APIRoute):
         backend: Backend = scope["app"].state.backend
         declared = self.openapi_extra or {}
         _authorise(scope, declared.get("x-kshot-scope", "admin"))
-        takes_photos = declared.get("x-kshot-photos")
-        if takes_photos:
-            backend.engine.admit()
         settings, length = backend.settings, Headers(scope=scope).get("content-length")
         limit = settings.body_mb * 1_000_000 if declared.get("requestBody") else _JSON_BYTES
         if whole := bool(declared.get("x-kshot-whole")):
@@ -114,11 +109,13 @@ class Operation(APIRoute):
             receive, budgets.bodies, caller, int(length) if length else None, limit, settings.body_s, whole=whole
         )
         response = scope["answer"] = Answer(send, budgets.answers, caller)
-        if takes_photos:
-            body.arrived = backend.engine.expect()
+        current_caller.set(caller)
+        if declared.get("x-kshot-photos"):
+            body.began = backend.engine.admission.check
         try:
             answer = super().handle(scope, body.receive, response.send)
-            await (_unless_gone(answer, body, receive) if declared.get("x-kshot-cancels") else answer)
+            cancels = declared.get("x-kshot-photos") or whole
+            await (_unless_gone(answer, body, receive) if cancels else answer)
         except AnswerRefusedError as refused:
             raise refused.problem from None
         finally:
@@ -177,16 +174,6 @@ async def _unless_gone(answer: Awaitable[None], body: Body, receive: Receive) ->
         soon.cancel()
         for each in watching:
             each.cancel()
-
-
-@asynccontextmanager
-async def timely(deadline: float) -> AsyncIterator[None]:
-    """Give up what is not done by the deadline."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError:
-        raise Problem("too_late", "no answer in time; try again", retry_after=1, reason="deadline") from None
 
 
 async def _backend(request: Request) -> Backend:  # FastAPI would call a plain function in a thread

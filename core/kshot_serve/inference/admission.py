@@ -1,55 +1,109 @@
-"""Admission: a request is refused at once if the queue or the estimated wait is too long."""
+"""Admission: a request is begun, or refused at once, by two numbers: images at work, and the estimated wait."""
 
 from __future__ import annotations
 
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kshot_serve.inference.engine import Engine
+from kshot_serve.budgets import Share, current_caller
+from kshot_serve.errors import Problem
+from kshot_serve.settings import EngineSettings
 
+_SHARE = 0.5  # of the queue that one caller may hold while the others hold nothing
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
 
 
 class Admission:
-    """Places in the engine's queue; a context manager that holds them."""
+    """Images at work, by caller; and the rate at which they are done.
 
-    def __init__(self, engine: Engine, images: int) -> None:
-        self._engine = engine
-        self._images = images
+    A request is refused if the queue, or its caller's share of it, is full, or if the images before its own would take
+    longer than `wait_s`. Decoding and batches serve callers in turn, so a caller waits for its own images and for as
+    many of each other caller. One that comes while nothing is at work is always begun.
+    """
 
-    def __enter__(self) -> None:
-        if not self._engine._places:
-            self._engine._rate.resume()
-        self._engine._places += self._images
-        self._engine._requests += 1
+    def __init__(self, settings: EngineSettings) -> None:
+        self.draining = False
+        self._queue = Share(settings.queue, _SHARE, "queue", "")
+        self._wait_s = settings.wait_s
+        self._images, self._seconds = 1.0, 0.001  # done of late, and how long that took
+        self._working, self._since, self._busy = 0, 0.0, 0.0
+        self._empty = asyncio.Event()
+        self._empty.set()
 
-    def __exit__(self, *error: object) -> None:
-        self._engine._places -= self._images
-        self._engine._requests -= 1
-        self._engine._crowded()
-        self._engine._rate.add(self._images)
-        self._engine._leave()
+    def check(self, images: int = 1) -> None:
+        """Raise the Problem of a request that would be refused now."""
+        if self.draining:
+            raise Problem("draining", "this server is stopping; ask another, or again later", retry_after=1.0)
+        caller, queue = current_caller.get(), self._queue
+        if not queue.taken:
+            return
+        ahead = min(queue.taken, (queue.held[caller] + images) * len({caller, *queue.held}) - images)
+        wait = ahead * self._seconds / self._images
+        if not queue.fits(caller, images):
+            reason, limit = "queue", f"the queue of {queue.total}"
+            if queue.taken + images <= queue.total:
+                limit = f"one caller's share of {limit}"
+        elif wait > self._wait_s:
+            reason, limit = "wait", f"what can be begun in {self._wait_s:g} s"
+        else:
+            return
+        seconds = max(1, math.ceil(wait))
+        message = f"{queue.taken} images are being worked on, and {images} more would exceed {limit}"
+        raise Problem("busy", f"{message}; try again in {seconds} s", retry_after=float(seconds), reason=reason)
 
+    @contextmanager
+    def admit(self, images: int = 1) -> Iterator[None]:
+        """Hold places for so many images during a block, or raise a Problem at once."""
+        self.check(images)
+        self._count_busy()
+        caller, places = current_caller.get(), min(images, self._queue.total)
+        self._queue.take(caller, places, all_of_it=True)
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._count_busy()
+            kept = _MEMORY**images
+            self._images = kept * self._images + images
+            self._seconds = kept * self._seconds + max(1e-6, self._busy)
+            self._busy = 0.0
+            self._queue.give(caller, places)
+            if not self._queue.taken:
+                self._empty.set()
 
-class Rate:
-    """Images a second that leave while there are any, as the last ones have shown."""
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A block in which images are decoded or run. Only such time counts: adapting and the database are no queue."""
+        self.work(1)
+        try:
+            yield
+        finally:
+            self.work(-1)
 
-    def __init__(self) -> None:
-        self._images, self._seconds, self._last = 1.0, 0.001, monotonic()
+    def work(self, change: int) -> None:
+        """So many more are working now."""
+        self._count_busy()
+        self._working += change
 
-    @property
-    def per_second(self) -> float:
-        return self._images / self._seconds
+    async def emptied(self) -> None:
+        """Until nothing is at work."""
+        await self._empty.wait()
 
-    def resume(self) -> None:
-        """There is work again; the pause does not count."""
-        self._last = monotonic()
-
-    def add(self, images: int) -> None:
-        """So many have left."""
+    def _count_busy(self) -> None:
         now = monotonic()
-        kept = _MEMORY**images
-        self._images = kept * self._images + images
-        self._seconds = kept * self._seconds + max(1e-6, now - self._last)
-        self._last = now
+        if self._working and self._queue.taken:
+            self._busy += now - self._since
+        self._since = now
+
+
+@asynccontextmanager
+async def timely(deadline: float) -> AsyncIterator[None]:
+    """Give up what is not done by the deadline, in the event loop's seconds; infinity is none."""
+    try:
+        async with asyncio.timeout_at(None if math.isinf(deadline) else deadline):
+            yield
+    except TimeoutError:
+        raise Problem("too_late", "no answer in time; try again", retry_after=1, reason="deadline") from None

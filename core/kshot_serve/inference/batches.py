@@ -27,6 +27,7 @@ class Call:
     rows: np.ndarray
     deadline: float
     answer: asyncio.Future[Outputs]
+    caller: str = ""
     since: float = field(default_factory=monotonic)
     started: float = 0.0  # when its first run began
     taken: int = 0  # rows that have gone to a run
@@ -64,27 +65,43 @@ class Piece:
 
 @dataclass(eq=False)
 class Group:
-    """Calls whose rows may share a run."""
+    """Calls whose rows may share a run: of each caller the oldest first, and callers in turn."""
 
     run: Run
-    calls: deque[Call] = field(default_factory=deque)
+    _turns: dict[str, deque[Call]] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for calls in self._turns.values() for call in calls]
 
     @property
     def rows(self) -> int:
         return sum(len(call.rows) - call.taken for call in self.calls)
 
+    def append(self, call: Call) -> None:
+        self._turns.setdefault(call.caller, deque()).append(call)
+
+    def remove(self, call: Call) -> None:
+        self._turns[call.caller].remove(call)
+        if not self._turns[call.caller]:
+            del self._turns[call.caller]
+
     def cut(self, size: int, now: float) -> Batch:
-        """The next batch of at most so many rows, the oldest first."""
+        """The next batch of at most so many rows, as many of each caller as there are."""
         pieces = []
         room = size
-        while room and self.calls:
-            call = self.calls[0]
-            start, call.taken = call.taken, min(len(call.rows), call.taken + room)
+        while room and self._turns:
+            caller, calls = next(iter(self._turns.items()))
+            call, share = calls[0], max(1, room // len(self._turns))
+            start, call.taken = call.taken, min(len(call.rows), call.taken + share)
             call.started = call.started or now
             pieces.append(Piece(call, start, call.taken))
             room -= call.taken - start
+            del self._turns[caller]
             if call.taken == len(call.rows):
-                self.calls.popleft()
+                calls.popleft()
+            if calls:
+                self._turns[caller] = calls
         return Batch(self.run, pieces, size, size - room, now)
 
 

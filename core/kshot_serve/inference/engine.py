@@ -1,4 +1,4 @@
-"""Images of many requests in few runs of onnxruntime: admission, batches of fixed sizes, deadlines, isolation.
+"""Images of many requests in few runs of onnxruntime: batches of fixed sizes, callers in turn, deadlines, isolation.
 
 A free runner takes what is there and never waits for more: batches grow while all runners are at work, and waiting
 2 ms for companions gained nothing when measured at 10, 40 and 70 % of capacity. All bookkeeping happens on the event
@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
+import os
+import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,8 +25,9 @@ from typing import ParamSpec
 import numpy as np
 
 from kshot_runtime.bundle import Bundle, Tensors, flattened, mean_over_views
+from kshot_serve.budgets import current_caller
 from kshot_serve.errors import Problem
-from kshot_serve.inference.admission import Admission, Rate
+from kshot_serve.inference.admission import Admission
 from kshot_serve.inference.batches import Batch, Call, Group, Outputs, Run, T
 from kshot_serve.inference.sessions import Sessions
 from kshot_serve.models.champion import Champion
@@ -41,15 +44,12 @@ _FULL = 0.75  # of a size that a batch must fill to be padded up to it, where a 
 _CACHED = 96 << 10  # bytes of images in one run on a CPU: more outgrow its caches, which costs a twentieth
 _BACKGROUND = 8  # images in one run of a call without a deadline: others wait for no more than that
 _PATIENCE = 9  # runs of others that background work lets pass: it gets on under any load
-_FEW, _MANY = 8, 24  # requests at work that are never too many: for long; and in a burst
-_CALM = 5  # fewer, and there may be a burst again; were it the few, each that leaves them would begin one
-_BURST_S = 2.0  # that more than a few may be at work: chance alone makes such bursts at 70 % of the capacity
 _AT_ONCE_S = 0.0001  # what takes less is not handed to a thread and back, which takes longer
-_SLOW_S = 1.0  # a body that takes longer to come is not reckoned with any more
+_NICE = 5  # of threads that decode large photos: what is small goes first where cores are few
 
 
 class Engine:
-    """Runs champions. `embed`, `classify` and `adapt` are awaited by requests; `admit` turns some away before that."""
+    """Runs champions. `embed`, `classify` and `adapt` are awaited by requests that `admission` has let in."""
 
     def __init__(self, settings: EngineSettings, metrics: Metrics, workers: int = 1) -> None:
         self.buckets = tuple(sorted({1, *settings.buckets}))  # 1: images of a failed run go one by one
@@ -59,7 +59,9 @@ class Engine:
         runners = settings.runners if workers == 1 else min(settings.runners, self._cores)
         self._at_once = runners if settings.device == "cpu" else 1
         self._runners = ThreadPoolExecutor(self._at_once, "kshot-run")
-        self._workers = ThreadPoolExecutor(settings.decoders or self._cores, "kshot-work")
+        self.decoders = settings.decoders or self._cores
+        self._workers = ThreadPoolExecutor(self.decoders, "kshot-work")
+        self._decoders = ThreadPoolExecutor(self.decoders, "kshot-decode", initializer=_give_way)
         self._adapters = ThreadPoolExecutor(1, "kshot-adapt")
         self._free = self._at_once
         self._groups: dict[Hashable, Group] = {}  # in the order of their turn
@@ -67,16 +69,14 @@ class Engine:
         self._passed = 0  # runs that background work has let pass
         self._running: set[Batch] = set()
         self._waiting = 0  # images that no run has taken yet
-        self._places = 0  # held by admitted requests
-        self._requests = 0  # that hold them
-        self._calm = monotonic()  # when it was last calm
-        self._coming = 0  # requests whose bodies are on their way
         self._calls = 0  # of embed, classify and adapt, in progress
         self._paces: dict[str, float] = {}  # of classifying features, by champion
-        self._rate = Rate()
+        self.admission = Admission(settings)
+        self.admit = self.admission.admit
         self._sessions = Sessions(settings.sessions_mb * 1_000_000)
-        self._draining = self._stopped = False
-        self._empty = asyncio.Event()
+        self._stopped = False
+        self._quiet = asyncio.Event()  # while there are no calls
+        self._quiet.set()
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -96,64 +96,26 @@ class Engine:
 
     def drain(self) -> None:
         """Admit nobody from now on; what was admitted goes on."""
-        self._draining = True
+        self.admission.draining = True
 
     async def stop(self, within: float | None = None) -> bool:
         """Admit nobody, finish what is there, and end the threads. Whether it was finished, within so many seconds."""
         self.drain()
-        self._leave()
+        ended = False
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), within)
+            async with asyncio.timeout(within):
+                await self.admission.emptied()
+                await self._quiet.wait()
+                ended = True
         self._stopped = True
-        for pool in (self._runners, self._workers, self._adapters):
-            pool.shutdown(wait=False, cancel_futures=not self._empty.is_set())
-        return self._empty.is_set()
-
-    def admit(self, images: int = 1) -> Admission:
-        """Places for so many images, or a Problem at once: check before a body is read, hold while it is answered.
-
-        A call by itself is the check; `with engine.admit(n):` keeps the places until its block is left.
-        """
-        if self._draining:
-            raise Problem("draining", "this server is stopping; ask another, or again later", retry_after=1.0)
-        places = self._places + self._coming
-        wait = places / self._rate.per_second
-        settings, most = self._settings, _MANY
-        if self._crowded() and monotonic() > self._calm + _BURST_S:  # a queue that stands only makes all wait
-            most = _FEW
-        for full, reason, limit in (
-            (places + images > settings.queue, "queue", f"the queue of {settings.queue}"),
-            (
-                self._requests + self._coming >= most and wait > settings.wait_s,
-                "wait",
-                f"what can be begun in {settings.wait_s:g} s",
-            ),
-            (wait > settings.deadline_s, "deadline", f"what can be done in {settings.deadline_s:g} s"),
-        ):
-            if full and places:
-                seconds = max(1, math.ceil(wait))
-                message = f"{places} images are being worked on, and {images} more would exceed {limit}"
-                raise Problem("busy", f"{message}; try again in {seconds} s", retry_after=float(seconds), reason=reason)
-        return Admission(self, images)
-
-    def expect(self) -> Callable[[], None]:
-        """Reckon with a request whose body is on its way, until what this gives is called, or for a second at most."""
-        self._coming += 1
-        came = False
-
-        def arrived() -> None:
-            nonlocal came
-            self._coming -= not came
-            came = True
-            late.cancel()
-
-        late = self._loop.call_later(_SLOW_S, arrived)
-        return arrived
+        for pool in (self._runners, self._workers, self._decoders, self._adapters):
+            pool.shutdown(wait=False, cancel_futures=not ended)
+        return ended
 
     @property
     def oldest(self) -> float:
         """For how many seconds the oldest image has been waiting or running: a watchdog's question."""
-        waiting = [group.calls[0].since for group in self._groups.values() if group.calls]
+        waiting = [call.since for group in self._groups.values() for call in group.calls]
         now = monotonic()
         return now - min(waiting + [batch.started for batch in self._running], default=now)
 
@@ -239,16 +201,20 @@ class Engine:
             return await self._loop.run_in_executor(self._adapters, run)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Decoding and other short work for a processor, in a bounded pool. Not started if the caller has gone."""
+        """Short work for a processor, in a bounded pool. Not started if the caller has gone."""
         call = partial(copy_context().run, function, *args, **kwargs)
         return await self._loop.run_in_executor(self._workers, call)
+
+    async def in_decoder(self, function: Callable[[], T]) -> T:
+        """Decoding of a large photo, in threads that give way to all else. Not started if the caller has gone."""
+        return await self._loop.run_in_executor(self._decoders, partial(copy_context().run, function))
 
     # Batches: calls are queued in groups, and free runners take what has its turn -----------------------------------
 
     async def _batched(self, key: Hashable, run: Run, rows: np.ndarray, deadline: float) -> Outputs:
-        call = Call(rows, deadline, self._loop.create_future())
+        call = Call(rows, deadline, self._loop.create_future(), current_caller.get())
         groups = self._background if deadline == math.inf else self._groups
-        groups.setdefault(key, Group(run)).calls.append(call)
+        groups.setdefault(key, Group(run)).append(call)
         self._count(len(rows))
         self._dispatch()
         results = await call.answer
@@ -261,6 +227,7 @@ class Engine:
         while self._free and (batch := self._next()):
             self._free -= 1
             self._running.add(batch)
+            self.admission.work(1)
             self._count(-batch.rows)
             self._metrics.batch.observe(batch.rows)
             self._loop.run_in_executor(self._runners, batch.run).add_done_callback(partial(self._finished, batch))
@@ -305,23 +272,22 @@ class Engine:
 
     def _drop(self, group: Group, now: float) -> None:
         """Forget the calls that nobody waits for any more, or for too long."""
-        alive: deque[Call] = deque()
         for call in group.calls:
             late = now > call.deadline
             if not late and not call.answer.done():
-                alive.append(call)
                 continue
+            group.remove(call)
             waiting = len(call.rows) - call.taken
             self._count(-waiting)
             self._metrics.dropped.labels("late" if late else "gone").inc(waiting)
             if not call.answer.done():
                 message = "the image waited longer than its deadline and was not looked at; try again"
                 call.answer.set_exception(Problem("too_late", message, retry_after=1.0, reason="deadline"))
-        group.calls = alive
 
     def _finished(self, batch: Batch, ran: asyncio.Future[list[Outputs | Problem]]) -> None:
         self._free += 1
         self._running.discard(batch)
+        self.admission.work(-1)
         for piece, outcome in zip(batch.pieces, ran.result(), strict=True):
             piece.call.take(piece, outcome)
         self._dispatch()
@@ -335,22 +301,19 @@ class Engine:
         if self._stopped:
             raise Problem("draining", "this server has stopped; ask another")
         self._calls += 1
+        self._quiet.clear()
         try:
             yield
         finally:
             self._calls -= 1
-            self._leave()
+            if not self._calls:
+                self._quiet.set()
 
-    def _crowded(self) -> bool:
-        """Whether there are too many requests, at work or on their way, to call it calm."""
-        if self._requests + self._coming < _CALM:
-            self._calm = monotonic()
-            return False
-        return True
 
-    def _leave(self) -> None:
-        if self._draining and not self._calls and not self._places:
-            self._empty.set()
+def _give_way() -> None:
+    """Run this thread after others; only on Linux has a thread a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _check(champion: Champion, images: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Final, Literal, ParamSpec, TypeVar
 import numpy as np
 
 from kshot_serve.errors import Problem
+from kshot_serve.inference.admission import timely
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.models.champions import Champions
@@ -67,7 +68,7 @@ class Spaces:
         self._champions = champions
         self._settings = settings
         self._metrics = metrics
-        self.decoder = Decoder(engine, settings.image, metrics)
+        self.decoder = Decoder(engine, settings, metrics)
         self._answering = Answering(engine, settings, metrics, self.decoder)
         self._states = States(store, engine, metrics, settings.engine.states_mb * 1_000_000, self.decoder)
         self._transfer = Transfer(store, engine, champions, settings, self.decoder, self._answering)
@@ -158,9 +159,10 @@ class Spaces:
         """The label space as a zip, in a temporary file that is gone once closed."""
         return await self._transfer.export(space)
 
-    async def import_(self, content: bytes, *, who: str = "") -> Space:
+    async def import_(self, content: bytes, *, who: str = "", deadline: float | None = None) -> Space:
         """A label space from a zip, under new ids; where its name is taken, with a number behind it."""
-        space = await self._transfer.import_(content, who)
+        until = monotonic() + self._settings.import_s if deadline is None else deadline
+        space = await self._transfer.import_(content, who, until)
         await self._count()
         return self._shown(space)
 
@@ -257,7 +259,7 @@ class Spaces:
     async def thumbnail(self, space: str, photo_id: str) -> bytes:
         """The middle of a photo as a JPEG of 160 x 160 pixels, upright and without metadata."""
         content, _ = await self.photo(space, photo_id)
-        [photo] = await self.decoder.read_all([content], THUMBNAIL)
+        [photo] = await self.decoder.read_all([content], THUMBNAIL, kept=True)
         return await self._engine.in_thread(thumbnail, photo.pixels)
 
     async def _add(
@@ -272,10 +274,11 @@ class Spaces:
     ) -> Written:
         until = monotonic() + self._settings.engine.deadline_s if deadline is None else deadline
         champion = self._champions.current
-        await self.revision(space)  # before any work is done for one that is not there
-        query = await self._answering.query(champion, uploads, until, as_support=True)
-        strange = await self._closer(champion, space, class_id, query, until)
-        kept = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
+        async with timely(until):
+            await self.revision(space)  # before any work is done for one that is not there
+            query = await self._answering.query(champion, uploads, until, as_support=True)
+            strange = await self._closer(champion, space, class_id, query, until)
+            kept = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
 
         def write() -> Written:
             with self._store.write(space, action, who) as change:

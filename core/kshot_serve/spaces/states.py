@@ -197,7 +197,7 @@ class States:
 
     async def _again(self, photos: Sequence[bytes], rule: ImageRule) -> list[np.ndarray]:
         try:
-            return [upload.pixels for upload in await self._decoder.read_all(photos, rule)]
+            return [upload.pixels for upload in await self._decoder.read_all(photos, rule, kept=True)]
         except Problem as problem:
             raise Problem("not_supported", f"a photo that was taken once is refused now: {problem}") from None
 

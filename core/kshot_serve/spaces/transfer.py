@@ -6,6 +6,7 @@ import asyncio
 from typing import IO
 
 from kshot_serve.errors import Problem
+from kshot_serve.inference.admission import timely
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champions import Champions
 from kshot_serve.settings import Settings
@@ -55,23 +56,26 @@ class Transfer:
         model = archive.Model(name=champion.name, version=champion.version, bundle=champion.id, image=rule)
         return await asyncio.to_thread(archive.pack, snapshot, photo, model)
 
-    async def import_(self, content: bytes, who: str) -> Space:
+    async def import_(self, content: bytes, who: str, deadline: float) -> Space:
         """A label space from a zip, under new ids; where its name is taken, with a number behind it."""
         champion = self._champions.current
         most = archive.Most(
             self._settings.image.max_bytes, self._settings.space_mb * 1_000_000, champion.bundle.manifest.limits
         )
-        packed, photos = await self._engine.in_thread(archive.unpack, content, most)
-        wanted = named(packed.name, "a label space")
-        names = [named(each.name, "a class") for each in packed.classes]
-        if len(set(names)) < len(names):
-            raise Problem("conflict", "two classes in the archive have one name", reason="name")
-        uploads = await self._decoder.read_all(list(photos.values()), champion.bundle.manifest.image, list(photos))
-        kept: dict[str, dict[Key, bytes]] = {}
-        if uploads:
-            query = await self._answering.query(champion, uploads, as_support=True)
-            made = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
-            kept = dict(zip(photos, made, strict=True))
+        async with timely(deadline):
+            packed, photos = await self._engine.in_thread(archive.unpack, content, most)
+            wanted = named(packed.name, "a label space")
+            names = [named(each.name, "a class") for each in packed.classes]
+            if len(set(names)) < len(names):
+                raise Problem("conflict", "two classes in the archive have one name", reason="name")
+            kept: dict[str, dict[Key, bytes]] = {}
+            if photos:
+                with self._engine.admission.admit(min(len(photos), self._settings.photos)):
+                    rule = champion.bundle.manifest.image
+                    uploads = await self._decoder.read_all(list(photos.values()), rule, list(photos))
+                    query = await self._answering.query(champion, uploads, deadline, as_support=True)
+                    made = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
+                    kept = dict(zip(photos, made, strict=True))
 
         def write() -> Space:
             name = next(name for name in numbered(wanted) if not self._store.taken(name))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, decode
+from kshot_runtime.images import ImageError, ImageLimits, ImageRule, ImageTooLargeError, Undecoded, undecoded
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
+from kshot_serve.inference.turns import Turns
 from kshot_serve.observe.metrics import Metrics
+from kshot_serve.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,42 +28,84 @@ class Upload:
 
 _SMALL_BYTES, _SMALL_PIXELS = 8192, 128 * 128  # of a photo that is decoded at once on the event loop
 _TOGETHER_BYTES = 16384  # of photos that one thread decodes in one call
+_LARGE = 1_000_000  # pixels of a photo from which on it is decoded with the others of its kind
 
 
 class Decoder:
-    """Decodes uploaded photos in the engine's threads."""
+    """Decodes photos in the engine's threads, callers in turn.
 
-    def __init__(self, engine: Engine, limits: ImageLimits, metrics: Metrics) -> None:
+    A large photo waits until its pixels find room among those that are being decoded, which bounds memory; the room is
+    shared out so that no more large photos are decoded at once than there are threads.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self._engine = engine
-        self._limits = limits
+        self._limits = settings.image
+        self._most = settings.request_mp * 1_000_000
         self._metrics = metrics
+        self._threads = Turns(engine.decoders)
+        self._pixels = Turns(settings.engine.decode_mp * 1_000_000)
 
-    async def read(self, photos: Sequence[bytes], rule: ImageRule) -> list[Upload | Problem]:
-        """Each photo decoded by the rule, or why it was not; the others are decoded all the same."""
+    async def read(self, photos: Sequence[bytes], rule: ImageRule, *, kept: bool = False) -> list[Upload | Problem]:
+        """Each photo decoded by the rule, or why it was not; the others are decoded all the same.
+
+        Of photos that are kept already, of which there may be many, only the largest number of pixels of any counts.
+        """
+        limits = self._limits
+        if kept:
+            limits = limits.model_copy(update={"max_pixels_whole": limits.max_pixels})
         if len(photos) == 1 and len(photos[0]) <= _SMALL_BYTES:  # a thread switch would take as long as decoding
-            small = self._limits.model_copy(update={"max_pixels": min(_SMALL_PIXELS, self._limits.max_pixels)})
-            upload = self._decode(photos[0], rule, small)
-            if not isinstance(upload, Problem) or upload.code != "photo_too_large":
-                return [upload]
+            small = limits.model_copy(update={"max_pixels": min(_SMALL_PIXELS, limits.max_pixels)})
+            with self._engine.admission.working():
+                found = self._decoded(photos[0], lambda: undecoded(photos[0], rule, small).decode(), rule)
+            if isinstance(found, Upload) or found.code != "photo_too_large":
+                return [found]
+        parts = await asyncio.gather(*(self._begin(some, rule, limits) for some in _together(photos)))
+        begun = [each for part in parts for each in part]
+        pixels = sum(each.pixels for each in begun if isinstance(each, Undecoded))
+        if pixels > self._most and not kept:
+            message = f"{pixels:,} pixels are in the photos of this request; at most {self._most:,} are taken"
+            raise Problem("photo_too_large", f"{message}: send fewer at once, or smaller ones", reason="pixels")
+        return list(await asyncio.gather(*(self._end(*each, rule) for each in zip(photos, begun, strict=True))))
 
-        def decoded(some: Sequence[bytes]) -> list[Upload | Problem]:
-            return [self._decode(photo, rule, self._limits) for photo in some]
-
-        parts = await asyncio.gather(*(self._engine.in_thread(decoded, some) for some in _together(photos)))
-        return [upload for part in parts for upload in part]
-
-    async def read_all(self, photos: Sequence[bytes], rule: ImageRule, names: Sequence[str] = ()) -> list[Upload]:
+    async def read_all(
+        self, photos: Sequence[bytes], rule: ImageRule, names: Sequence[str] = (), *, kept: bool = False
+    ) -> list[Upload]:
         """Each photo decoded by the rule. The first that cannot be is a Problem, with its name or number."""
-        return all_sound(await self.read(photos, rule), names)
+        return all_sound(await self.read(photos, rule, kept=kept), names)
 
-    def _decode(self, photo: bytes, rule: ImageRule, limits: ImageLimits) -> Upload | Problem:
+    async def _begin(
+        self, photos: Sequence[bytes], rule: ImageRule, limits: ImageLimits
+    ) -> list[Upload | Problem | Undecoded]:
+        """Small photos are decoded, and of large ones the headers are read."""
+
+        def begun(photo: bytes) -> Upload | Problem | Undecoded:
+            found = self._decoded(photo, lambda: undecoded(photo, rule, limits), rule)
+            if isinstance(found, Undecoded) and found.pixels <= _LARGE:
+                return self._decoded(photo, found.decode, rule)
+            return found
+
+        async with self._threads.turn():
+            with self._engine.admission.working():
+                return await self._engine.in_thread(lambda: [begun(photo) for photo in photos])
+
+    async def _end(self, photo: bytes, begun: Upload | Problem | Undecoded, rule: ImageRule) -> Upload | Problem:
+        if not isinstance(begun, Undecoded):
+            return begun
+        async with self._pixels.turn(max(begun.pixels, self._pixels.room // self._engine.decoders)):
+            with self._engine.admission.working():
+                return await self._engine.in_decoder(lambda: self._decoded(photo, begun.decode, rule))
+
+    def _decoded(self, photo: bytes, decode: Callable[[], Any], rule: ImageRule) -> Any:
+        """What a step of decoding gives, pixels as an Upload; or the Problem that its error is."""
         with self._metrics.stage("decode"):
             try:
-                return Upload(photo, decode(photo, rule, limits), rule)
+                found = decode()
             except ImageTooLargeError as error:
                 return Problem("photo_too_large", str(error))
             except ImageError as error:  # kshot_runtime.images words it, and never with the decoder's own text
                 return Problem("not_an_image", str(error))
+        return Upload(photo, found, rule) if isinstance(found, np.ndarray) else found
 
 
 def _together(photos: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

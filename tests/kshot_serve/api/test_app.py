@@ -409,7 +409,7 @@ def test_a_full_queue_refuses_before_it_reads_a_body(
 ) -> None:
     """gh:triton-inference-server/server#6796: limits that did not hold; gh:bentoml/BentoML#2603: without a reason."""
     settings = Settings(
-        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, engine=EngineSettings(queue=2, runners=1)
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, engine=EngineSettings(queue=4, runners=1)
     )
     with running(settings) as server, held(server) as (entered, let):
         first = asks(server, photo("red"))
@@ -419,8 +419,11 @@ def test_a_full_queue_refuses_before_it_reads_a_body(
         host = server.url.removeprefix("http://")
         with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as third:
             started = time.perf_counter()
-            third.sendall(f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Length: 900000\r\n\r\n".encode())
-            head = third.recv(65536)  # not one byte of the body has been sent
+            head = (
+                f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 900000\r\n\r\n"
+            )
+            third.sendall(head.encode() + b"\x89PNG")
+            head = third.recv(65536)  # no more than the first bytes of the body have been sent
             took = time.perf_counter() - started
             while not head.endswith(b"}"):
                 head += third.recv(65536)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from starlette.datastructures import Headers
 
 from kshot_runtime.bundle import Bundle, Graphs
 from kshot_runtime.manifest import BundleError
+from kshot_serve.budgets import current_caller
 from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
@@ -364,6 +364,34 @@ def test_nobody_waits_behind_the_many_images_of_another_space(
     assert gate.sizes == [32, 32, 1, 32, 4]  # in turns
 
 
+def test_callers_share_a_batch_however_many_images_one_of_them_has(
+    model: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(model.bundle.graphs, monkeypatch)
+
+    async def body(engine: Engine) -> None:
+        async def ask(caller: str, count: int) -> np.ndarray:
+            current_caller.set(caller)
+            return await engine.embed(model, images(count, count), soon())
+
+        first = asyncio.create_task(ask("greedy", 1))
+        await gate.somebody()
+        greedy = [asyncio.create_task(ask("greedy", 40)) for _ in range(3)]
+        await settle()
+        other = asyncio.create_task(ask("other", 2))
+        await settle()
+        gate.open.set()
+        await other
+        assert not any(call.done() for call in greedy)
+        np.testing.assert_allclose(other.result(), model.bundle.graphs.embed(images(2, 2)), atol=1e-4)
+        for found in await asyncio.gather(*greedy):
+            np.testing.assert_allclose(found, model.bundle.graphs.embed(images(40, 40)), atol=1e-4)
+        await first
+
+    run(body)
+    assert gate.sizes[:2] == [1, 32]
+
+
 def test_background_work_gives_way(model: Champion, monkeypatch: pytest.MonkeyPatch) -> None:
     """gh:triton-inference-server/server#5042: a new model's loading delayed live requests for minutes."""
     gate = Gate(model.bundle.graphs, monkeypatch)
@@ -422,116 +450,6 @@ def test_a_wrong_shape_is_refused_before_it_meets_others(model: Champion) -> Non
 
 
 # Too many, too late, gone -----------------------------------------------------------------------------------------
-
-
-def test_ten_times_the_load_is_refused_at_once_and_the_queue_does_not_grow(model: Champion) -> None:
-    """gh:triton-inference-server/server#6796: queue limits did not hold. gh:bentoml/BentoML#2603: "busy" and no why."""
-    most, inside, refused, answered = 0, 0, [], []
-
-    async def caller(engine: Engine, seed: int) -> None:
-        nonlocal most, inside
-        asked = time.monotonic()
-        try:
-            with engine.admit(1):
-                inside += 1
-                most = max(most, inside)
-                answered.append(await engine.embed(model, images(1, seed), soon()))
-                inside -= 1
-        except Problem as problem:
-            refused.append((problem, time.monotonic() - asked))
-
-    async def body(engine: Engine) -> None:
-        for _ in range(10):
-            await asyncio.gather(*[caller(engine, seed) for seed in range(160)])
-
-    run(body, queue=16)
-    assert most == 16
-    assert len(answered) >= 160
-    assert len(refused) == 1600 - len(answered)
-    for problem, _ in refused:
-        assert (problem.code, problem.status, problem.reason) == ("busy", 429, "queue")
-        assert problem.retry_after is not None
-        assert problem.retry_after >= 1
-        assert "16 images are being worked on" in problem.message
-    assert sorted(seconds for _, seconds in refused)[len(refused) // 2] < 0.05
-
-
-def test_places_are_counted_in_images_not_requests(model: Champion) -> None:
-    """gh:bentoml/BentoML#3859: a limit on requests let their rows take all memory."""
-
-    async def body(engine: Engine) -> None:
-        with engine.admit(6):
-            engine.admit(2)
-            with pytest.raises(Problem, match="6 images are being worked on, and 3 more would exceed the queue of 8"):
-                engine.admit(3)
-        with engine.admit(20):  # more than the queue, alone: it could never be served otherwise
-            pass
-
-    run(body, queue=8)
-
-
-def test_what_could_not_be_done_before_its_deadline_is_not_admitted(model: Champion) -> None:
-    async def body(engine: Engine) -> None:
-        with engine.admit(3):
-            await asyncio.sleep(0.3)  # three images in 0.3 s
-        with engine.admit(30), pytest.raises(Problem, match=r"exceed what can be done in 0\.05 s") as told:
-            engine.admit(1)
-        assert (told.value.status, told.value.reason) == (429, "deadline")
-
-    run(body, deadline_s=0.05)
-
-
-def test_a_burst_is_let_in_and_a_queue_that_stands_is_not_let_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kshot_serve.inference.engine._BURST_S", 0.2)
-
-    async def body(engine: Engine) -> None:
-        with ExitStack() as held:
-            for _ in range(15):
-                held.enter_context(engine.admit())
-            await asyncio.sleep(0.3)
-            with pytest.raises(Problem, match=r"exceed what can be begun in 0\.001 s") as told:
-                engine.admit()
-            assert (told.value.status, told.value.reason) == (429, "wait")
-        for _ in range(15):
-            engine.admit()
-
-    run(body, wait_s=0.001)
-
-
-def test_a_queue_that_stands_lets_in_one_for_one_and_no_new_burst(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen at ten times the capacity: each burst was followed by the next, and all waited three times longer."""
-    monkeypatch.setattr("kshot_serve.inference.engine._BURST_S", 0.2)
-
-    async def body(engine: Engine) -> None:
-        with ExitStack() as held:
-            for _ in range(7):
-                held.enter_context(engine.admit())
-            with engine.admit():
-                await asyncio.sleep(0.3)
-            held.enter_context(engine.admit())
-            with pytest.raises(Problem, match="exceed what can be begun"):
-                engine.admit()
-
-    run(body, wait_s=0.001)
-
-
-def test_requests_whose_bodies_are_on_their_way_are_reckoned_with_but_slow_ones_not_for_long() -> None:
-    """Else all that come at once are read, and most of them for nothing."""
-
-    async def body(engine: Engine) -> None:
-        came = [engine.expect() for _ in range(8)]
-        with pytest.raises(Problem, match="8 images are being worked on") as told:
-            engine.admit()
-        assert told.value.reason == "queue"
-        came[0]()
-        came[0]()
-        engine.admit()
-        with pytest.raises(Problem):
-            engine.admit(2)
-        await asyncio.sleep(1.1)
-        engine.admit(8)
-
-    run(body, queue=8)
 
 
 def test_background_work_takes_no_places(model: Champion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,7 +565,7 @@ def test_stopping_answers_what_was_admitted_and_admits_no_more(
         stopping = asyncio.create_task(engine.stop())
         await settle()
         with pytest.raises(Problem) as told:
-            engine.admit(1)
+            engine.admission.check()
         assert (told.value.code, told.value.status) == ("draining", 503)
         assert not stopping.done()
         gate.open.set()

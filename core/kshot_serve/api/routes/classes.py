@@ -22,6 +22,7 @@ from kshot_serve.api.operation import (
     operation,
 )
 from kshot_serve.errors import Code
+from kshot_serve.inference.admission import timely
 from kshot_serve.spaces.contents import THUMBNAIL
 from kshot_serve.spaces.service import Written
 from kshot_serve.storage.values import Class
@@ -49,7 +50,8 @@ async def add_class(request: Request, backend: Serving, space_id: SpaceId) -> sc
     name = form.texts.get("name", "")
     deadline = backend.deadline(request)
     with backend.engine.admit(len(form.photos["photos"])):
-        uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
+        async with timely(deadline):
+            uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
         written = await backend.spaces.add_class(space_id, name, uploads, who=author(request), deadline=deadline)
     return _added(written)
 
@@ -85,7 +87,8 @@ async def add_photos(request: Request, backend: Serving, space_id: SpaceId, clas
     form, champion = await read_form(request, backend), backend.champions.current
     deadline = backend.deadline(request)
     with backend.engine.admit(len(form.photos["photos"])):
-        uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
+        async with timely(deadline):
+            uploads = await backend.decoder.read_all(form.photos["photos"], champion.bundle.manifest.image)
         written = await backend.spaces.add_photos(space_id, class_id, uploads, who=author(request), deadline=deadline)
     return _added(written)
 

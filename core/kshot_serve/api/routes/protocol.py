@@ -13,13 +13,14 @@ from pydantic import BaseModel
 
 from kshot_serve.api import protocol
 from kshot_serve.api.bodies import inflated
-from kshot_serve.api.operation import Operation, Serving, operation, timely
+from kshot_serve.api.operation import Operation, Serving, operation
 from kshot_serve.api.protocol import Infer, Spec
 from kshot_serve.api.routes.health import stalled
 from kshot_serve.api.schemas import InferFailure
 from kshot_serve.api.statistics import Statistics
 from kshot_serve.backend import Backend
 from kshot_serve.errors import Problem
+from kshot_serve.inference.admission import timely
 from kshot_serve.models.champion import Champion
 from kshot_serve.observe import trace
 from kshot_serve.spaces.uploads import Upload
@@ -187,7 +188,7 @@ async def version_ready(backend: Serving, model: Name, number: Version) -> Model
     return await _ready(backend, model, number)
 
 
-_INFERS = _operation("model_unknown", "too_few_classes", photos=True, body=_INFER, cancels=True, answers=_INFERRED)
+_INFERS = _operation("model_unknown", "too_few_classes", photos=True, body=_INFER, answers=_INFERRED)
 
 
 @router.post("/v2/models/{model}/infer", **_INFERS)

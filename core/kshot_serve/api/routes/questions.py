@@ -18,10 +18,10 @@ from kshot_serve.api.operation import (
     SpaceId,
     operation,
     request_id,
-    timely,
 )
 from kshot_serve.api.schemas import model_of
 from kshot_serve.errors import Problem
+from kshot_serve.inference.admission import timely
 from kshot_serve.spaces.questions import Answer
 from kshot_serve.spaces.uploads import Upload, all_sound
 
@@ -30,7 +30,7 @@ router = APIRouter(route_class=Operation)
 
 @router.post(
     "/v1/spaces/{space_id}/classify", tags=["questions"], response_model=schemas.Classified,
-    **operation("read", "space_unknown", "too_few_classes", photos=True, body=PHOTOS | ONE_PHOTO, cancels=True),
+    **operation("read", "space_unknown", "too_few_classes", photos=True, body=PHOTOS | ONE_PHOTO),
 )  # fmt: skip
 async def classify(request: Request, backend: Serving, space_id: SpaceId) -> Response:
     """Say what photos show, or that they show none of the classes.
@@ -61,7 +61,7 @@ async def classify(request: Request, backend: Serving, space_id: SpaceId) -> Res
 
 @router.post(
     "/v1/embed", tags=["questions"], response_model=schemas.Embedded,
-    **operation("read", "not_supported", photos=True, body=PHOTOS | ONE_PHOTO, cancels=True),
+    **operation("read", "not_supported", photos=True, body=PHOTOS | ONE_PHOTO),
 )  # fmt: skip
 async def embed(request: Request, backend: Serving) -> Response:
     """The features of photos, as the model sees them."""
@@ -76,7 +76,7 @@ async def embed(request: Request, backend: Serving) -> Response:
 
 @router.post(
     "/v1/verify", tags=["questions"],
-    **operation("read", "not_supported", photos=True, body=PAIR, cancels=True),
+    **operation("read", "not_supported", photos=True, body=PAIR),
 )  # fmt: skip
 async def verify(request: Request, backend: Serving) -> schemas.Verified:
     """Say whether two photos show the same class, whichever that is."""

@@ -104,13 +104,15 @@ async def export_space(request: Request, backend: Serving, space_id: SpaceId) ->
     "/v1/spaces/import", tags=["label spaces"], status_code=201,
     **operation(
         "admin", "conflict", "too_many_photos", "too_many_classes", "not_an_image", "photo_too_large", "not_ready",
-        body=ZIP, whole=True,
+        "too_late", body=ZIP, whole=True,
     ),
 )  # fmt: skip
 async def import_space(request: Request, backend: Serving) -> schemas.Space:
     """Make a label space of an exported one."""
     backend.champions.current  # noqa: B018  (not ready: said before the body is read)
-    return _space(await backend.spaces.import_(await request.body(), who=author(request)), backend)
+    content = await request.body()
+    deadline = backend.deadline(request, backend.settings.import_s)
+    return _space(await backend.spaces.import_(content, who=author(request), deadline=deadline), backend)
 
 
 @router.get("/v1/spaces/{space_id}/revisions", tags=["revisions"], **operation("read", "space_unknown"))
