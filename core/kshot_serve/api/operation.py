@@ -191,7 +191,12 @@ def _parts(photos: dict[str, Any], *texts: str) -> dict[str, Any]:
     """A multipart body as OpenAPI describes it."""
     text = {"type": "string", "minLength": 1, "maxLength": 200}
     properties: dict[str, Any] = {name: text for name in texts}  # noqa: C420
-    return {"schema": {"type": "object", "properties": properties | photos, "required": [*texts, *photos]}}
+    required = [*texts, *photos]
+    return {
+        "schema": {
+            "type": "object", "properties": properties | photos, "required": required, "additionalProperties": False,
+        }
+    }  # fmt: skip
 
 
 _FILE = {"type": "string", "format": "binary"}
@@ -199,7 +204,8 @@ _FILES = {"photos": {"type": "array", "items": _FILE, "minItems": 1}}
 PHOTOS = {"multipart/form-data": _parts(_FILES)}
 NAMED_PHOTOS = {"multipart/form-data": _parts(_FILES, "name")}
 PAIR = {"multipart/form-data": _parts({"a": _FILE, "b": _FILE})}
-ONE_PHOTO = {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")}
+PHOTO = {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")}
+ONE_PHOTO = {"application/octet-stream": {"schema": _FILE}} | PHOTO  # as clients send that know no other bytes
 JPEG = {"image/jpeg": {"schema": _FILE}}
 ZIP = {"application/zip": {"schema": _FILE}}
 

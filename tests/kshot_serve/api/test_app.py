@@ -594,7 +594,8 @@ def test_the_description_has_every_code_scope_and_an_example(server: Running) ->
             told |= set(response["description"].split(", "))
     assert set(errors.STATUS) - told <= {"method_not_allowed", "not_found"}
     classify = described["paths"]["/v1/spaces/{space_id}/classify"]["post"]
-    assert set(classify["requestBody"]["content"]) == {"multipart/form-data", "image/jpeg", "image/png", "image/webp"}
+    single = {"application/octet-stream", "image/jpeg", "image/png", "image/webp"}
+    assert set(classify["requestBody"]["content"]) == single | {"multipart/form-data"}
     assert described["components"]["schemas"]["Classified"]["examples"]
 
 

@@ -12,6 +12,7 @@ from kshot_serve.api.operation import (
     JSON,
     NAMED_PHOTOS,
     ONE_PHOTO,
+    PHOTO,
     PHOTOS,
     ClassId,
     Operation,
@@ -97,7 +98,7 @@ async def add_photos(request: Request, backend: Serving, space_id: SpaceId, clas
     "/v1/spaces/{space_id}/photos/{photo_id}", tags=["classes"], response_class=Response,
     **operation(
         "read", "space_unknown", "photo_unknown", "not_ready", "busy",
-        answers={200: {"content": ONE_PHOTO}, 304: {"description": "unchanged"}},
+        answers={200: {"content": PHOTO}, 304: {"description": "unchanged"}},
     ),
 )  # fmt: skip
 async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
