@@ -156,18 +156,23 @@ class Guard:
                 request.more["key"] = key.id
 
     async def _key(self, text: str | None, address: str) -> Key:
-        """The key of this text, or a Problem. An address may ask the database about so many wrong keys a second."""
+        """The key of this text, or a Problem. Only so many wrong keys a second may ask the database.
+
+        Those are counted for each address; but where the id is right, for that key, so that nobody's right key is held
+        up by wrong ones from the same address, which may be a proxy's.
+        """
         keys, rate = self.backend.keys, self.backend.budgets.wrong_key_rate
         if not text or keys.remembers(text):
             return await keys.check(text)
-        rate.take(address)
+        caller = await keys.id_in(text) or address
+        rate.take(caller)
         try:
             key = await keys.check(text)
         except Problem as problem:
             if problem.code != "key_unknown":
-                rate.give(address)
+                rate.give(caller)
             raise
-        rate.give(address)
+        rate.give(caller)
         return key
 
     def _may_come_from(self, origin: str | None, host: str) -> bool:

@@ -29,6 +29,7 @@ OPEN = frozenset({"/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/hea
 
 _KEY = re.compile(r"kshot_([0-9a-z]{10})_([0-9a-f]{64})")
 _REMEMBERED_S = 5.0  # a revoked key may live on for so long
+_IDS_S = 1.0  # how old the list of all ids may be
 _WRONG_KEYS = 1000  # that are remembered, for as long
 
 _MOST_SPACES = 500  # that a key may be bound to
@@ -64,6 +65,7 @@ class Keys:
         self._store = store
         self._clock = clock
         self._known: dict[bytes, tuple[Key, float]] = {}  # valid keys, by their hash, and until when to trust that
+        self._ids, self._ids_until = frozenset[str](), 0.0
         self._wrong: dict[bytes, float] = {}  # others, by their hash, and until when not to ask again
 
     def new(
@@ -135,6 +137,15 @@ class Keys:
         """Whether this text was a valid key not long ago, or is known to be none; others cost a question."""
         whole = _hash(text)
         return whole in self._known or self._clock() < self._wrong.get(whole, 0)
+
+    async def id_in(self, text: str) -> str | None:
+        """The id in this text, if a key has it; the database is asked for all ids, once a second at most."""
+        if (parts := _KEY.fullmatch(text)) is None:
+            return None
+        if self._clock() >= self._ids_until:
+            self._ids_until = self._clock() + _IDS_S
+            self._ids = frozenset(key.id for key in await self._store.run(self.all))
+        return parts[1] if parts[1] in self._ids else None
 
     def _find(self, text: str) -> Key | None:
         parts = _KEY.fullmatch(text)

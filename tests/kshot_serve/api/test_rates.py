@@ -48,7 +48,7 @@ def test_wrong_keys_of_an_address_are_bounded_and_hold_up_no_right_one(
         source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, keys="required", wrong_keys_per_s=0.5
     )
     with running(settings) as server:
-        right = {"X-API-Key": server.backend.keys.new("right", "read")[1]}
+        right, new = ({"X-API-Key": server.backend.keys.new(name, "read")[1]} for name in ("right", "new"))
         assert server.http.get("/v1/spaces", headers=right).status_code == 200
         asked = counting(server, monkeypatch)
         found = [server.http.get("/v1/spaces", headers=wrong()) for _ in range(40)]
@@ -56,6 +56,12 @@ def test_wrong_keys_of_an_address_are_bounded_and_hold_up_no_right_one(
         assert set(statuses) == {(401, "key_unknown"), (429, "rate")}
         assert 5 <= statuses[401, "key_unknown"] == len(asked) < 20
         assert int(found[-1].headers["retry-after"]) >= 1
+        assert server.http.get("/v1/spaces", headers=new).status_code == 200  # though it was never asked about before
+        guessed = [
+            server.http.get("/v1/spaces", headers={"X-API-Key": new["X-API-Key"][:-64] + secrets.token_hex(32)})
+            for _ in range(40)
+        ]
+        assert (429, "rate") in map(reason, guessed)
         server.backend.keys._clock = lambda: 1e9  # what is remembered of the right key has to be asked for again
         assert server.http.get("/v1/spaces", headers=right).status_code == 200
         assert reason(server.http.get("/v1/spaces")) == (401, "key_missing")
