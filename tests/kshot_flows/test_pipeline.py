@@ -95,6 +95,7 @@ def test_its_bundle_classifies_without_torch_and_says_where_it_comes_from(projec
     assert (facts.source.recipe, facts.source.run_id, facts.learner.name) == ("tiny", trained.run, "protonet")
     assert facts.expected[0].episodes == 60
     assert facts.calibration[0].shots == 1
+    assert None not in (facts.calibration[0].accepted, facts.calibration[0].false_accepts)  # the page shows both
 
 
 def test_one_mlflow_run_holds_the_whole_experiment(project: Project) -> None:

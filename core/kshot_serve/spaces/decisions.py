@@ -77,10 +77,14 @@ def operating(
         or (ways == 1 and not _tells_one(calibration, verification))
     ):
         return None
-    if accept is None or not calibration.points:
-        return Operating(calibration.threshold, calibration.accepted, calibration.false_accepts)
     points = sorted(calibration.points, key=lambda point: point.accepted)
     shares = [point.accepted for point in points]
+    if accept is None or not points:
+        accepted = calibration.accepted
+        if accepted is None and points:  # kshot's own exports did not say it
+            limits = [-point.threshold for point in points]
+            accepted = float(np.interp(-calibration.threshold, limits, shares))
+        return Operating(calibration.threshold, accepted, calibration.false_accepts)
 
     def at(values: list[float]) -> float:
         return float(np.interp(accept, shares, values))
@@ -128,13 +132,18 @@ def closer(photos: np.ndarray, own: np.ndarray, others: Sequence[np.ndarray]) ->
     """For each of a class's new photos (N, D), which other class it is clearly closer to, if any.
 
     It is compared, by cosine, with the mean of the other photos of its class, new ones and those there already, `own`
-    (M, D), and with the means of `others`, (K, D) each. All rows are unit; a photo that is alone has no such mean.
+    (M, D), and with the means of `others`, (K, D) each. All rows are unit. Those other photos must be closer to each
+    other than to it: of two photos that differ either may be the wrong one, and where all differ the class looks so.
     """
-    if not others or len(photos) + len(own) < 2:
+    count = len(photos) + len(own)
+    if not others or count < 3:
         return [None] * len(photos)
-    rest = unit(photos.sum(0) + own.sum(0) - photos)
+    total = photos.sum(0) + own.sum(0)
+    to_others = photos @ total - 1  # sums of cosines, (N,)
+    among_others = (total @ total - count - 2 * to_others) / (count - 2)
     alike = photos @ unit(np.stack([rows.mean(0) for rows in others])).T  # (N, classes)
-    clearly = 1 - alike.max(1) < CLEAR * (1 - (photos * rest).sum(1))
+    clearly = 1 - alike.max(1) < CLEAR * (1 - (photos * unit(total - photos)).sum(1))
+    clearly &= among_others > to_others
     return [i if yes else None for i, yes in zip(alike.argmax(1).tolist(), clearly.tolist(), strict=True)]
 
 

@@ -202,10 +202,14 @@ class Spaces:
         """Photos of the class of this name, which is made if need be."""
         name = named(name, "a class")
 
-        def place(write: Write, there: Snapshot) -> str:
-            return next((each.id for each in there.classes if each.name == name), None) or write.add_class(name)
+        def known(classes: Sequence[Class]) -> str | None:
+            return next((each.id for each in classes if each.name == name), None)
 
-        return await self._add(space, "add_photos", None, place, uploads, who, deadline)
+        def place(write: Write, there: Snapshot) -> str:
+            return known(there.classes) or write.add_class(name)
+
+        _, classes = await self.classes(space)
+        return await self._add(space, "add_photos", known(classes), place, uploads, who, deadline)
 
     async def rename_class(self, space: str, class_id: str, name: str, *, who: str = "") -> Written:
         name = named(name, "a class")

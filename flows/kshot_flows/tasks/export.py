@@ -64,7 +64,8 @@ def _facts(recipe: Recipe, learner: Trained, score: Scores) -> manifest.Facts:
         calibration=tuple(
             manifest.Calibration(
                 ways=fit.shape.ways, shots=fit.shape.shots, temperature=fit.temperature, by=fit.by,
-                threshold=fit.threshold, auroc=fit.auroc, false_accepts=fit.false_accepts, ece=fit.ece,
+                threshold=fit.threshold, accepted=fit.accepted, false_accepts=fit.false_accepts, auroc=fit.auroc,
+                ece=fit.ece,
                 points=tuple(manifest.OperatingPoint(**asdict(point)) for point in fit.points),
             )
             for fit in score.calibrations

@@ -9,7 +9,7 @@ import pytest
 
 from kshot_runtime.bundle import Tensors
 from kshot_runtime.manifest import By, Calibration, OperatingPoint, Verification
-from kshot_serve.spaces.decisions import closer, judge, nearest, operating, same, similarity
+from kshot_serve.spaces.decisions import closer, judge, nearest, operating, same, similarity, unit
 
 POINTS = tuple(
     OperatingPoint(accepted=accepted, threshold=limit, false_accepts=passed)
@@ -36,6 +36,13 @@ def test_a_chosen_share_lies_on_a_line_between_the_measured_ones_and_the_default
     point = operating(BY_LOGIT, None, 5, accept)
     assert point is not None
     assert (point.threshold, point.accepted, point.false_accepts) == pytest.approx((limit, accepted, passed))
+
+
+def test_the_share_that_passes_the_default_is_read_from_the_measured_ones_where_the_bundle_lacks_it() -> None:
+    """Seen on the page, with every bundle of `kshot run`: "no measured threshold" beside a slider that worked."""
+    point = operating(BY_LOGIT.model_copy(update={"accepted": None}), None, 5, None)
+    assert point is not None
+    assert (point.threshold, point.accepted, point.false_accepts) == pytest.approx((-2.5, 0.9225, 0.08))
 
 
 def test_without_measured_shares_the_bundle_s_one_threshold_holds_and_without_calibration_none() -> None:
@@ -148,6 +155,15 @@ def test_a_new_photo_is_judged_by_its_class_s_other_photos_and_only_if_there_are
     assert closer(at(80), at(0, 10), others) == [0]
     assert closer(at(0, 10, 50), nothing, others) == [None, None, None]  # between the two
     assert closer(at(0, 80), nothing, []) == [None, None]
+
+
+def test_no_photo_of_a_class_whose_photos_all_differ_is_called_closer_to_another() -> None:
+    """Seen in review: with one class, a second photo of another was "closer" to the first, and so was its first."""
+    unlike = np.eye(3)
+    between = unit(np.array([[0.0, 0.6, 0.6]]))
+    assert closer(unlike[:2], unlike[:0], [between]) == [None, None]  # which of the two would be the wrong one?
+    assert closer(unlike[1:2], unlike[:1], [between]) == [None]
+    assert closer(unlike, unlike[:0], [between]) == [None, None, None]
 
 
 def test_no_queries_have_no_verdicts() -> None:

@@ -330,6 +330,19 @@ def test_notes_tell_of_duplicates_and_of_photos_that_look_like_another_class(
     on(bundle, body)
 
 
+def test_photos_added_by_the_name_of_their_class_are_not_closer_to_that_class(
+    on: Any, bundle: Path, photo: Photo
+) -> None:
+    async def body(parts: Parts) -> None:
+        space = await a_space(parts, photo, "red", "blue")
+        await ask(parts, space, photo("red"))
+        photos = [photo("red", 50), photo("yellow", 50), photo("yellow", 51)]
+        written = await parts.spaces.add(space, "red", [parts.upload(each) for each in photos])
+        assert written.notes == ()
+
+    on(bundle, body)
+
+
 @pytest.mark.parametrize(
     "name",
     [
