@@ -18,7 +18,7 @@ export class Ask {
     this.told = told
     /** @type {Space} */
     this.space = /** @type {any} */ (null)
-    /** @type {Blob | null} */
+    /** @type {File | null} */
     this.photo = null
     /** @type {Answer | null} */
     this.answer = null
@@ -27,8 +27,11 @@ export class Ask {
     this.url = ''
     /** Counts questions: an answer to an older one is not shown. */
     this.asked = 0
-    chooser($('ask-file'), ([file]) => this.show(file))
-    droppable($('ask'), ([file]) => this.show(file))
+    const refuse = (/** @type {string} */ text) => this.problem(text)
+    chooser($('ask-file'), ([{ file }]) => this.show(file), refuse)
+    droppable($('ask'), ([{ file }]) => this.show(file), refuse)
+    $('query').addEventListener('load', () => this.hint())
+    $('query').addEventListener('error', () => this.hint())
     $('ask-camera').addEventListener('click', () => (this.live ? this.stop() : this.start()))
     document.addEventListener('visibilitychange', () => (document.hidden ? this.stop() : this.picture()))
   }
@@ -39,35 +42,42 @@ export class Ask {
     this.space = space
     this.asked++
     this.photo = this.answer = null
-    for (const id of ['query', 'answer']) $(id).hidden = true
+    $('answer').hidden = true
     $('ask-tab').textContent = 'What is this?'
     this.problem('')
-    this.hint()
+    this.picture()
   }
 
   hint() {
-    const [first, second] = [!this.space.classes.length, this.photo || this.live]
-    $('stage-hint').hidden = Boolean(second)
-    $('stage-hint').textContent = first
+    $('query').hidden = this.live || !this.photo || !$('query').naturalWidth // no sign of a broken image
+    $('stage-hint').hidden = this.live || !$('query').hidden
+    $('stage-hint').textContent = !this.space.classes.length
       ? 'Make a class or two first. Then drop a photo here and see what it is.'
       : 'Drop a photo here, paste one, or use the camera.'
   }
 
-  /** A new photo to ask about. @param {Blob} file */
+  /** A new photo to ask about. @param {File} file */
   async show(file) {
     this.stop()
-    this.photo = await fitted(file)
     this.answer = null
-    this.picture()
-    await this.again()
+    try {
+      this.photo = await fitted(file)
+      this.picture()
+      await this.again()
+    } catch (error) {
+      this.photo = null
+      this.asked++ // an answer that is on its way is about another photo
+      this.picture()
+      this.refused(error)
+    }
   }
 
   picture() {
     if (document.hidden) return // the page may be on its way out, and loads nothing then
     URL.revokeObjectURL(this.url)
     this.url = this.photo ? URL.createObjectURL(this.photo) : ''
-    $('query').src = this.url
-    $('query').hidden = !this.photo
+    if (this.url) $('query').src = this.url
+    else $('query').removeAttribute('src')
     this.hint()
   }
 
@@ -93,10 +103,7 @@ export class Ask {
       this.told(model, revision)
       announce(said(answer))
     } catch (error) {
-      if (number !== this.asked) return
-      this.problem(/** @type {Error} */ (error).message)
-      $('answer').hidden = true
-      this.answer = null
+      if (number === this.asked) this.refused(error)
     } finally {
       if (number === this.asked) $('ask').removeAttribute('aria-busy')
     }
@@ -113,7 +120,6 @@ export class Ask {
     }
     this.live = true
     this.answer = null
-    $('query').hidden = true
     this.pressed()
     this.hint()
     let before = ''
@@ -153,6 +159,13 @@ export class Ask {
   pressed() {
     $('ask-camera').setAttribute('aria-pressed', this.live)
     $('ask-camera').querySelector('span').textContent = this.live ? 'Stop' : 'Live camera'
+  }
+
+  /** No answer, and why. @param {any} error */
+  refused({ message }) {
+    this.problem(message)
+    $('answer').hidden = true
+    this.answer = null
   }
 
   /** @param {string} text */
@@ -209,13 +222,19 @@ function words(answer, count) {
     return { kind: 'Not one of your classes', name: 'None of these', more: nearest }
   }
   if (answer.decision === 'ambiguous') {
-    const rivals = answer.classes.filter(({ probability }) => 2 * probability > first.probability).slice(0, 3)
+    const rivals = rivalsOf(answer)
     if (rivals.length === 1) return { kind: 'Not sure', name: `Perhaps ${first.name}`, more: 'No class is likely enough. More photos of each help.' }
     const either = rivals.map(({ name }) => name).join(', ').replace(/, ([^,]*)$/, ' or $1')
     return { kind: 'Not sure', name: either, more: 'It could be any of these. More photos of each help to tell them apart.' }
   }
   const alone = count === 1 ? ' It is the only class so far.' : ''
   return { kind: 'This looks like', name: answer.class?.name ?? first.name, more: `${percent(answer.probability)} sure.${alone}` }
+}
+
+/** The classes that an answer names. @param {Answer} answer */
+function rivalsOf({ decision, classes }) {
+  if (decision === 'unknown') return []
+  return classes.filter(({ probability }, i) => i === 0 || (decision === 'ambiguous' && i < 3 && 2 * probability > classes[0].probability))
 }
 
 /** The answer as one sentence. @param {Answer} answer @param {boolean} [exact] */
@@ -226,8 +245,11 @@ function said(answer, exact = true) {
 
 /** @param {Answer} before @param {Answer} now */
 function moves(before, now) {
-  const [old, name] = [words(before, 2).name, words(now, 2).name]
-  if (old !== name) return `It was “${old}” before; now “${name}”,`
+  const named = (/** @type {Answer} */ answer) => rivalsOf(answer).map(({ id }) => id).sort().join()
+  if (before.decision !== now.decision || named(before) !== named(now))
+    return `It was “${words(before, 2).name}” before; now “${words(now, 2).name}”,`
+  if (now.decision === 'unknown') return 'The answer stayed “None of these”' // how near its classes are says nothing of how sure that is
+  if (now.decision === 'ambiguous') return 'It is still not sure'
   const change = Math.round(100 * now.probability) - Math.round(100 * before.probability)
   if (!change) return 'The answer stayed the same'
   return `The answer stayed; it is ${Math.abs(change)} ${Math.abs(change) === 1 ? 'point' : 'points'} ${change > 0 ? 'surer' : 'less sure'}`

@@ -1,22 +1,27 @@
 /** Calls to the server: its refusals as errors with its own words, waiting when it is busy, asking for a key. */
-import { sleep } from './dom.js'
+import { sentence, sleep } from './dom.js'
 
 /** What the server, or the way to it, refused. `message` is for people. */
 export class Refusal extends Error {
   /** @param {string} code @param {string} message @param {number} [status] @param {number} [after] seconds */
   constructor(code, message, status = 0, after = 0) {
-    super(message)
+    super(sentence(message))
     this.code = code
     this.status = status
     this.after = after
   }
 }
 
-/** Tells how things stand: `away`, `back`, `busy` (detail: seconds until the next try) and `answered`. */
+/** Reports `away`, `back`, `busy` (detail: seconds until the next try), `answered` and `key` (another one is in use). */
 export const server = new EventTarget()
 
 /** Asks the person for a key and gives it, or null. Set by the page. @type {{ask: (refused: boolean) => Promise<string|null>}} */
 export const keys = { ask: async () => null }
+
+const SCOPES = ['read', 'write', 'admin']
+
+/** Whether the key in use may do what needs this scope; <body> has its scope, also for the style sheet. @param {string} needed */
+export const may = (needed) => SCOPES.indexOf(document.body.dataset.scope ?? '') >= SCOPES.indexOf(needed)
 
 const KEY = 'kshot-key'
 const PATIENCE = 5 // tries when the server is busy
@@ -30,7 +35,8 @@ let away = false
  * One request. Busy servers are asked again after the time that they name; a missing key is asked for.
  * @param {string} method
  * @param {string} path
- * @param {{json?: any, body?: BodyInit, headers?: Record<string, string>, patient?: boolean}} [what]
+ * @param {{json?: any, body?: BodyInit, headers?: Record<string, string>, patient?: boolean, asks?: boolean}} [what]
+ *   `asks`: it changes nothing, though it is a POST
  * @returns {Promise<Response>}
  */
 export async function request(method, path, what = {}) {
@@ -54,7 +60,7 @@ export const call = async (...args) => {
 }
 
 /** @param {string} method @param {string} path @param {any} what @param {string | null} key */
-async function send(method, path, { json, body, headers = {} }, key) {
+async function send(method, path, { json, body, headers = {}, asks = method === 'GET' }, key) {
   const sent = { ...headers }
   if (key) sent.Authorization = `Bearer ${key}`
   if (json !== undefined) sent['Content-Type'] = 'application/json'
@@ -69,7 +75,7 @@ async function send(method, path, { json, body, headers = {} }, key) {
     return response
   } catch {
     gone()
-    throw new Refusal('away', 'The server does not answer. What you just did may not have been saved.')
+    throw new Refusal('away', `The server does not answer.${asks ? '' : ' What you just did may not have been saved.'}`)
   }
 }
 
@@ -94,7 +100,10 @@ async function newKey(used) {
   asking ??= askKey(used !== null)
   const key = await asking
   asking = null
-  if (key) sessionStorage.setItem(KEY, key)
+  if (key) {
+    sessionStorage.setItem(KEY, key)
+    server.dispatchEvent(new Event('key'))
+  }
   return Boolean(key)
 }
 

@@ -1,9 +1,10 @@
 /** The page: which label space is open (the address says it), and what its buttons do. */
 import { Ask } from './answer.js'
-import { call, keys, server } from './api.js'
+import { call, keys, may, server } from './api.js'
 import { Classes } from './classes.js'
-import { $, announce, ask, confirmed, counted, el, toast } from './dom.js'
-import { chooser } from './photos.js'
+import { $, announce, ask, confirmed, counted, el, has, toast } from './dom.js'
+import { chosen, grouped, isExport, nameOf } from './folders.js'
+import { droppable, serverLimits } from './photos.js'
 import { Space } from './space.js'
 
 /** @type {Space | null} */
@@ -14,7 +15,7 @@ let model = null
 const classes = new Classes()
 const asking = new Ask((photo) => classes.look(photo), (answered, revision) => {
   if (model && answered.bundle !== model.bundle) {
-    toast(`The model has changed: ${answered.name} ${answered.version} answers now.`)
+    toast(`The model has changed: ${versioned(answered)} answers now.`)
     showModel()
   }
   if (space && revision > space.revision) reload('a change made elsewhere')
@@ -38,16 +39,19 @@ async function open() {
   const id = location.hash.slice(1)
   for (const menu of document.querySelectorAll('[popover]:popover-open')) /** @type {HTMLElement} */ (menu).hidePopover()
   try {
+    await showScope()
     if (id) {
       const opened = await new Space(id).load()
       if (id !== location.hash.slice(1)) return
       space = opened
       space.addEventListener('changed', (event) => changed(/** @type {CustomEvent} */ (event).detail))
+      space.addEventListener('growing', drawClasses)
       view('space')
       classes.open(space)
       asking.open(space)
       changed('')
       begin('new-class-name')
+      if (waiting.length) classes.addAll(waiting.splice(0))
     } else {
       if (space) asking.stop()
       space = null
@@ -72,21 +76,49 @@ function changed(because) {
   if (!space) return
   document.title = `${space.name} · kshot`
   $('space-name').textContent = space.name
-  $('classes-title').textContent = space.classes.length ? `${counted(space.classes.length, 'class', 'classes')}` : 'Classes'
-  $('steps').hidden = space.classes.length > 0
-  classes.draw()
+  drawClasses()
   drawStrictness(space.facts.accepted, space.facts.false_accepts)
   drawModel()
   asking.again(because)
 }
 
+function drawClasses() {
+  const count = space?.classes.length ?? 0
+  $('classes-title').textContent = count ? counted(count, 'class', 'classes') : 'Classes'
+  $('steps').hidden = count > 0
+  classes.draw()
+}
+
+/** Which buttons there are depends on what the key may do. */
+async function showScope() {
+  document.body.dataset.scope = (await serverLimits()).scope
+  $('strict').disabled = !may('write')
+}
+server.addEventListener('key', () => showScope().catch(() => {}))
+
+/** Label spaces of this server, the newest first. @type {Awaited<ReturnType<typeof Space.all>>} */
+let known = []
+
 async function listSpaces() {
-  const known = await Space.all()
+  known = await Space.all()
   $('known-spaces').hidden = !known.length
-  $('all-spaces').replaceChildren(...known.slice(0, 60).map(({ id, name, classes, photos }) =>
+  $('find-space').value = ''
+  $('find-space').hidden = known.length <= FEW
+  drawSpaces()
+}
+
+const FEW = 12 // label spaces; where there are more, they can be searched
+const MOST = 60 // that are listed
+
+function drawSpaces() {
+  const found = known.filter(({ name }) => has(name, $('find-space').value))
+  $('all-spaces').replaceChildren(...found.slice(0, MOST).map(({ id, name, classes, photos }) =>
     el('li', {}, el('a', { href: `#${id}` }, el('b', {}, name), el('span', { class: 'hint' },
       `${counted(classes, 'class', 'classes')}, ${counted(photos, 'photo')}`)))))
+  $('found-spaces').textContent = found.length > MOST ? `The newest ${MOST} of ${found.length}. Type a part of a name to find others.`
+    : found.length ? '' : 'None has this in its name.'
 }
+$('find-space').addEventListener('input', drawSpaces)
 
 // --- Label spaces: new, other, import, export, rename, delete
 
@@ -102,16 +134,40 @@ $('new-space').addEventListener('submit', async (/** @type {Event} */ event) => 
   }
 })
 
-chooser($('import-space'), async ([file]) => {
+/** Classes for the label space that is about to open. @type {{name: string, files: File[]}[]} */
+const waiting = []
+
+/** A new label space from folders of photos. @param {import('./folders.js').Found[]} found @param {string} name */
+async function bring(found, name) {
+  if (space || !may('write')) return
+  const { classes: wanted } = grouped(found)
+  if (!wanted.length) throw new Error('Drop folders of photos, one for each class, or a zip of them.')
+  for (let number = 1; ; number++) {
+    try {
+      const { id } = await Space.create(number > 1 ? `${name} (${number})` : name)
+      waiting.push(...wanted)
+      location.hash = id
+      return
+    } catch (error) {
+      if (/** @type {any} */ (error).code !== 'conflict' || number > 50) throw error
+    }
+  }
+}
+const say = (/** @type {any} */ { message }) => toast(message)
+droppable(document.querySelector('main'), (found, name) => bring(found, name).catch(say), toast)
+
+$('import-space').addEventListener('change', async () => {
+  const [file] = $('import-space').files
+  $('import-space').value = ''
   try {
+    if (!(await isExport(file))) return await bring(await chosen([file]), nameOf(file))
     const { id, name } = await Space.import(file)
     toast(`${name} imported.`)
     location.hash = id
   } catch (error) {
-    toast(/** @type {Error} */ (error).message)
+    say(error)
   }
 })
-$('import-space').accept = '.zip,application/zip'
 
 $('space-menu').addEventListener('toggle', async (/** @type {any} */ event) => {
   if (event.newState !== 'open') return
@@ -122,7 +178,7 @@ $('space-menu').addEventListener('toggle', async (/** @type {any} */ event) => {
 $('rename-space').addEventListener('click', async () => {
   $('space-menu').hidePopover()
   $('naming-name').value = space?.name
-  if ((await ask($('naming'))) === 'yes') await space?.rename($('naming-name').value.trim()).catch((error) => toast(error.message))
+  if ((await ask($('naming'))) === 'yes') await space?.rename($('naming-name').value.trim()).catch(say)
 })
 
 $('export-space').addEventListener('click', async () => {
@@ -132,7 +188,7 @@ $('export-space').addEventListener('click', async () => {
     el('a', { href: url, download: `${space?.name}.zip` }).click()
     setTimeout(() => URL.revokeObjectURL(url), 60_000)
   } catch (error) {
-    toast(/** @type {Error} */ (error).message)
+    say(error)
   }
 })
 
@@ -144,21 +200,26 @@ $('delete-space').addEventListener('click', async () => {
   await space?.delete().then(() => {
     location.hash = ''
     toast(`${name} deleted.`)
-  }, (error) => toast(error.message))
+  }, say)
 })
 
 // --- Undo and history
 
 $('undo').addEventListener('click', async () => {
   try {
-    const done = await space?.undo()
-    toast(!done ? 'There is nothing to undo.' : done.same ? KEPT : `Undone.${lost(done.gone)}`)
+    const { what, gone } = await /** @type {Space} */ (space).undo()
+    toast(UNDONE[what] + lost(gone))
   } catch (error) {
-    toast(/** @type {Error} */ (error).message)
+    say(error)
   }
 })
 
-const KEPT = 'The last step changed no class and no strictness. A label space keeps its name: rename it back.'
+const UNDONE = {
+  nothing: 'There is nothing to undo.',
+  deleted: 'Nothing to undo: what was deleted does not come back. Undo again for the step before it.',
+  same: 'The last step changed no class and no strictness. A label space keeps its name: rename it back.',
+  undone: 'Undone.',
+}
 
 /** @param {any[] | undefined} gone */
 const lost = (gone) => (gone?.length ? ` ${counted(gone.length, 'deleted item')} could not come back.` : '')
@@ -169,14 +230,14 @@ $('history').addEventListener('click', async () => {
     $('past-list').replaceChildren(...revisions.map((revision, i) => el('li', {},
       el('span', { class: 'number' }, `${revision.number}`),
       el('span', { class: 'what' }, `${ACTIONS[revision.action] ?? revision.action} ${revision.what}`, el('small', { class: 'hint' }, [when(revision.created), revision.who].filter(Boolean).join(', '))),
-      i === 0 ? el('span', { class: 'hint' }, 'now') : el('button', { class: 'small', value: `${revision.number}`,
+      i === 0 ? el('span', { class: 'hint' }, 'now') : el('button', { class: 'small', 'data-needs': 'write', value: `${revision.number}`,
         'aria-label': `Go back to revision ${revision.number}` }, 'Go back'))))
     const to = Number(await ask($('past')))
     if (!to) return
     const { gone } = await /** @type {Space} */ (space).rollback(to)
     toast(`As it was at revision ${to}.${lost(gone)}`)
   } catch (error) {
-    toast(/** @type {Error} */ (error).message)
+    say(error)
   }
 })
 
@@ -197,21 +258,24 @@ let turning = 0
 
 /** What the threshold does, of 100 photos. @param {number | null} accepted known ones @param {number | null} [letIn] unknown ones */
 function drawStrictness(accepted, letIn = null) {
-  const of100 = (/** @type {number} */ share) => `${Math.round(1000 * share) / 10} of 100`
+  const share = (/** @type {number | null} */ of) => (of === null ? '…' : `${Math.round(1000 * of) / 10}\u00a0%`)
   if (accepted !== null && !turning) strict.value = (100 - 100 * accepted).toFixed(1)
-  const words = accepted === null ? 'For these classes the model has no measured threshold.'
-    : `Takes ${of100(accepted)} photos that do show one of your classes` +
-      (letIn === null ? '.' : `, and ${of100(letIn)} that show none, as measured on validation classes.`)
-  strict.setAttribute('aria-valuetext', words)
-  $('strict-words').textContent = `${words} Stricter turns more strangers away, and more of your own.`
+  $('shares').hidden = accepted === null
+  $('share-known').textContent = share(accepted)
+  $('share-unknown').textContent = share(letIn)
+  strict.setAttribute('aria-valuetext', accepted === null ? NO_THRESHOLD
+    : `${share(accepted)} of known photos pass${letIn === null ? '' : `, ${share(letIn)} of unknown ones`}`)
+  $('strict-words').textContent = accepted === null ? NO_THRESHOLD : 'Measured on other classes. Stricter lets fewer of both pass.'
 }
+
+const NO_THRESHOLD = 'For these classes the model has no measured threshold.'
 
 strict.addEventListener('input', () => {
   const accept = Math.round(1000 - 10 * strict.value) / 1000
   clearTimeout(turning)
   turning = setTimeout(async () => {
     turning = 0
-    await space?.setAccept(accept).catch((error) => toast(error.message))
+    await space?.setAccept(accept).catch(say)
   }, 250)
   drawStrictness(accept)
 })
@@ -219,7 +283,7 @@ strict.addEventListener('input', () => {
 $('strict-default').addEventListener('click', async () => {
   clearTimeout(turning)
   turning = 0
-  await space?.setAccept(null).catch((error) => toast(error.message))
+  await space?.setAccept(null).catch(say)
   if (space) drawStrictness(space.facts.accepted, space.facts.false_accepts)
 })
 
@@ -242,9 +306,12 @@ function drawModel() {
     ? ` On ${best.ways} classes that it had never seen, with ${counted(best.shots, 'photo')} of each, it was right ${
       (100 * best.accuracy).toFixed(1)} ± ${(100 * best.margin).toFixed(1)} % of the time.`
     : ' How often it is right has not been measured.'
-  $('model').textContent = model ? `Answers come from ${model.name}, version ${model.version}.${figures}${
+  $('model').textContent = model ? `Answers come from ${versioned(model)}.${figures}${
     model.degraded ? ` It may not be the newest: ${model.degraded}.` : ''}` : ''
 }
+
+/** A bundle that is in no registry has version 0. @param {{name: string, version: string}} model */
+const versioned = ({ name, version }) => (version === '0' ? name : `${name}, version ${version}`)
 
 // --- Use in code
 

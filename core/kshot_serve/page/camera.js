@@ -79,7 +79,7 @@ let taking = null
 /**
  * The dialog that takes photos. Each hold of the button gives a handful to `take`.
  * @param {string} title
- * @param {(photos: Blob[]) => Promise<void>} take
+ * @param {(photos: File[]) => Promise<void>} take
  */
 export async function takePhotos(title, take) {
   const dialog = $('camera')

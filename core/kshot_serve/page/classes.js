@@ -1,21 +1,35 @@
 /** The classes of a label space: a card for each, with its photos, and the form that makes a new one. */
-import { $, announce, ask, confirmed, counted, el, icon, keep, toast } from './dom.js'
+import { may } from './api.js'
 import { takePhotos } from './camera.js'
-import { chooser, droppable, thumb, whole } from './photos.js'
+import { $, announce, ask, confirmed, counted, el, has, icon, keep, sentence, toast } from './dom.js'
+import { grouped } from './folders.js'
+import { chooser, droppable, thumb, whenNear, whole } from './photos.js'
 
-/** @typedef {import('./space.js').Space} Space @typedef {import('./space.js').Class} Class */
+/**
+ * @typedef {import('./space.js').Space} Space @typedef {import('./space.js').Class} Class
+ * @typedef {import('./folders.js').Found} Found
+ */
 
 const SHOWN = 24 // photos of a card until more are asked for
+const MANY = 12 // classes; where there are more, they can be searched
 
 export class Classes {
   constructor() {
     /** @type {Space} */
     this.space = /** @type {any} */ (null)
-    /** Photos on their way to a class, by its id. @type {Map<string, {file: Blob, url: string}[]>} */
+    /** Photos on their way to a class, by its id. @type {Map<string, {file: File, url: string}[]>} */
     this.coming = new Map()
     /** @type {Set<string>} */
     this.opened = new Set()
     this.form = new NewClass(this)
+    this.adding = new Adding()
+    /** A card has only its name until it comes near the screen: a thousand whole ones would take seconds to make. */
+    this.near = whenNear((card) => {
+      const of = this.space.classes.find(({ id }) => id === card.dataset.key)
+      if (of) this.fill(this.furnish(card, of), of)
+    }, 600)
+    $('find-class').addEventListener('input', () => this.draw())
+    droppable($('classes'), (found) => this.form.take(found), (problem) => toast(problem))
   }
 
   /** @param {Space} space */
@@ -23,19 +37,32 @@ export class Classes {
     this.space = space
     this.coming.clear()
     this.form.clear()
+    this.adding.clear()
+    $('find-class').value = ''
     $('cards').replaceChildren()
     this.draw()
   }
 
   draw() {
-    keep($('cards'), this.space.classes, ({ id }) => id, (one) => this.card(one), (card, one) => this.fill(card, one))
+    const { classes } = this.space
+    $('find').hidden = classes.length <= MANY
+    const part = $('find').hidden ? '' : $('find-class').value
+    const found = part ? classes.filter(({ name }) => has(name, part)) : classes
+    $('found').textContent = part ? `${found.length} of ${counted(classes.length, 'class', 'classes')}` : ''
+    keep($('cards'), found, ({ id }) => id, () => this.card(), (card, one) => this.fill(card, one))
   }
 
-  /** @param {Class} made */
-  card(made) {
+  card() {
+    const card = el('article', { class: 'card', tabindex: '-1' })
+    this.near.observe(card)
+    return card
+  }
+
+  /** Make all that a card has. @param {HTMLElement} card @param {Class} made */
+  furnish(card, made) {
     const { id } = made
     const now = () => this.space.classes.find((one) => one.id === id) ?? made
-    const name = el('input', { class: 'title', type: 'text', maxlength: 200, autocomplete: 'off', spellcheck: 'false' })
+    const name = el('input', { class: 'title', type: 'text', maxlength: 200, autocomplete: 'off', spellcheck: 'false', readonly: !may('write') })
     name.addEventListener('change', async () => {
       const wanted = name.value.trim()
       if (wanted && wanted !== now().name) await this.space.renameClass(now(), wanted).catch((error) => toast(error.message))
@@ -46,25 +73,29 @@ export class Classes {
       if (event.key === 'Escape' || event.key === 'Enter') name.blur()
     })
     const input = el('input', { type: 'file', multiple: true, class: 'hidden-input', 'aria-label': 'Add photos' })
-    const card = el('article', { class: 'card', tabindex: '-1' },
+    card.classList.add('whole')
+    card.replaceChildren(
       el('div', { class: 'line spread' },
         name,
         el('span', { class: 'count hint' }),
-        el('button', { class: 'quiet only bin', type: 'button', onclick: () => this.remove(now()) }, icon('bin'))),
+        el('button', { class: 'quiet only bin', type: 'button', 'data-needs': 'write', onclick: () => this.remove(now()) }, icon('bin'))),
       el('ul', { class: 'tiles' }),
-      el('div', { class: 'line' },
+      el('div', { class: 'line', 'data-needs': 'write' },
         el('label', { class: 'filebutton small' }, input, icon('plus'), 'Add photos'),
         el('button', { class: 'small', type: 'button', onclick: () =>
           takePhotos(`Photos of ${now().name}`, (photos) => this.add(now(), photos)) }, icon('camera'), 'Camera')),
       el('ul', { class: 'problems', 'aria-live': 'polite' }))
-    chooser(input, (files) => this.add(now(), files))
-    droppable(card, (files) => this.add(now(), files))
+    const add = (/** @type {Found[]} */ found) => this.add(now(), found.map(({ file }) => file))
+    const refuse = (/** @type {string} */ text) => this.problems(id).append(problem(text))
+    chooser(input, add, refuse)
+    droppable(card, add, refuse)
     return card
   }
 
   /** @param {HTMLElement} card @param {Class} of */
   fill(card, of) {
     card.setAttribute('aria-label', of.name)
+    if (!card.classList.contains('whole')) return void (card.textContent = of.name)
     const name = /** @type {HTMLInputElement} */ (card.querySelector('.title'))
     if (document.activeElement !== name) name.value = of.name
     name.setAttribute('aria-label', `Name of the class ${of.name}`)
@@ -80,7 +111,7 @@ export class Classes {
         this.opened.add(of.id)
         this.draw()
       } })) }] : []),
-      ...coming.map(({ url }) => ({ key: url, make: () => el('li', { class: 'coming' }, el('img', { src: url, alt: 'On its way' })) })),
+      ...coming.map(({ url }) => ({ key: url, make: () => el('li', { class: 'coming' }, el('img', { src: url, alt: '' })) })),
     ]
     const list = /** @type {HTMLElement} */ (card.querySelector('.tiles'))
     keep(list, tiles, ({ key }) => key, ({ make }) => make(), (tile, { key }) => {
@@ -126,14 +157,14 @@ export class Classes {
 
   /**
    * Photos for a class that is there.
-   * @param {Class} to @param {(File | Blob)[]} files
+   * @param {Class} to @param {File[]} files
    */
   async add(to, files) {
+    if (!may('write')) return
     const coming = files.map((file) => ({ file, url: URL.createObjectURL(file) }))
     this.coming.set(to.id, [...(this.coming.get(to.id) ?? []), ...coming])
     this.draw()
-    const card = this.element(to.id)
-    await this.send(to, files, card?.querySelector('.problems') ?? $('cards'))
+    await this.send(to, files, this.problems(to.id))
     this.coming.set(to.id, (this.coming.get(to.id) ?? []).filter((one) => !coming.includes(one)))
     coming.forEach(({ url }) => URL.revokeObjectURL(url))
     this.draw()
@@ -141,22 +172,30 @@ export class Classes {
 
   /**
    * Send photos, and show what the server says of each that it refuses.
-   * @param {{id?: string, name: string}} to @param {(File | Blob)[]} files @param {Element} problems
+   * @param {{id?: string, name: string}} to @param {File[]} files @param {Element} problems
    */
   async send(to, files, problems) {
     problems.replaceChildren()
-    const space = this.space
+    const refused = refusals(problems)
     try {
-      const { added, notes } = await space.addPhotos(to, files, (file, refusal) => {
-        if (refusal) problems.append(problem('name' in file ? file.name : 'A photo', refusal.message.replace(/^photo \d+: /, '')))
-      })
-      notes.forEach((note) => problems.append(problem('', note)))
-      if (added) toast(`${counted(added, 'photo')} of ${to.name} added.`, { label: 'Undo', run: () => $('undo').click() })
+      const { added, notes } = await this.space.addPhotos(to, files, (file, refusal) => refusal && refused(file.name, refusal))
+      notes.forEach((note) => problems.append(problem(note)))
+      if (added) toast(`${counted(added, 'photo')} of ${to.name} added.`, UNDO)
       return added
     } catch (error) {
-      problems.append(problem('', /** @type {Error} */ (error).message))
+      problems.append(problem(/** @type {Error} */ (error).message))
       return 0
     }
+  }
+
+  /** Photos of many classes, as they came out of folders or a zip. @param {{name: string, files: File[]}[]} classes */
+  async addAll(classes) {
+    if (may('write')) await this.adding.run(this.space, classes)
+  }
+
+  /** Where a class shows what is wrong with photos. @param {string} id @returns {Element} */
+  problems(id) {
+    return this.element(id)?.querySelector('.problems') ?? $('new-class').querySelector('.problems')
   }
 
   /** @param {string} id @returns {HTMLElement | null} */
@@ -171,7 +210,7 @@ export class Classes {
 
   /** Where pasted photos go, if the focus is in a class or in the form. @param {Element | null} focused */
   pasteTarget(focused) {
-    if (focused?.closest('#new-class')) return (/** @type {File[]} */ files) => this.form.take(files)
+    if (focused?.closest('#new-class')) return (/** @type {File[]} */ files) => this.form.hold(files)
     const key = /** @type {HTMLElement | null} */ (focused?.closest('#cards > .card'))?.dataset.key
     const of = this.space?.classes.find(({ id }) => id === key)
     return of ? (/** @type {File[]} */ files) => this.add(of, files) : null
@@ -184,7 +223,7 @@ class NewClass {
   constructor(classes) {
     this.classes = classes
     this.name = $('new-class-name')
-    /** Photos that wait for a name. @type {{file: File | Blob, url: string}[]} */
+    /** Photos that wait for a name. @type {{file: File, url: string}[]} */
     this.waiting = []
     this.busy = false
     const form = $('new-class')
@@ -192,8 +231,10 @@ class NewClass {
       event.preventDefault()
       this.submit()
     })
-    chooser($('new-class-files'), (files) => this.take(files))
-    droppable(form, (files) => this.take(files))
+    const refuse = (/** @type {string} */ text) => form.querySelector('.problems').append(problem(text))
+    chooser($('new-class-files'), (found) => this.take(found), refuse)
+    chooser($('new-class-folder'), (found) => this.take(found), refuse)
+    droppable(form, (found) => this.take(found), refuse)
     $('new-class-camera').addEventListener('click', () => this.camera())
   }
 
@@ -218,8 +259,16 @@ class NewClass {
     $('new-class-add').disabled = this.busy
   }
 
-  /** @param {(File | Blob)[]} files */
-  async take(files) {
+  /** Folders become classes; photos by themselves wait for a name. @param {Found[]} found */
+  take(found) {
+    if (!may('write')) return
+    const { classes, loose } = grouped(found)
+    if (classes.length) this.classes.addAll(classes)
+    if (loose.length) this.hold(loose)
+  }
+
+  /** @param {File[]} files */
+  async hold(files) {
     this.waiting.push(...files.map((file) => ({ file, url: URL.createObjectURL(file) })))
     this.draw()
     if (this.name.value.trim()) await this.submit()
@@ -246,7 +295,7 @@ class NewClass {
     if (added) {
       sent.forEach(({ url }) => URL.revokeObjectURL(url))
       this.waiting = this.waiting.filter((one) => !sent.includes(one))
-      this.name.value = ''
+      this.name.value = $('find-class').value = ''
     }
     const next = this.waiting.length ? 'Now give it a name.' : 'Another? Name it, then drop photos here, paste them, or take some.'
     this.hint(added ? next : 'No class was made.')
@@ -274,8 +323,82 @@ class NewClass {
   }
 }
 
-/** @param {string} of @param {string} text */
-const problem = (of, text) =>
-  el('li', {}, el('span', {}, of ? el('b', {}, `${of}: `) : null, text),
+/** What becomes of many classes that are added in one go: how far it is, a way to stop it, and the photos left out. */
+class Adding {
+  constructor() {
+    /** @type {AbortController | null} */
+    this.under = null // way
+    $('adding-stop').addEventListener('click', () => (this.under ? this.under.abort() : this.clear()))
+  }
+
+  clear() {
+    this.under?.abort()
+    this.under = null
+    $('adding').hidden = true
+  }
+
+  /** @param {Space} space @param {{name: string, files: File[]}[]} classes */
+  async run(space, classes) {
+    if (this.under) return toast('Other photos are being added. Wait until they are in, or stop them.')
+    const under = (this.under = new AbortController())
+    const show = (/** @type {Parameters<Adding['show']>} */ ...how) => this.under === under && this.show(...how)
+    const total = classes.reduce((sum, { files }) => sum + files.length, 0)
+    const problems = $('adding').querySelector('.problems')
+    problems.replaceChildren()
+    const refused = refusals(problems)
+    let done = 0
+    show(`Adding ${counted(total, 'photo')} of ${counted(classes.length, 'class', 'classes')}…`, 0)
+    try {
+      const { added, notes } = await space.addClasses(classes, (file, of, refusal) => {
+        show(`Adding photo ${++done} of ${total}: ${of}`, done / total)
+        if (refusal) refused(`${of}/${file.name}`, refusal)
+      }, under.signal)
+      notes.forEach((note) => problems.append(problem(note)))
+      const out = done - added
+      show(`${counted(added, 'photo')} added${out ? `, ${out} left out` : ''}${under.signal.aborted ? ', then stopped' : ''}.`)
+      if (added) toast(`${counted(added, 'photo')} added.`, UNDO)
+    } catch (error) {
+      show(/** @type {Error} */ (error).message)
+    }
+  }
+
+  /** @param {string} text @param {number} [share] how much is done; none: it has ended */
+  show(text, share) {
+    $('adding').hidden = false
+    $('adding-words').textContent = text
+    $('adding-bar').hidden = share === undefined
+    $('adding-bar').value = share ?? 1
+    $('adding-stop').textContent = share === undefined ? 'Close' : 'Stop'
+    if (share !== undefined) return
+    this.under = null
+    announce(text)
+  }
+}
+
+const UNDO = { label: 'Undo', run: () => $('undo').click() }
+const NAMED = 6 // files of one line
+
+/**
+ * Lists refused files: one line for each reason, however many files it is about.
+ * @param {Element} problems
+ */
+function refusals(problems) {
+  /** @type {Map<string, {files: string[], line: any}>} */
+  const reasons = new Map()
+  return (/** @type {string} */ file, /** @type {Error} */ refusal) => {
+    const reason = sentence(refusal.message.replace(/^photo \d+: /i, ''))
+    const known = reasons.get(reason) ?? { files: [], line: problem(reason) }
+    if (!reasons.has(reason)) problems.append(known.line)
+    reasons.set(reason, known)
+    known.files.push(file)
+    const more = known.files.length - NAMED
+    const names = known.files.slice(0, NAMED).join(', ')
+    known.line.querySelector('span').replaceChildren(el('b', {}, `${names}${more > 0 ? ` and ${more} more` : ''}: `), reason)
+  }
+}
+
+/** @param {string} text */
+const problem = (text) =>
+  el('li', {}, el('span', {}, text),
     el('button', { class: 'quiet only', type: 'button', 'aria-label': 'Dismiss', onclick: (/** @type {Event} */ event) =>
       /** @type {HTMLElement} */ (event.currentTarget).parentElement?.remove() }, icon('close')))

@@ -60,7 +60,8 @@ export function keep(parent, items, key, make, update = () => {}) {
     update(element, item)
     return element
   })
-  for (const [name, child] of old) if (!items.some((item) => key(item) === name)) child.remove()
+  const names = new Set(items.map(key))
+  for (const [name, child] of old) if (!names.has(name)) child.remove()
   wanted.forEach((element, i) => {
     if (parent.children[i] !== element) parent.insertBefore(element, parent.children[i] ?? null)
   })
@@ -69,8 +70,15 @@ export function keep(parent, items, key, make, update = () => {}) {
 /** @param {number} count @param {string} one @param {string} [more] */
 export const counted = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`
 
-/** Never a plain 100 or 0: no answer is as sure as that. @param {number} share */
-export const percent = (share) => (share > 0.99 ? '> 99 %' : share < 0.01 ? '< 1 %' : `${Math.round(100 * share)} %`)
+/** Never a plain 100 or 0: no answer is as sure as that. Its spaces do not break. @param {number} share */
+export const percent = (share) =>
+  (share > 0.99 ? '> 99 %' : share < 0.01 ? '< 1 %' : `${Math.round(100 * share)} %`).replaceAll(' ', '\u00a0')
+
+/** With a capital letter and a full stop. @param {string} text */
+export const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?…]$/.test(text) ? '' : '.'}`
+
+/** Whether a name has this in it, in large or small letters. @param {string} name @param {string} part */
+export const has = (name, part) => name.toLocaleLowerCase().includes(part.trim().toLocaleLowerCase())
 
 /** @param {number} ms */
 export const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
@@ -105,7 +113,7 @@ export function announce(text) {
 let fading = 0
 
 /**
- * A short note at the foot of the page, with something to do about it if there is.
+ * A short note over the head of the page, with something to do about it if there is.
  * @param {string} text
  * @param {{label: string, run: () => void}} [action]
  */
