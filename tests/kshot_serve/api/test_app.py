@@ -565,6 +565,7 @@ def test_the_page_and_its_files_come_with_a_strict_policy(server: Running) -> No
         assert there.status_code == 200, path
         again = server.http.get(path, headers={"If-None-Match": there.headers["etag"]})
         assert again.status_code == 304
+    assert page.headers["cross-origin-resource-policy"] == "same-origin"
     answer = server.http.get("/v1/spaces")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
