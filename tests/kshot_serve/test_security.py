@@ -32,10 +32,8 @@ def test_every_row_names_a_test_and_every_finding_is_there() -> None:
 
 def test_heads_without_bodies_turn_nobody_away(server: Any, photo: Callable[..., bytes]) -> None:
     """S4: three hundred heads a second, of which no body came, made the server refuse all others."""
-    address = server.url.removeprefix("http://").split(":")
-    head = (
-        f"POST /v1/embed HTTP/1.1\r\nHost: {server.url[7:]}\r\nContent-Type: image/png\r\nContent-Length: 9999\r\n\r\n"
-    )
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 9999\r\n\r\n"
     with ExitStack() as stack:
         for _ in range(300):
             client = stack.enter_context(socket.create_connection((host, int(port))))
