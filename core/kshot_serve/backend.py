@@ -51,7 +51,6 @@ class Backend:
         except ClientError as error:
             raise KshotError(str(error)) from None
         self.leaving = self.draining = False
-        self.idle = True  # once it has stopped: whether no thread still loads or adapts, for nobody any more
 
     async def start(self) -> None:
         """Answer, and load the model meanwhile: `loading` ends when it has been tried."""
@@ -92,10 +91,10 @@ class Backend:
         """Finish what was accepted, and end."""
         self.leave()
         self.drain()
-        self.idle = self.loading.done()
         self.loading.cancel()
+        await asyncio.gather(self.loading, return_exceptions=True)
         await self.champions.stop()
-        self.idle = await self.engine.stop(_ORPHANS_S) and self.idle
+        await self.engine.stop(_ORPHANS_S)
         await asyncio.to_thread(self.store.close)
 
     def leave(self) -> None:
@@ -109,8 +108,16 @@ class Backend:
         self.engine.drain()
 
     @property
+    def reasons(self) -> list[str]:
+        """Why it is not ready, if so."""
+        reasons = ["the server is stopping"] if self.leaving else []
+        if not self.champions.ready and not self.leaving:
+            reasons.append("no model is loaded yet")
+        return reasons + ([self.store.trouble] if self.store.trouble else [])
+
+    @property
     def ready(self) -> bool:
-        return self.champions.ready and not self.leaving
+        return not self.reasons
 
     def deadline(self, request: Request, seconds: float | None = None) -> float:
         """When an answer comes too late, on the event loop's clock: the server's time, or a client's shorter one."""

@@ -48,6 +48,8 @@ class Settings(_Part):
     hosts: tuple[str, ...] = Field((), description="further names in a Host header; loopback's and `host` always go")
     keep_photos: bool = Field(True, description="keep originals; without them only what adapting needs is kept")
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
+    candidate_s: float = Field(120.0, gt=0, description="longest time to fetch, load and warm a new version")
+    unpinned: bool = Field(False, description="take a registered version without the hash of its bundle.json")
     drain_s: float = Field(25.0, ge=0, description="longest time to answer what was accepted after SIGTERM")
     leave_s: float = Field(1.0, ge=0, description="of those, how long new requests are still taken while not ready")
     accept: float | None = Field(
@@ -81,6 +83,11 @@ class Settings(_Part):
     @property
     def database_url(self) -> str:
         return self.database or f"sqlite:///{self.folder / 'spaces.db'}"
+
+    @property
+    def champions(self) -> Path:
+        """The folder of the last good bundles."""
+        return self.folder / "champions"
 
     @property
     def on_loopback(self) -> bool:

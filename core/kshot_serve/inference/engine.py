@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import ParamSpec
 
 import numpy as np
 
-from kshot_runtime.bundle import Bundle, Tensors, flattened, mean_over_views
+from kshot_runtime.bundle import Tensors, flattened, mean_over_views
 from kshot_serve.budgets import current_caller
 from kshot_serve.errors import Problem
 from kshot_serve.inference.admission import Admission
@@ -32,7 +31,7 @@ from kshot_serve.inference.batches import Batch, Call, Group, Outputs, Run, T
 from kshot_serve.inference.sessions import Sessions
 from kshot_serve.models.champion import Champion
 from kshot_serve.models.cores import cores
-from kshot_serve.models.warmup import warm
+from kshot_serve.models.warmup import Loader
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import EngineSettings
 
@@ -77,22 +76,12 @@ class Engine:
         self._stopped = False
         self._quiet = asyncio.Event()  # while there are no calls
         self._quiet.set()
+        shared = max(1, self._cores // self._at_once)  # measured: more threads than cores cost a fifth
+        adapting = settings.threads or cores()  # one at a time, and somebody waits
+        self.open = Loader(settings.device, settings.threads or shared, adapting, self.buckets)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-
-    def open(self, path: str | Path) -> Bundle:
-        """A bundle with all that it will run warmed, or a BundleError. Takes seconds: to be called in a thread."""
-        shared = max(1, self._cores // self._at_once)  # measured: more threads than cores cost a fifth
-        bundle = Bundle.open(
-            path,
-            self._settings.device,
-            self._settings.threads or shared,
-            adapt_threads=self._settings.threads or cores(),  # one at a time, and somebody waits
-            arena=True,  # measured: a sixth faster; sizes are few, so that it does not grow
-        )
-        warm(bundle, self.buckets)
-        return bundle
 
     def drain(self) -> None:
         """Admit nobody from now on; what was admitted goes on."""

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kshot_runtime.manifest import MANIFEST, BundleError, read
-from kshot_serve.models.registry import Found, Registry
+from kshot_serve.models.registry import RegisteredVersion, Registry
 
 _LAST = "last.json"  # what is on the shelf: the last good bundle
 _INCOMING = ".incoming-"
@@ -24,45 +24,49 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def fetch(self, registry: Registry, found: Found) -> Path:
-        """The bundle of a version: from here, or else from the registry. Its folder appears only when complete."""
-        if found.sha256 and _hash(here := self._folder / found.sha256[:16]) == found.sha256 and _sound(here):
+    def fetch(self, registry: Registry, version: RegisteredVersion, *, unpinned: bool = False) -> Path:
+        """The bundle of a version: from here, or else from the registry. Its folder appears only when complete.
+
+        A version without the hash of its bundle.json is refused, unless `unpinned`.
+        """
+        if not version.sha256 and not unpinned:
+            raise BundleError(
+                f"{version} has no tag sha256.{MANIFEST}, so that nothing says which files were meant: register it "
+                "with `kshot`, or serve with --unpinned"
+            )
+        if version.sha256 and _is_sound(here := self._folder / version.sha256[:16], version.sha256):
             return here
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=_incoming()) as scratch:
-            came = registry.download(found, Path(scratch))
-            sha256 = _hash(came)
-            if sha256 is None or sha256 != (found.sha256 or sha256):
-                raise BundleError(
-                    f"version {found.version} of {found.name} is not what was registered: its {MANIFEST} is missing or "
-                    "changed. Restore it, or register the bundle anew."
-                )
+            came = Path(scratch) / "bundle"
+            registry.download(version, came)
             read(came)  # checks every file
+            sha256 = hashlib.sha256((came / MANIFEST).read_bytes()).hexdigest()
             folder = self._folder / sha256[:16]
             try:
                 os.rename(came, folder)
             except OSError:  # there is one: another worker was faster, or it is damaged
-                if _hash(folder) != sha256 or not _sound(folder):
+                if not _is_sound(folder, sha256):
                     shutil.rmtree(folder, ignore_errors=True)
                     os.rename(came, folder)
         return folder
 
-    def last(self, name: str) -> tuple[Found, Path] | None:
-        """The last good bundle of a model, if one is here."""
+    def last(self) -> tuple[RegisteredVersion, Path] | None:
+        """The last good bundle, if one is here."""
         try:
             kept = json.loads((self._folder / _LAST).read_text())
-            found, folder = Found(**kept["found"]), self._folder / kept["folder"]
+            version, folder = RegisteredVersion(**kept["version"]), self._folder / kept["folder"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return (found, folder) if found.name == name and folder.is_dir() else None
+        return (version, folder) if folder.is_dir() else None
 
-    def keep(self, found: Found, folder: Path) -> None:
+    def keep(self, version: RegisteredVersion, folder: Path) -> None:
         """Remember the last good bundle. It and the one before stay; others go."""
-        before = self.last(found.name)
-        if before == (found, folder):
+        before = self.last()
+        if before == (version, folder):
             return  # another worker has kept it, and knows the one before
         fresh = self._folder / f"{_incoming()}{_LAST}"
-        fresh.write_text(json.dumps({"found": asdict(found), "folder": folder.name}))
+        fresh.write_text(json.dumps({"version": asdict(version), "folder": folder.name}))
         os.replace(fresh, self._folder / _LAST)
         self._clear({folder, before[1]} if before else {folder})
 
@@ -101,17 +105,10 @@ def _is_at_work(name: str) -> bool:
     return True
 
 
-def _hash(folder: Path) -> str | None:
-    """sha256 of a bundle's manifest."""
-    try:
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def _sound(folder: Path) -> bool:
+def _is_sound(folder: Path, sha256: str) -> bool:
+    """Whether a bundle is here, whole, and its manifest has this hash."""
     try:
         read(folder)
-    except BundleError:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() == sha256
+    except (BundleError, OSError):
         return False
-    return True

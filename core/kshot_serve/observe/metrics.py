@@ -49,7 +49,9 @@ class Metrics:
         self.dropped = Counter("kshot_dropped_images", "never run: client gone, or too late", ["why"], registry=to)
         self.batch = Histogram("kshot_batch_images", "images in one run", buckets=(1, 2, 4, 8, 16, 32, 64), registry=to)
         self.decisions = Counter("kshot_decisions", "answers by decision", ["decision"], registry=to)
-        self.swaps = Counter("kshot_champion_swaps", "new champions, taken and refused", ["outcome"], registry=to)
+        self.swaps = Counter(
+            "kshot_champion_swaps", "new champions, taken and refused", ["outcome", "reason"], registry=to
+        )
         self.cut = Counter("kshot_connections_cut", "connections that the server closed", ["why"], registry=to)
         # Of a worker that has died, gauges tell nothing any more.
         self.connections = Gauge("kshot_connections", "open now", registry=to, multiprocess_mode="livesum")
@@ -60,6 +62,10 @@ class Metrics:
         self.degraded = Gauge(
             "kshot_degraded", "1 while what serves may not be what the registry names", registry=to,
             multiprocess_mode="livemax",
+        )  # fmt: skip
+        self.candidate_since = Gauge(
+            "kshot_candidate_start_time_seconds", "when a new version that is being tried was begun with; 0: none is",
+            registry=to, multiprocess_mode="livemax",
         )  # fmt: skip
         self.champion = Gauge(
             "kshot_champion", "1 for the model that serves, 0 for those before it", ["name", "version", "bundle"],

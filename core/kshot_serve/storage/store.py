@@ -67,6 +67,7 @@ class Store:
         self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
         self._glance = self.database.raw_connection() if self._is_sqlite else None
         # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
+        self.trouble: str | None = None  # why it cannot be asked or written to just now
         self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
 
     def close(self) -> None:

@@ -74,6 +74,9 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Additional host name to accept in requests; repeatable.")
     ] = None,
+    unpinned: Annotated[
+        bool, typer.Option("--unpinned", help="Accept registered versions without the hash of their bundle.json.")
+    ] = False,
     accept: Annotated[
         float | None,
         typer.Option(
@@ -120,6 +123,7 @@ def serve(
             exposed=exposed,
             origins=tuple(origin or ()),
             hosts=tuple(allow_host or ()),
+            unpinned=unpinned,
             accept=accept,
         )
     )

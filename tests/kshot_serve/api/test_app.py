@@ -302,11 +302,16 @@ def test_ready_says_no_until_the_model_is_warm(
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=port, leave_s=0)
     with running(settings) as server:
         assert [each.status_code for each in asked.values()] == [200, 503, 503, 503, 200]
-        assert asked["/healthz/ready"].json() == {"status": "starting"}
+        assert asked["/healthz/ready"].json() == {"status": "not ready", "reasons": ["no model is loaded yet"]}
         assert error(asked["/v1/model"]) == (503, "not_ready")
         assert "retry-after" in asked["/v1/model"].headers
         assert asked["/v1/limits"].json()["adaptation"] is None
-        assert server.http.get("/healthz/ready").status_code == 200
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reasons": []})
+        server.backend.store.trouble = "the database does not answer"
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (503, ["the database does not answer"])
+        assert server.http.get("/healthz/live").json() == {"status": "live", "reasons": []}
 
 
 # What it refuses ---------------------------------------------------------------------------------------------------

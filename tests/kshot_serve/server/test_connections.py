@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import resource
 import socket
 import subprocess
@@ -325,9 +324,9 @@ def test_small_answers_that_are_not_read_are_given_up_too(
 ) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, unread_s=0.5)
     with running(settings) as server:
-        listener = socket.socket(fileno=os.dup(server.server.servers[0].sockets[0].fileno()))
+        assert server.server._acceptor is not None
+        listener = server.server._acceptor._listener
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # which its connections inherit
-        listener.close()
         lines = ["GET / HTTP/1.1", f"Host: {server.url.removeprefix('http://')}", ""] * 30
         with connected(server.url, *lines, buffer=4096) as there:
             until(lambda: metric(server.http, 'kshot_connections_cut_total{why="unread"}') == 1)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,17 +48,18 @@ class Served:
 
 
 @contextmanager
-def serving(bundle: Path, folder: Path) -> Iterator[Served]:
+def serving(bundle: Path, folder: Path, workers: int = 2) -> Iterator[Served]:
     log = folder / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [KSHOT, "serve", bundle, "--workers", "2", "--port", "0", "--folder", folder],
+            [KSHOT, "serve", bundle, "--workers", str(workers), "--port", "0", "--folder", folder],
             stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert " by 2 workers at http://127.0.0.1:" in line, log.read_text()
+        assert " at http://127.0.0.1:" in line, log.read_text()
+        assert (" by 2 workers" in line) == (workers == 2)
         yield Served(line.split()[-1], process, log)
     finally:
         process.kill()
@@ -155,6 +157,65 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on(features_bundle: Pa
         workers = served.workers()
         assert served.process.wait(30) == 0
         assert all(map(gone, workers))
+
+
+@dataclass
+class Heard:
+    """What clients were answered, by connections that they keep; what was no answer, they ask again."""
+
+    statuses: list[int]
+    errors: list[httpx.TransportError]
+    stop: threading.Event
+
+
+@contextmanager
+def asked(url: str, clients: int = 8) -> Iterator[Heard]:
+    heard = Heard([], [], threading.Event())
+
+    def client(_: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as http:
+            while not heard.stop.is_set():
+                try:
+                    heard.statuses.append(http.get("/v1/model").status_code)
+                except httpx.ConnectError:  # nobody listens any more
+                    return
+                except httpx.TransportError as error:
+                    heard.errors.append(error)
+
+    with ThreadPoolExecutor(clients) as many:
+        running = many.map(client, range(clients))
+        try:
+            until(lambda: len(heard.statuses) >= 4 * clients)
+            yield heard
+        finally:
+            heard.stop.set()
+            list(running)
+
+
+def test_clients_of_a_worker_that_is_killed_lose_their_connections_and_nothing_else(
+    features_bundle: Path, tmp_path: Path
+) -> None:
+    """B3: 30 x 503 `not_ready` from the replacement, which took connections before it had a model."""
+    with serving(features_bundle, tmp_path) as served, asked(served.url) as heard:
+        victim, other = served.workers()
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: served.once("GET", "/v1/model").status_code == 200)
+        until(lambda: len(served.workers()) == 2 and served.metric("kshot_champion_swaps_total") == 3.0)
+        until(lambda: sockets(next(pid for pid in served.workers() if pid != other)) > 0)
+        before = len(heard.statuses)
+        until(lambda: len(heard.statuses) > before + 100)
+    assert set(heard.statuses) == {200}
+    assert len(heard.errors) <= 8  # each client had one connection
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_client_reads_an_error_while_the_server_ends(features_bundle: Path, tmp_path: Path, workers: int) -> None:
+    """B13: up to 2 of 900 did, at the end of the leaving second: connections were closed that had just been made."""
+    with serving(features_bundle, tmp_path, workers) as served, asked(served.url) as heard:
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+    assert heard.errors == []
+    assert set(heard.statuses) <= {200, 503}
 
 
 def test_one_that_cannot_start_is_tried_again_and_does_not_count(features_bundle: Path, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from kshot_runtime.images import FORMATS
 from kshot_serve.api.operation import Operation, Serving, operation
@@ -16,8 +17,12 @@ from kshot_serve.backend import Backend
 router = APIRouter(route_class=Operation, tags=["server"])
 
 
+_STALLED = "an image has been waiting, or running, for longer than any deadline"
+
+
 class Status(BaseModel):
     status: str
+    reasons: list[str] = Field([], description="what is wrong, if it is not as it should be")
 
 
 def _status(description: str) -> dict[int | str, dict[str, Any]]:
@@ -28,18 +33,19 @@ def _status(description: str) -> dict[int | str, dict[str, Any]]:
 @router.get("/healthz/live", response_model=Status, **operation("read", answers=_status("stalled")))
 async def live(backend: Serving) -> Response:
     """The process answers, and no image has been waiting for longer than any deadline."""
-    return _answer("stalled" if stalled(backend) else "live")
+    return _answer("stalled", [_STALLED]) if stalled(backend) else _answer("live", [])
 
 
 @router.head("/healthz/ready", include_in_schema=False, **operation("read"))
-@router.get("/healthz/ready", response_model=Status, **operation("read", answers=_status("starting, or stopping")))
+@router.get("/healthz/ready", response_model=Status, **operation("read", answers=_status("not ready, and why")))
 async def ready(backend: Serving) -> Response:
-    """A model is loaded, each size of batch has been run, and the server is not stopping."""
-    return _answer("ready" if backend.ready else "stopping" if backend.leaving else "starting")
+    """A model is loaded and warm, the database answers, and the server is not stopping."""
+    reasons = backend.reasons
+    return _answer("not ready" if reasons else "ready", reasons)
 
 
-def _answer(status: str) -> Response:
-    return JSONResponse({"status": status}, 200 if status in ("live", "ready") else 503)
+def _answer(status: str, reasons: Sequence[str]) -> Response:
+    return JSONResponse({"status": status, "reasons": list(reasons)}, 503 if reasons else 200)
 
 
 def stalled(backend: Backend) -> bool:
