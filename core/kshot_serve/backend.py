@@ -41,7 +41,12 @@ class Backend:
         self.metrics = Metrics()
         self.engine = Engine(settings.engine, self.metrics, settings.workers)
         self.champions = Champions(settings, self.engine.open, self.metrics)
-        self.store = Store(settings.database_url)
+        self.store = Store(
+            settings.database_url,
+            metrics=self.metrics,
+            stale_s=settings.stale_s,
+            reserve=settings.reserve_mb * 1_000_000,
+        )
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
         self.decoder = self.spaces.decoder
         self.keys = Keys(self.store)

@@ -36,6 +36,7 @@ Code = Literal[
     "not_ready",
     "too_late",
     "internal",
+    "storage_full",
 ]
 
 STATUS: dict[Code, int] = {
@@ -68,6 +69,7 @@ STATUS: dict[Code, int] = {
     "not_ready": 503,
     "too_late": 503,
     "internal": 500,
+    "storage_full": 507,
 }
 assert set(STATUS) == set(get_args(Code))
 

@@ -80,6 +80,11 @@ class Settings(_Part):
 
     strip_metadata: bool = Field(False, description="keep originals without EXIF, GPS, XMP, IPTC and comments")
 
+    stale_s: float = Field(300.0, ge=0, description="how long to answer without the database, from what was last read")
+    reserve_mb: int = Field(
+        32, ge=0, description="of disk, kept beside SQLite's file so that a full disk takes deletions"
+    )
+
     @property
     def database_url(self) -> str:
         return self.database or f"sqlite:///{self.folder / 'spaces.db'}"

@@ -200,7 +200,7 @@ async def _parts(bundle: Path, folder: Path, **settings: Any) -> AsyncIterator[P
     metrics = Metrics()
     engine = Engine(chosen.engine, metrics)
     champions = Champions(chosen, engine.open, metrics)
-    store = Store(chosen.database_url)
+    store = Store(chosen.database_url, metrics=metrics)
     spaces = Spaces(store, engine, champions, chosen, metrics)
     await engine.start()
     try:

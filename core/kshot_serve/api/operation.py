@@ -33,6 +33,7 @@ _ALWAYS: tuple[Code, ...] = (
     "draining",
     "internal",
 )
+_WRITES: tuple[Code, ...] = ("busy", "not_ready", "storage_full")
 JSON: tuple[Code, ...] = ("body_too_large", "body_too_slow", "busy")
 """What can go wrong with a JSON body."""
 _WITH_BODY: tuple[Code, ...] = ("body_too_large", "body_too_slow", "media_type_unknown", "busy")
@@ -55,7 +56,13 @@ def operation(
     `photos`: it works on photos, so it is turned away while the engine is full. `whole`: its body may be a whole label
     space. Both are given up when the client hangs up; a write that has begun ends all the same.
     """
-    known = {*_ALWAYS, *codes, *(_WITH_BODY if body or photos else ()), *(_WITH_PHOTOS if photos else ())}
+    known = {
+        *_ALWAYS,
+        *codes,
+        *(() if scope == "read" else _WRITES),
+        *(_WITH_BODY if body or photos else ()),
+        *(_WITH_PHOTOS if photos else ()),
+    }
     by_status: dict[int, list[str]] = {}
     for code in sorted(known):
         by_status.setdefault(STATUS[code], []).append(code)

@@ -156,11 +156,24 @@ class NewName(BaseModel):
     name: Name
 
 
+_SCRUBBED = (
+    "of a deletion: whether its bytes are gone from the database's files; false: not yet, and tried until they are; "
+    "null: the database does not tell"
+)
+
+
 class Revised(BaseModel):
     """A write is done, and made this revision."""
 
     revision: int
     notes: list[str] = Field([], description="what may be wrong with a new name, for people")
+    scrubbed: bool | None = Field(None, description=_SCRUBBED)
+
+
+class Deleted(BaseModel):
+    """It is gone, for good."""
+
+    scrubbed: bool | None = Field(description=_SCRUBBED)
 
 
 class Revision(BaseModel):
@@ -242,13 +255,16 @@ class Classified(BaseModel):
                     "evidence": [{"photo": _PHOTO, "class": _CLASS, "similarity": 0.88}],
                 }
             ],
-            "model": _MODEL, "revision": 4, "request_id": _REQUEST,
+            "model": _MODEL, "revision": 4, "stale": False, "request_id": _REQUEST,
         }
     )  # fmt: skip
 
     results: list[Answer | NoAnswer] = Field(description="one for each photo, in their order")
     model: Model
     revision: int
+    stale: bool = Field(
+        False, description="the database is away: there may be a later revision than this, the last known"
+    )
     request_id: str
 
 

@@ -75,6 +75,16 @@ class Metrics:
         self.state_bytes = Gauge(
             "kshot_state_bytes", "adapted states in memory", registry=to, multiprocess_mode="livesum"
         )
+        self.database_away = Gauge(
+            "kshot_database_away", "1 while the database does not answer", registry=to, multiprocess_mode="livemax"
+        )
+        self.storage_full = Gauge(
+            "kshot_storage_full", "1 since a write found the disk full", registry=to, multiprocess_mode="livemax"
+        )
+        self.unscrubbed = Gauge(
+            "kshot_unscrubbed_deletions", "whose bytes may still be in SQLite's files", registry=to,
+            multiprocess_mode="livesum",
+        )  # fmt: skip
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:

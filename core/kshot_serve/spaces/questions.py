@@ -54,6 +54,7 @@ class Classified:
     classes: tuple[tuple[str, str], ...]  # (W,) id and name, in the order of the logits
     revision: int
     champion: Champion
+    stale: bool = False  # whether the label space may have a later revision
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ class Answering:
             answers = _answers(adapted, logits, verdicts, features)
         for answer in answers:
             self._metrics.decisions.labels(answer.decision).inc()
-        return Classified(answers, adapted.names, adapted.revision, champion)
+        return Classified(answers, adapted.names, adapted.revision, champion, adapted.stale)
 
     async def embed(self, champion: Champion, uploads: Sequence[Upload], deadline: float) -> np.ndarray:
         if not champion.bundle.graphs.embeds:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
-from typing import IO, Final, Literal, ParamSpec, TypeVar
+from typing import IO, Final, Literal, TypeVar
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import is_id
 from kshot_serve.storage.values import ORIGINAL, Class, Revision, Snapshot, Space, digest
 
-P = ParamSpec("P")
 T = TypeVar("T")
 _LACKING_AT_ONCE = 256
 
@@ -55,6 +54,7 @@ class Written:
     photos: tuple[str, ...] = ()  # ids of those that are new
     notes: tuple[str, ...] = ()  # what may be wrong with what came, for people
     gone: tuple[str, ...] = ()  # ids that a rollback could not bring back
+    scrubbed: bool | None = None  # of a deletion: whether the bytes are gone from the disk; none: not known
 
 
 class Spaces:
@@ -74,7 +74,8 @@ class Spaces:
         self._transfer = Transfer(store, engine, champions, settings, self.decoder, self._answering)
 
     async def start(self) -> None:
-        """Follow the champions."""
+        """Follow the champions, and look after the store."""
+        self._store.start()
         self._champions.on_change = self.prepare_for
         self._champions.on_settled = self.settled
         await self._count()
@@ -102,20 +103,21 @@ class Spaces:
         """
         if after and not is_id(after):
             raise Problem("bad_request", "`after` is an id that a page before this one ended with")
-        found = await self._read(self._store.spaces, limit + 1, after, only)
+        found = await self._store.run(self._store.spaces, limit + 1, after, only)
         return [self._shown(space) for space in found[:limit]], found[limit - 1].id if len(found) > limit else None
 
     async def named(self, name: str) -> Space:
         """The label space of this name; a new one if there is none."""
-        space = await self._read(self._store.taken, normal(name))
+        space = await self._store.run(self._store.taken, normal(name))
         return await self.get(space) if space else await self.create(name, who="--space")
 
     async def get(self, space: str) -> Space:
-        return self._shown(await self._read(self._store.space, space))
+        return self._shown(await self._store.run(self._store.space, space))
 
     async def revision(self, space: str) -> int:
         """The number of its newest revision."""
-        return await self._states.revision(space)
+        number, _ = await self._states.revision(space)
+        return number
 
     async def change(
         self, space: str, *, name: str | Keep = KEEP, accept: float | Keep | None = KEEP, who: str = ""
@@ -135,14 +137,15 @@ class Spaces:
 
         return self._shown(await self._write(write))
 
-    async def delete(self, space: str) -> None:
-        """The label space with all its revisions and photos, for good."""
-        await self._write(partial(self._store.delete, space), dropping=space)
+    async def delete(self, space: str) -> bool | None:
+        """The label space with all its revisions and photos, for good; whether the bytes are gone from the disk."""
+        _, scrubbed = await self._erase(space, partial(self._store.delete, space))
         await self._count()
+        return scrubbed
 
     async def revisions(self, space: str, limit: int = 100, before: int | None = None) -> Sequence[Revision]:
         """The newest first."""
-        return await self._read(self._store.revisions, space, limit, before)
+        return await self._store.run(self._store.revisions, space, limit, before)
 
     async def rollback(self, space: str, number: int, *, who: str = "") -> Written:
         """Make a new revision that equals an old one, but for what was deleted since."""
@@ -170,7 +173,7 @@ class Spaces:
 
     async def classes(self, space: str) -> tuple[int, tuple[Class, ...]]:
         """The revision, and its classes from the oldest to the newest."""
-        snapshot = await self._read(self._store.snapshot, space)
+        snapshot = await self._store.run(self._store.snapshot, space)
         return snapshot.revision, snapshot.classes
 
     async def add_class(
@@ -235,7 +238,8 @@ class Spaces:
                 change.delete_class(class_id)
             return Written(change.revision)
 
-        return await self._write(write, dropping=space)
+        written, scrubbed = await self._erase(space, write)
+        return replace(written, scrubbed=scrubbed)
 
     async def delete_photo(self, space: str, photo_id: str, *, who: str = "") -> Written:
         """The photo, in all revisions, for good. Its class stays, also without photos; it is then no answer."""
@@ -245,18 +249,19 @@ class Spaces:
                 change.delete_photo(photo_id)
             return Written(change.revision)
 
-        return await self._write(write, dropping=space)
+        written, scrubbed = await self._erase(space, write)
+        return replace(written, scrubbed=scrubbed)
 
     async def photo_facts(self, space: str, photo_id: str) -> tuple[str, int]:
         """A tag that changes with what `photo` gives, and its bytes, nearly; to ask costs no reading of the photo."""
-        sha256, size, kept = await self._read(self._store.photo_facts, space, photo_id)
+        sha256, size, kept = await self._store.run(self._store.photo_facts, space, photo_id)
         rule = self._champions.current.bundle.manifest.image
         return sha256 if kept else f"{sha256}-{pixels_by(rule)[1][:16]}", size
 
     async def photo(self, space: str, photo_id: str) -> tuple[bytes, str]:
         """A photo as it came, or as it is seen if that was not kept: the file and its media type."""
         rule = self._champions.current.bundle.manifest.image
-        kept = await self._read(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
+        kept = await self._store.run(self._store.photo, space, photo_id, [ORIGINAL, pixels_by(rule)])
         content = await self._engine.in_thread(picture, kept, rule)
         return content, media_type(content)
 
@@ -383,7 +388,7 @@ class Spaces:
         manifest = champion.bundle.manifest
         limits = manifest.limits
         for came, most, what in zip(
-            await self._read(self._store.largest),
+            await self._store.run(self._store.largest),
             (limits.ways, limits.shots, limits.support),
             ("classes", "photos of one class", "photos"),
             strict=True,
@@ -391,7 +396,7 @@ class Spaces:
             if came > most:
                 message = f"a label space has {came} {what}, and this bundle adapts to at most {most}"
                 raise Problem("not_supported", message, reason="limits")
-        if await self._read(self._store.lacking, [pixels_by(manifest.image), ORIGINAL], 1):
+        if await self._store.run(self._store.lacking, [pixels_by(manifest.image), ORIGINAL], 1):
             raise Problem(
                 "not_supported",
                 "this bundle takes photos in another size or way than they were kept in, and their originals were not "
@@ -412,17 +417,15 @@ class Spaces:
 
     # The store ---------------------------------------------------------------------------------------------------
 
-    async def _read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._metrics.stage("store"):
-            return await self._store.run(function, *args, **kwargs)
+    async def _write(self, write: Callable[[], T]) -> T:
+        """A write, which ends even if the caller has gone."""
+        return await asyncio.shield(asyncio.create_task(self._store.run_writing(write)))
 
-    async def _write(self, write: Callable[[], T], dropping: str | None = None) -> T:
-        """A write, which ends even if the caller has gone; then what memory holds of a label space is dropped too."""
-        with self._metrics.stage("store"):
-            task = asyncio.create_task(self._store.run_writing(write))
-            if dropping is not None:
-                task.add_done_callback(lambda _: self._states.drop(dropping))
-            return await asyncio.shield(task)
+    async def _erase(self, space: str, write: Callable[[], T]) -> tuple[T, bool | None]:
+        """A write that deletes for good, from memory too; what it gave, and whether its bytes are off the disk."""
+        task = asyncio.create_task(self._store.run_writing(self._store.erasing, write))
+        task.add_done_callback(lambda _: self._states.drop(space))
+        return await asyncio.shield(task), await self._store.scrubbed()
 
     async def _count(self) -> None:
         self._metrics.spaces.set(await self._store.run(self._store.count))

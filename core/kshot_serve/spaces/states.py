@@ -24,6 +24,7 @@ from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.spaces.decisions import by_features, unit
+from kshot_serve.spaces.revisions import Revisions
 from kshot_serve.spaces.uploads import Decoder
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.values import ORIGINAL, Class, Key, Photo, Snapshot
@@ -46,6 +47,7 @@ class Adapted:
     photos: tuple[Photo, ...]  # (S,)
     directions: np.ndarray | None  # (S, D) unit rows, the photos' features as the adapted learner sees them
     alone: np.ndarray | None  # (S, D) features of images by themselves, if one class is told from all else by them
+    stale: bool = False  # whether there may be a later revision: the database is away
 
     @cached_property
     def names(self) -> tuple[tuple[str, str], ...]:
@@ -66,50 +68,12 @@ class Adapted:
         return sum(array.nbytes for array in arrays if array is not None) + _PHOTO_BYTES * len(self.photos)
 
 
-class _Newest:
-    """The newest revisions of label spaces: who asks while others are being answered is answered with the next."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._asked: dict[str, asyncio.Future[int]] = {}
-        self._reading: asyncio.Task[None] | None = None
-
-    async def revision(self, space: str) -> int:
-        if (revision := self._store.glance(space)) is not None:
-            return revision
-        answer = self._asked.setdefault(space, asyncio.get_running_loop().create_future())
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
-        return await asyncio.shield(answer)
-
-    async def _read(self) -> None:
-        while self._asked:
-            asked, self._asked = self._asked, {}
-            try:
-                found = await self._store.run(self._store.newest, list(asked))
-            except Exception as error:
-                for answer in asked.values():
-                    _fail(answer, error)
-                continue
-            for space, answer in asked.items():
-                if space in found:
-                    answer.set_result(found[space])
-                else:
-                    _fail(answer, Problem("space_unknown", "there is no such label space"))
-        self._reading = None
-
-
-def _fail(answer: asyncio.Future[int], error: Exception) -> None:
-    answer.set_exception(error)
-    answer.exception()  # seen: whoever asked may have gone, and asyncio would log an error that nobody made
-
-
 class States:
     """Adapted states in memory, the least used of which go when there is no more room."""
 
     def __init__(self, store: Store, engine: Engine, metrics: Metrics, room: int, decoder: Decoder) -> None:
         self._store = store
-        self._newest = _Newest(store)
+        self._revisions = Revisions(store)
         self._engine = engine
         self._metrics = metrics
         self._room = room
@@ -118,11 +82,10 @@ class States:
         self._used = 0
         self._building: dict[tuple[str, str, int], asyncio.Task[Adapted]] = {}
 
-    async def revision(self, space: str) -> int:
-        """The newest revision of a label space."""
+    async def revision(self, space: str) -> tuple[int, bool]:
+        """The newest revision of a label space, and whether it is only the last known, for the database is away."""
         try:
-            with self._metrics.stage("store"):
-                return await self._newest.revision(space)
+            return await self._revisions.get(space)
         except Problem as problem:
             if problem.code == "space_unknown":
                 self.drop(space)  # another replica deleted it
@@ -130,9 +93,9 @@ class States:
 
     async def get(self, champion: Champion, space: str) -> Adapted:
         """The state of a label space as it is now. Many may ask: it is built once."""
-        revision = await self.revision(space)
+        revision, stale = await self.revision(space)
         if adapted := self.at_hand(champion, space, revision):
-            return adapted
+            return replace(adapted, stale=True) if stale else adapted
         key = space, champion.id, revision
         if key not in self._building:
             self._building[key] = task = asyncio.create_task(self._made(champion, key))

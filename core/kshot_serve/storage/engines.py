@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from kshot_serve.storage.migrations import migrate
 THREADS = 8  # that may ask a database at once
 
 _WAIT_S = 10.0  # for others' writes
+_DISK_FULL = "53100"  # of Postgres
+_NO_ROOM_FOR_INDEX = 4874  # SQLITE_IOERR_SHMSIZE: of SQLite's log
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,17 @@ READING: dict[str, dict[str, Any]] = {
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
 """By dialect, the execution options of transactions that only read, and see one state of the database."""
+
+LOOKING = {"isolation_level": "AUTOCOMMIT"}
+"""Of single statements on Postgres, which need no transaction."""
+
+_PATIENCE = {  # of Postgres' driver, for a network that swallows everything: seconds, and milliseconds
+    "connect_timeout": 3,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 def opened(address: str) -> Engine:
@@ -61,7 +75,7 @@ def opened(address: str) -> Engine:
 
 
 def _postgres(url: URL) -> Engine:
-    return create_engine(url, pool_size=THREADS, pool_pre_ping=True)
+    return create_engine(url, pool_size=THREADS, pool_pre_ping=True, connect_args=_PATIENCE)
 
 
 def _sqlite(url: URL) -> Engine:
@@ -78,7 +92,13 @@ def _sqlite(url: URL) -> Engine:
 
 def _sqlite_connected(connection: Any, record: object) -> None:
     connection.isolation_level = None  # BEGIN is said below, and not by the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+    for pragma in (
+        "auto_vacuum=INCREMENTAL",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -94,11 +114,28 @@ def telling() -> Iterator[None]:
         yield
     except DBAPIError as error:
         operational = isinstance(error, OperationalError)
+        if _is_full(error):
+            log.error("the database: %s", error.orig)
+            raise full() from None
         if operational and "locked" in str(error.orig):
             message = "the label spaces are being written by others; try again"
             raise Problem("busy", message, retry_after=1, reason="database") from None
         if operational or error.connection_invalidated:
             log.error("the database: %s", error.orig)
-            message = "the label spaces' database does not answer; try again"
-            raise Problem("not_ready", message, retry_after=5, reason="database") from None
+            raise away() from None
         raise
+
+
+def away() -> Problem:
+    message = "the label spaces' database does not answer; try again"
+    return Problem("not_ready", message, retry_after=5, reason="database")
+
+
+def full() -> Problem:
+    message = "the disk that label spaces lie on is full: delete some photos, or make room on it"
+    return Problem("storage_full", message, reason="disk")
+
+
+def _is_full(error: DBAPIError) -> bool:
+    code = getattr(error.orig, "sqlite_errorcode", 0)
+    return code in (sqlite3.SQLITE_FULL, _NO_ROOM_FOR_INDEX) or getattr(error.orig, "sqlstate", "") == _DISK_FULL

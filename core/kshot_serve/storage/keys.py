@@ -123,7 +123,13 @@ class Keys:
             return known[0]
         if self._clock() < self._wrong.get(whole, 0):
             raise _wrong()
-        if (key := await self._store.run(self._find, text)) is None:
+        try:
+            key = await self._store.soon(self._find, text)
+        except Problem as problem:
+            if known is None or _is_over(known[0].expires) or not self._store.bridges(problem):
+                raise
+            return known[0]
+        if key is None:
             self._known.pop(whole, None)
             self._wrong.pop(whole, None)
             self._wrong[whole] = self._clock() + _REMEMBERED_S  # at the end: the first is the oldest

@@ -21,6 +21,7 @@ class Write:
         self.number: int = row.revision + 1
         self.action = action
         self.changed = self.erased = False
+        self.added = 0  # bytes of photos
         self._row = row
         self._now = now
         self._accept: float | None = row.accept
@@ -64,11 +65,13 @@ class Write:
     def add_photo(self, class_: str, sha256: str, contents: Mapping[Key, bytes]) -> str:
         photo = new_id("pho")
         row = {"id": photo, "space": self.space, "class": class_, "sha256": sha256, "created": self._now}
-        self.connection.execute(insert(PHOTOS).values(**row, size=sum(map(len, contents.values()))))
+        size = sum(map(len, contents.values()))
+        self.connection.execute(insert(PHOTOS).values(**row, size=size))
         self.connection.execute(insert(CONTENTS), [content_row(photo, key, each) for key, each in contents.items()])
         self._open_member(photo, class_)
         self._about = class_
         self._photos += 1
+        self.added += size
         self.changed = True
         return photo
 

@@ -12,13 +12,15 @@ so that a revision can tell what it has lost.
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, and_, delete, func, insert, or_, select
@@ -26,9 +28,12 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
 from kshot_serve.errors import Problem
-from kshot_serve.storage.engines import READING, THREADS, opened, telling
+from kshot_serve.observe.metrics import Metrics
+from kshot_serve.storage.engines import LOOKING, READING, THREADS, away, opened, telling
+from kshot_serve.storage.health import Health
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.tables import CLASSES, CONTENTS, MEMBERS, PHOTOS, REVISIONS, SPACES, is_id, new_id
+from kshot_serve.storage.upkeep import SqliteFile, Upkeep
 from kshot_serve.storage.values import (
     ORIGINAL,
     Action,
@@ -49,10 +54,14 @@ from kshot_serve.storage.values import (
     snapshot_of,
 )
 
+LEASE_S = 0.03
+"""For how long a server may answer with what Postgres said of a revision; a write waits as long after its commit."""
+
+_SOON_S = 1.0  # for a question to wait for the database
+_SCRUBBED_S = 0.25  # for a deletion to wait until it is scrubbed
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 _REVISION = str(select(SPACES.c.revision).where(SPACES.c.id == "").compile(dialect=sqlite.dialect()))
 
@@ -60,10 +69,24 @@ _REVISION = str(select(SPACES.c.revision).where(SPACES.c.id == "").compile(diale
 class Store:
     """Label spaces in a database. Methods block; `run` calls one in a thread."""
 
-    def __init__(self, url: str, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        url: str,
+        now: Callable[[], float] = time.time,
+        *,
+        metrics: Metrics | None = None,
+        stale_s: float = math.inf,
+        reserve: int = 0,
+    ) -> None:
         self.now = now
         self.database = opened(url)
+        self._metrics = metrics or Metrics()
+        self.health = Health(self._metrics, stale_s)
+        file = SqliteFile(Path(str(self.database.url.database)), reserve) if self._is_sqlite else None
+        self._upkeep = Upkeep(self._probe, file, self.health)
+        self.start = self._upkeep.start
         self._reading = self.database.execution_options(**READING[self.database.dialect.name])
+        self._looking = self._reading if self._is_sqlite else self.database.execution_options(**LOOKING)
         self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
         self._glance = self.database.raw_connection() if self._is_sqlite else None
         # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
@@ -71,6 +94,7 @@ class Store:
         self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
 
     def close(self) -> None:
+        self._upkeep.stop()
         self._readers.shutdown()
         self._writers.shutdown()
         if self._glance is not None:
@@ -79,11 +103,43 @@ class Store:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that reads in one of the database's threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(function, *args, **kwargs))
+        with self._metrics.stage("store"):
+            return await asyncio.get_running_loop().run_in_executor(self._readers, partial(function, *args, **kwargs))
+
+    async def soon(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what a question waits for: if the database is away, that is said at once and not tried."""
+        if not self.health.away_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SOON_S):
+                    return await self.run(function, *args, **kwargs)
+        raise away()
+
+    def bridges(self, problem: Problem) -> bool:
+        """Whether what was last read may be used instead of what failed so: the database is away, and not for long."""
+        return (problem.code, problem.reason) == ("not_ready", "database") and self.health.bridged
 
     async def run_writing(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that writes. Once begun it ends, even if the caller is cancelled."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *args, **kwargs))
+        with self._metrics.stage("store"):
+            return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *args, **kwargs))
+
+    def erasing(self, function: Callable[[], T]) -> T:
+        """Call a function that deletes; if the disk is too full for that, once more with what was kept in reserve."""
+        try:
+            return function()
+        except Problem as problem:
+            if problem.code != "storage_full" or not self._upkeep.make_room():
+                raise
+        return function()
+
+    async def scrubbed(self) -> bool | None:
+        """Whether what was deleted is out of SQLite's files by now, after a short wait; none: not known."""
+        if not self._is_sqlite:
+            return None
+        until = time.monotonic() + _SCRUBBED_S
+        while self.health.unscrubbed and time.monotonic() < until:
+            await asyncio.sleep(0.005)
+        return not self.health.unscrubbed
 
     @property
     def _is_sqlite(self) -> bool:
@@ -92,14 +148,23 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that writes: all of it or nothing."""
-        with telling(), self.database.begin() as connection:
+        with self.health.watched(writes=True), telling(), self.database.begin() as connection:
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one state of the database, and holds up nobody."""
-        with telling(), self._reading.begin() as connection:
+        with self.health.watched(), telling(), self._reading.begin() as connection:
             yield connection
+
+    def _probe(self) -> None:
+        with self.reading() as connection:
+            connection.execute(select(1))
+
+    def _publish(self) -> None:
+        """What other servers remember of revisions is forgotten once this returns."""
+        if not self._is_sqlite:
+            time.sleep(LEASE_S)
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -120,7 +185,7 @@ class Store:
     def newest(self, spaces: Sequence[str]) -> dict[str, int]:
         """The numbers of the newest revisions of those label spaces that there are."""
         query = select(SPACES.c.id, SPACES.c.revision)
-        with self.reading() as connection:
+        with self.health.watched(), telling(), self._looking.connect() as connection:
             return {
                 space: revision
                 for ids in parts(list(filter(is_id, spaces)))
@@ -235,9 +300,11 @@ class Store:
                 connection.execute(insert(SPACES).values(row))
                 write = Write(connection, row_of(connection, space), action, now)
                 yield write
+                self._upkeep.check_room(write.added)
                 write.finish(who)
         except IntegrityError:
             raise Problem("conflict", f"there is a label space named {name!r} already", reason="name") from None
+        self._publish()
 
     @contextmanager
     def write(self, space: str, action: Action, who: str) -> Iterator[Write]:
@@ -247,18 +314,22 @@ class Store:
                 write = Write(connection, row_of(connection, space, lock=True), action, self.now())
                 yield write
                 if write.changed:
+                    self._upkeep.check_room(write.added)
                     write.finish(who)
         except IntegrityError:  # names of classes are checked before; what is left is a label space's
             raise Problem("conflict", "another label space has that name", reason="name") from None
         if write.erased:
-            self._scrub()
+            self._upkeep.deleted()
+        if write.changed:
+            self._publish()
 
     def delete(self, space: str) -> None:
         """A label space with all its revisions, photos and contents."""
         with self.writing() as connection:
             row_of(connection, space, lock=True)
             connection.execute(delete(SPACES).where(SPACES.c.id == space))
-        self._scrub()
+        self._upkeep.deleted()
+        self._publish()
 
     def keep(self, key: Key, contents: Mapping[str, bytes]) -> None:
         """Contents of photos, made later; of photos that are deleted meanwhile nothing is kept."""
@@ -284,15 +355,3 @@ class Store:
                 )
             if features is None:
                 connection.execute(delete(CONTENTS).where(CONTENTS.c.kind == "features"))
-
-    def _scrub(self) -> None:
-        """Take what was deleted out of SQLite's log too; its pages are overwritten by `secure_delete`."""
-        if not self._is_sqlite:
-            return  # Postgres overwrites deleted rows when it vacuums
-        connection = self.database.raw_connection()  # SQLAlchemy's would begin a transaction
-        try:
-            busy, *_ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        finally:
-            connection.close()
-        if busy:
-            log.warning("deleted photos are still in the database's log: someone reads it; the next deletion clears it")

@@ -163,7 +163,7 @@ def test_a_label_space_travels_as_a_zip(server: Running, space: str, photo: Phot
     assert made.status_code == 201
     answer = server.http.post(f"/v1/spaces/{made.json()['id']}/classify", files=files(photo("blue", 2))).json()
     assert answer["results"][0]["class"]["name"] == "blue"
-    assert server.http.delete(f"/v1/spaces/{made.json()['id']}").status_code == 204
+    assert server.http.delete(f"/v1/spaces/{made.json()['id']}").json() == {"scrubbed": True}
     assert error(server.http.get(f"/v1/spaces/{made.json()['id']}")) == (404, "space_unknown")
     assert error(server.http.post("/v1/spaces/import", content=b"no zip")) == (400, "bad_request")
 

@@ -302,38 +302,6 @@ def test_the_database_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "spaces.db").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("what", ["photo", "class", "space"])
-def test_no_byte_of_what_was_deleted_is_left_in_the_files(tmp_path: Path, what: str) -> None:
-    """M4 of the feature table: the vectors and the bytes are gone. Read from the files, log and all."""
-    store = Store(f"sqlite:///{tmp_path / 'spaces.db'}")
-    space = create(store)
-    stays = random.Random(1).randbytes(50_000)
-    secret = random.Random(2).randbytes(50_000)
-    add(store, space, "open class", stays)
-    class_, [doomed] = add(store, space, "hidden class", secret)
-    store.keep(("features", "bundle-2"), {doomed: secret[20_000:21_000]})
-    traces = [secret[at : at + 40] for at in range(0, len(secret), 1000)] + [digest(secret).encode()]
-
-    def found() -> list[bytes]:
-        files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-        assert what == "space" or stays[1000:1040] in files
-        return [trace for trace in traces if trace in files]
-
-    assert len(found()) == len(traces)
-    if what == "space":
-        store.delete(space)
-    else:
-        with store.write(space, "delete_photo" if what == "photo" else "delete_class", "") as change:
-            if what == "photo":
-                change.delete_photo(doomed)
-            else:
-                change.delete_class(class_)
-    assert found() == []
-    if what != "photo":
-        assert b"hidden class" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    store.close()
-
-
 WRITER = """
 import sys
 from kshot_serve.storage.values import ORIGINAL, digest

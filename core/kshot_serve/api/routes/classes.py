@@ -76,7 +76,7 @@ async def rename_class(
 async def delete_class(request: Request, backend: Serving, space_id: SpaceId, class_id: ClassId) -> schemas.Revised:
     """Delete a class and its photos, in all revisions, for good."""
     written = await backend.spaces.delete_class(space_id, class_id, who=author(request))
-    return schemas.Revised(revision=written.revision)
+    return schemas.Revised(revision=written.revision, scrubbed=written.scrubbed)
 
 
 @router.post(
@@ -145,7 +145,7 @@ async def get_thumbnail(request: Request, backend: Serving, space_id: SpaceId, p
 async def delete_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> schemas.Revised:
     """Delete a photo, in all revisions, for good."""
     written = await backend.spaces.delete_photo(space_id, photo_id, who=author(request))
-    return schemas.Revised(revision=written.revision)
+    return schemas.Revised(revision=written.revision, scrubbed=written.scrubbed)
 
 
 def _class(known: Class) -> schemas.Class:

@@ -234,6 +234,7 @@ async def _answer(
     [(name, given)] = asked.inputs.items()
     if not len(given):
         raise Problem("no_photos", f"{name} is empty")
+    stale = False
     with backend.engine.admit(len(given)):
         async with timely(deadline):
             uploads = (
@@ -245,22 +246,26 @@ async def _answer(
                 vectors = await backend.engine.embed(champion, np.stack([each.pixels for each in uploads]), deadline)
                 found = {"vectors": ("FP32", vectors)}
             else:
-                current, found = await _classify(backend, model, uploads, deadline)
-    return _inferred(model, current, asked, found), len(given)
+                current, found, stale = await _classify(backend, model, uploads, deadline)
+    response = _inferred(model, current, asked, found)
+    if stale:
+        response.headers["Kshot-Stale"] = "true"
+    return response, len(given)
 
 
 async def _classify(
     backend: Backend, space: str, uploads: list[Upload], deadline: float
-) -> tuple[str, dict[str, tuple[str, np.ndarray]]]:
+) -> tuple[str, dict[str, tuple[str, np.ndarray]], bool]:
     classified = await backend.spaces.classify(space, uploads, deadline)
     answers = classified.answers
-    return str(classified.revision), {
+    found = {
         "class": ("BYTES", protocol.strings([answer.class_name or "" for answer in answers])),
         "probability": ("FP32", np.array([answer.probability for answer in answers], np.float32)),
         "decision": ("BYTES", protocol.strings([answer.decision for answer in answers])),
         "logits": ("FP32", np.stack([answer.logits for answer in answers])),
         "classes": ("BYTES", protocol.strings([name for _, name in classified.classes])),
     }
+    return str(classified.revision), found, classified.stale
 
 
 def _inferred(model: str, current: str, asked: Infer, found: dict[str, tuple[str, np.ndarray]]) -> Response:

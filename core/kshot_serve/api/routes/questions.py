@@ -53,6 +53,7 @@ async def classify(request: Request, backend: Serving, space_id: SpaceId) -> Res
         {
             "results": results,
             "model": model_of(classified.champion if classified else champion),
+            "stale": classified is not None and classified.stale,
             "revision": classified.revision if classified else (await backend.spaces.get(space_id)).revision,
             "request_id": request_id(),
         }

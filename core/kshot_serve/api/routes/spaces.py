@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from kshot_serve.api import schemas
 from kshot_serve.api.operation import (
@@ -79,12 +79,12 @@ async def change_space(
 
 
 @router.delete(
-    "/v1/spaces/{space_id}", tags=["label spaces"], status_code=204, response_class=Response,
+    "/v1/spaces/{space_id}", tags=["label spaces"],
     **operation("admin", "space_unknown", "conflict"),
 )  # fmt: skip
-async def delete_space(backend: Serving, space_id: SpaceId) -> None:
+async def delete_space(backend: Serving, space_id: SpaceId) -> schemas.Deleted:
     """Delete a label space, with all its revisions and photos, for good."""
-    await backend.spaces.delete(space_id)
+    return schemas.Deleted(scrubbed=await backend.spaces.delete(space_id))
 
 
 @router.get(

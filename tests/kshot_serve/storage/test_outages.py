@@ -1,0 +1,235 @@
+"""A database that is away, and a disk that is full: what is still answered, what is said, and how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kshot_serve.settings import Settings
+
+Run = Callable[[Settings], AbstractContextManager[Any]]
+
+
+class Wire:
+    """A port of this machine that leads to Postgres' socket, until it is cut or says nothing any more."""
+
+    def __init__(self, postgres: str) -> None:
+        self._target = f"{parse_qs(urlsplit(postgres).query)['host'][0]}/.s.PGSQL.5432"
+        self._flows = threading.Event()
+        self._ends: list[socket.socket] = []
+        self._port = 0
+        self.restore()
+        self.url = f"postgresql://kshot@127.0.0.1:{self._port}/postgres"
+
+    def restore(self) -> None:
+        self._flows.set()
+        self._listener = socket.create_server(("127.0.0.1", self._port), reuse_port=True)
+        self._port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Whoever calls is refused, and those who are there are hung up on."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._ends.clear()
+
+    def silence(self) -> None:
+        self._flows.clear()
+
+    def speak(self) -> None:
+        self._flows.set()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._target)
+                self._ends += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._flows.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def wire(postgres: str) -> Iterator[Wire]:
+    made = Wire(postgres)
+    yield made
+    made.speak()
+    made.cut()
+
+
+class Asker:
+    """Requests with a key to one label space, made here, of one class."""
+
+    def __init__(self, server: Any, photo: bytes) -> None:
+        self._http, self._photo = server.http, photo
+        self.keys = server.backend.keys
+        self._headers = {"X-API-Key": self.keys.new("asker", "admin")[1]}
+        self.space = self("POST", "/v1/spaces", json={"name": f"space {time.time_ns()}"}).json()["id"]
+        self.path = f"/v1/spaces/{self.space}"
+        assert self.add("red", photo).status_code == 201
+
+    def __call__(self, method: str, path: str, **sent: Any) -> Any:
+        return self._http.request(method, path, headers=self._headers | sent.pop("headers", {}), **sent)
+
+    def add(self, name: str, photo: bytes) -> Any:
+        return self("POST", f"{self.path}/classes", data={"name": name}, files=[("photos", ("photo", photo))])
+
+    def classify(self) -> Any:
+        return self("POST", f"{self.path}/classify", files={"photos": self._photo})
+
+    def gauge(self, name: str) -> float:
+        lines = self("GET", "/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+def eventually(found: Callable[[], Any], wanted: Any, within_s: float = 15) -> None:
+    until = time.monotonic() + within_s
+    while (there := found()) != wanted and time.monotonic() < until:
+        time.sleep(0.1)
+    assert there == wanted
+
+
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_while_postgres_is_away_questions_are_answered_from_the_last_known_revision(
+    features_bundle: Path, tmp_path: Path, running: Run, wire: Wire, photo: Callable[..., bytes], how: str
+) -> None:
+    """Found in review: 707 of 707 questions were refused, and the server called itself ready."""
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, database=wire.url, keys="required"
+    )
+    with running(settings) as server:
+        ask = Asker(server, photo("red"))
+        fresh = ask.classify().json()
+        assert (fresh["stale"], fresh["revision"]) == (False, 2)
+        health = server.backend.store.health
+        assert health.status == "ok"
+        wire.cut() if how == "refused" else wire.silence()
+        for _ in range(5):
+            began = time.monotonic()
+            found = ask.classify()
+            assert (found.status_code, time.monotonic() - began < 4) == (200, True)
+            assert {**found.json(), "request_id": "", "stale": False} == {**fresh, "request_id": ""}
+            time.sleep(0.05)
+        eventually(lambda: ask.classify().json()["stale"], True)
+        inputs = [{"name": "images", "datatype": "UINT8", "shape": [1, 3, 16, 16], "data": [0] * 768}]
+        infer = ask("POST", f"/v2/models/{ask.space}/infer", json={"inputs": inputs})
+        assert (infer.status_code, infer.headers["kshot-stale"]) == (200, "true")
+        eventually(lambda: health.status, "away")
+        eventually(lambda: ask.gauge("kshot_database_away"), 1.0)
+        time.sleep(5.1)  # as long as a key that was found is trusted without asking again
+        assert ask.classify().json()["stale"] is True
+        stranger = server.http.get("/v1/model", headers={"X-API-Key": f"kshot_{'0' * 10}_{'0' * 64}"})
+        assert (stranger.status_code, stranger.json()["error"]["code"]) == (503, "not_ready")
+        if how == "refused":
+            assert ask.add("blue", photo("blue")).json()["error"]["code"] == "not_ready"
+            wire.restore()
+        else:
+            wire.speak()
+        eventually(lambda: ask.classify().json()["stale"], False)
+        assert health.status == "ok"
+        assert ask.gauge("kshot_database_away") == 0.0
+        assert ask.add("green", photo("green")).status_code == 201
+        assert ask.classify().json()["revision"] == 3
+
+
+def test_answers_without_the_database_end_after_a_while(
+    features_bundle: Path, tmp_path: Path, running: Run, wire: Wire, photo: Callable[..., bytes]
+) -> None:
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, database=wire.url, keys="required", stale_s=1.5
+    )
+    with running(settings) as server:
+        ask = Asker(server, photo("red"))
+        ask.classify()
+        wire.cut()
+        time.sleep(0.1)
+        assert ask.classify().json()["stale"] is True
+        eventually(lambda: ask.classify().status_code, 503)
+        assert not server.backend.store.health.bridged
+        wire.restore()
+        eventually(lambda: ask.classify().status_code, 200)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", folder], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def noise(seed: int, tmp_path: Path) -> bytes:
+    """A photo of 750 kB."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (500, 500, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    return (tmp_path / "noise.png").read_bytes()
+
+
+def test_a_full_disk_takes_deletions_and_recovers(
+    features_bundle: Path, tmp_path: Path, small_disk: Path, running: Run, photo: Callable[..., bytes]
+) -> None:
+    """Found in review: 503 `not_ready` for ever, deletions too; ready all the while, and no metric."""
+    settings = Settings(
+        source=str(features_bundle), folder=small_disk, port=0, leave_s=0, keys="required", reserve_mb=8
+    )
+    with running(settings) as server:
+        ask = Asker(server, photo("red"))
+        health = server.backend.store.health
+        eventually(lambda: (small_disk / "spaces.db-reserve").exists(), True)
+        (small_disk / "other").write_bytes(b"0" * 3_000_000)
+        photos = []
+        for seed in range(30):
+            added = ask.add(f"noise {seed}", noise(seed, tmp_path))
+            if added.status_code != 201:
+                break
+            photos += added.json()["photos"]
+        assert (added.status_code, added.json()["error"]["code"]) == (507, "storage_full")
+        assert (health.status, ask.gauge("kshot_storage_full")) == ("full", 1.0)
+        with closing((small_disk / "filler").open("wb")) as filler, suppress(OSError):
+            filler.write(b"0" * 24_000_000)  # not a byte is left
+        assert ask.classify().status_code == 200
+        assert ask.add("more", noise(99, tmp_path)).status_code == 507
+        for gone in photos[:4]:
+            assert ask("DELETE", f"{ask.path}/photos/{gone}").status_code == 200
+        eventually(lambda: ask.gauge("kshot_unscrubbed_deletions"), 0.0)
+        eventually(lambda: (small_disk / "spaces.db-reserve").exists(), True)
+        assert ask.add("in their place", noise(99, tmp_path)).status_code == 201
+        assert health.status == "ok"
+        for seed in range(100, 130):
+            if ask.add(f"noise {seed}", noise(seed, tmp_path)).status_code == 507:
+                break
+        assert health.status == "full"
+        (small_disk / "other").unlink()
+        assert ask.add("after room was made", noise(98, tmp_path)).status_code == 201
+        assert ask.gauge("kshot_storage_full") == 0.0
