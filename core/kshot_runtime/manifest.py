@@ -7,7 +7,9 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -264,19 +266,16 @@ def read(source: str | Path) -> tuple[Manifest, dict[str, bytes]]:
     """A bundle's manifest and graphs, from a folder or a zip, each file read once and then checked.
 
     Refused: another schema, a file that is missing, a link, too large or changed, and graphs that keep weights
-    in other files.
+    in other files. A graph is read, or inflated, only if its size is the one that the manifest has for it.
     """
     source = Path(source)
-    take = _from_zip(source) if source.is_file() else _from_folder(source)
-    manifest = _parse(take(MANIFEST), source)
-    contents = {name: take(name) for name in manifest.files}
+    with _zip(source) if source.is_file() else _folder(source) as take:
+        manifest = _parse(take(MANIFEST, None), source)
+        contents = {name: take(name, facts.size) for name, facts in manifest.files.items()}
     for name, facts in manifest.files.items():
         found = FileFacts.of(contents[name])
         if found != facts:
-            raise BundleError(
-                f"{source}: {name} is not the file that {MANIFEST} describes: {found.size:,} bytes with sha256 "
-                f"{found.sha256[:12]}…, not {facts.size:,} with {facts.sha256[:12]}…. Fetch or export the bundle again."
-            )
+            raise _changed(source, name, f"sha256 {found.sha256[:12]}…, not {facts.sha256[:12]}…")
         if elsewhere := external_tensor(contents[name]):
             raise BundleError(
                 f"{source}: {name} keeps {elsewhere!r} in another file. The graphs of a bundle hold their weights."
@@ -306,13 +305,24 @@ def _parse(content: bytes, source: Path) -> Manifest:
         raise BundleError(f"{source}: {MANIFEST} is not valid: {lines}") from None
 
 
-def _from_folder(folder: Path) -> Callable[[str], bytes]:
+Take = Callable[[str, int | None], bytes]
+"""The content of a file by its name, which has this size if one is given."""
+
+
+def _changed(source: Path, name: str, how: str) -> BundleError:
+    return BundleError(
+        f"{source}: {name} is not the file that {MANIFEST} describes: {how}. Fetch or export the bundle again."
+    )
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[Take]:
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}: expected a folder or a zip with {MANIFEST}")
-    return lambda name: _read_file(folder, name)
+    yield partial(_read_file, folder)
 
 
-def _read_file(folder: Path, name: str) -> bytes:
+def _read_file(folder: Path, name: str, size: int | None) -> bytes:
     path = folder / name
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
@@ -325,29 +335,30 @@ def _read_file(folder: Path, name: str) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{folder}: {name} is not a file")
-        _check_size(folder, name, status.st_size)
+        _check_size(folder, name, status.st_size, size)
         return file.read()
 
 
-def _from_zip(path: Path) -> Callable[[str], bytes]:
+@contextmanager
+def _zip(path: Path) -> Iterator[Take]:
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            for entry in entries:
+            entries: dict[str, list[zipfile.ZipInfo]] = {}
+            for entry in archive.infolist():
                 _check_entry(path, entry)
-            contents = {name: archive.read(name) for name in _LARGEST if names.count(name) == 1}
-    except BundleError:
+                entries.setdefault(entry.filename, []).append(entry)
+
+            def take(name: str, size: int | None) -> bytes:
+                if len(found := entries.get(name, [])) != 1:
+                    raise BundleError(f"{path} is not a bundle: it must hold {name} once, at its top")
+                _check_size(path, name, found[0].file_size, size)
+                return archive.read(found[0])
+
+            yield take
+    except KshotError:
         raise
     except Exception as error:  # zipfile, zlib and lzma each have errors of their own
         raise BundleError(f"{path} is not a readable zip: {error}") from None
-
-    def take(name: str) -> bytes:
-        if name not in contents:
-            raise BundleError(f"{path} is not a bundle: it must hold {name} once, at its top")
-        return contents[name]
-
-    return take
 
 
 def _check_entry(path: Path, entry: zipfile.ZipInfo) -> None:
@@ -355,10 +366,10 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo) -> None:
         raise BundleError(f"{path}: {entry.filename!r} points outside the bundle")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise BundleError(f"{path}: {entry.filename!r} is a link, and a bundle holds its files itself")
-    if entry.filename in _LARGEST:
-        _check_size(path, entry.filename, entry.file_size)
 
 
-def _check_size(source: Path, name: str, size: int) -> None:
+def _check_size(source: Path, name: str, size: int, expected: int | None) -> None:
     if size > _LARGEST[name]:
         raise BundleError(f"{source}: {name} has {size:,} bytes; at most {_LARGEST[name]:,} are taken")
+    if expected not in (None, size):
+        raise _changed(source, name, f"it has {size:,} bytes, not {expected:,}")

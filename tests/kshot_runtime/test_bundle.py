@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -546,3 +547,19 @@ def test_a_zip_with_paths_out_of_it_or_links_or_lacks_is_refused(protonet: Path,
     (tmp_path / "d.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(BundleError, match="not a readable zip"):
         Bundle.open(tmp_path / "d.zip")
+
+
+def test_a_zip_whose_sizes_are_not_the_manifest_s_is_refused_before_it_is_inflated(
+    protonet: Path, tmp_path: Path
+) -> None:
+    """A zip of 1.5 MB inflated to 2,971 MB before the sizes in its manifest were looked at."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in protonet.iterdir():
+            archive.writestr(file.name, bytes(50_000_000) if file.name == "adapt.onnx" else file.read_bytes())
+    tracemalloc.start()
+    with pytest.raises(BundleError, match=r"adapt\.onnx is not the file .* it has 50,000,000 bytes, not"):
+        Bundle.open(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
