@@ -55,6 +55,12 @@ def serve(
     device: Annotated[
         Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Device for the model; a missing one is an error.")
     ] = "cpu",
+    queue: Annotated[
+        int, typer.Option(min=1, metavar="IMAGES", help="Images at work at most; one key or address may hold half.")
+    ] = 256,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Refuse a request (429) whose photos would wait longer than this.")
+    ] = 1.0,
     keep_photos: Annotated[
         Literal["yes", "no"], typer.Option(help="Store original photos, or only what adapting needs.")
     ] = "yes",
@@ -116,7 +122,7 @@ def serve(
             fill=tuple(space or ()),
             folder=folder,
             database=database,
-            engine={"device": device},
+            engine={"device": device, "queue": queue, "wait_s": wait},
             keep_photos=keep_photos == "yes",
             strip_metadata=strip_metadata,
             keys=keys,
