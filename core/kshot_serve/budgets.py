@@ -24,6 +24,7 @@ SPARE_FILES = 128
 """Open files that are no connections: models, databases, logs; and, of half of them, connections that are refused."""
 _EXPORTS = 4  # at once; each is a file of a whole label space until it has been sent
 _CALLERS = 10_000  # whose rates are remembered
+_REFUSED_S = 1.0
 _BURST_S = 10.0  # a caller that was silent for so long may send that many seconds' worth at once
 
 
@@ -111,6 +112,7 @@ class Budgets:
 
     def __init__(self, settings: Settings) -> None:
         share, megabyte = settings.share, 1_000_000
+        self._refused: dict[str, float] = {}  # until when
         self.bodies = Share(
             settings.bodies_mb * megabyte, share, "bodies", "too many large requests at once: try again"
         )
@@ -122,9 +124,24 @@ class Budgets:
         )
         self.exports = Share(_EXPORTS, share, "answers", "too many exports at once: try again")
         self.connections = _connections(settings.connections)
-        self.requests = Share(self.connections, share, "requests", "too many requests at once: try again")
+        self.requests = Share(settings.requests, share, "requests", "too many requests at once: try again")
         self.request_rate = Rate(settings.requests_per_s, "more requests than this server takes from one caller")
         self.wrong_key_rate = Rate(settings.wrong_keys_per_s, "too many wrong keys came from this address")
+
+    def refuse_for_now(self, credential: str) -> None:
+        """Refuse what comes with this credential for a second, as it was told: it has sent more than its share."""
+        if len(self._refused) >= _CALLERS:
+            self._refused.clear()
+        self._refused[credential] = monotonic() + _REFUSED_S
+
+    def refuses(self, credential: Callable[[], str]) -> bool:
+        """Whether this credential is refused now; it is only asked for where any is."""
+        if not self._refused:
+            return False
+        until = self._refused.get(found := credential(), 0.0)
+        if until and until < monotonic():
+            del self._refused[found]
+        return until > monotonic()
 
 
 def _connections(wanted: int) -> int:

@@ -73,6 +73,7 @@ class Settings(_Part):
     answers_mb: int = Field(256, ge=1, description="answers above 64 kB that a worker has under way")
     unread_s: float = Field(30.0, gt=0, description="a client that reads nothing of an answer for so long is cut off")
     connections: int = Field(4096, ge=16, description="of a worker; fewer if the system's limit of files is lower")
+    requests: int = Field(1024, ge=1, description="requests of all keys under way, those whose bodies are awaited too")
     requests_per_s: float = Field(0.0, ge=0, description="requests a second of one key; 10 s of them at once; 0: any")
     wrong_keys_per_s: float = Field(5.0, ge=0, description="unknown keys a second of one address, likewise; 0: any")
     image: ImageLimits = ImageLimits(max_pixels_whole=16_000_000)  # a screen of 5K has 14.7 million

@@ -18,6 +18,7 @@ from kshot_serve.backend import Backend
 from kshot_serve.budgets import address_of, caller_of
 from kshot_serve.errors import Problem
 from kshot_serve.observe import trace
+from kshot_serve.settings import Settings
 from kshot_serve.storage.keys import OPEN, Key
 
 log = logging.getLogger("kshot.serve")
@@ -127,8 +128,12 @@ class Guard:
             if scope["path"] in OPEN:
                 return await self.app(scope, receive, send)
             caller = caller_of(scope)
-            budgets.request_rate.take(caller)
-            budgets.requests.take(caller, 1)
+            try:
+                budgets.request_rate.take(caller)
+                budgets.requests.take(caller, 1)
+            except Problem:
+                budgets.refuse_for_now(credential_of(scope, self.backend.settings))
+                raise
         except Problem as problem:
             await refuse(problem, scope, self.backend)(scope, receive, send)
             return
@@ -205,6 +210,11 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def credential_of(scope: Scope, settings: Settings) -> str:
+    """What tells a request's caller before its key is known: the key as it came, or its client's address."""
+    return (settings.needs_keys and _key_in(Headers(scope=scope))) or address_of(scope)
 
 
 def _key_in(headers: Headers) -> str | None:

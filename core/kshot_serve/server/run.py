@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._announce = announce
         self._shared = shared
-        self._connections = Connections(settings, self.backend.metrics, self.backend.budgets.connections)
+        self._connections = Connections(settings, self.backend.metrics, self.backend.budgets)
         self._acceptor: Acceptor | None = None
         self._hasty = False
         super().__init__(

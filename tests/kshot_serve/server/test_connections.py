@@ -418,26 +418,40 @@ def test_when_all_connections_are_at_work_new_ones_are_refused_but_for_the_healt
         assert refused.headers["connection"] == "close"
 
 
-def test_one_key_cannot_have_all_requests_under_way(
+def test_one_key_cannot_have_all_requests_under_way_and_its_next_ones_cost_little(
     features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
 ) -> None:
     """Heads without bodies, which wait for half a minute each."""
     settings = Settings(
-        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, connections=40, keys="required"
-    )
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, requests=40, keys="required"
+    )  # fmt: skip
     with running(settings) as server, ExitStack() as open_:
         (greedy, one), (_, two) = (server.backend.keys.new(name, "read") for name in ("greedy", "other"))
-        lines = ["POST /v1/embed HTTP/1.1", "Host: localhost", "Content-Type: image/png", "Content-Length: 9"]
-        heads = [open_.enter_context(connected(server.url, *lines, f"X-API-Key: {one}", "")) for _ in range(25)]
-        status, headers, body = answer(heads[-1])
-        assert (status, json.loads(body)["error"]["reason"]) == (429, "requests")
-        assert int(headers["retry-after"]) >= 1
-        assert server.backend.budgets.requests.held[greedy.id] == 20
+        key = f"X-API-Key: {one}"
+        lines = ["POST /v1/embed HTTP/1.1", "Host: localhost", "Content-Type: image/png", "Content-Length: 9", key, ""]
+        for _ in range(20):
+            open_.enter_context(connected(server.url, *lines))
+        until(lambda: server.backend.budgets.requests.held[greedy.id] == 20)
+        found = [answer(open_.enter_context(connected(server.url, *lines))) for _ in range(5)]
+        assert [status for status, _, _ in found] == [429] * 5
+        reasons = [json.loads(body)["error"]["reason"] for _, _, body in found]
+        assert reasons[0] == "requests"
+        assert "again" in reasons  # refused by the connection, for a second, and not by the application
+        assert all(headers["retry-after"] == "1" for _, headers, _ in found)
+        live = answer(
+            open_.enter_context(connected(server.url, "GET /healthz/live HTTP/1.1", "Host: localhost", key, ""))
+        )
+        assert live[0] == 200
         for shade in range(5):
             answered = server.http.post(
                 "/v1/embed", content=photo("red", shade), headers={"Content-Type": "image/png", "X-API-Key": two}
             )
             assert answered.status_code == 200
+        assert server.backend.budgets.requests.held[greedy.id] == 20
+        time.sleep(1.1)
+        assert (
+            json.loads(answer(open_.enter_context(connected(server.url, *lines)))[2])["error"]["reason"] == "requests"
+        )
 
 
 @contextmanager
