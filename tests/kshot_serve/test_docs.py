@@ -53,9 +53,10 @@ def test_its_curl_commands_run(server: Running, photos: Path, text: str) -> None
 def test_its_clients_run(server: Running, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
     [client] = [block for block in blocks(README, "python") if "Client(" in block]
-    [triton] = blocks(DOCS, "python")
+    more, triton = blocks(DOCS, "python")
     known: dict[str, Any] = {}
-    exec(client.replace("http://127.0.0.1:8000", server.url), known)
+    for block in (more, client):
+        exec(block.replace("http://127.0.0.1:8000", server.url), known)
     exec(
         triton.replace("localhost:8000", server.url.removeprefix("http://")).replace(
             "spc_01jd7x2m9v4k8r3t6w5y0zabcd", known["pets"].id
@@ -63,7 +64,9 @@ def test_its_clients_run(server: Running, photos: Path, monkeypatch: pytest.Monk
         known,
     )
     known["client"].close()
-    known["pets"]._awaited._client._http.close()
+    assert [each["name"] for each in known["animals"].classes()] == ["tabby"]
+    for space in ("pets", "animals"):
+        known[space]._awaited._client._http.close()
     assert known["answer"].as_numpy("class").tolist() == [b"dog"]
 
 
