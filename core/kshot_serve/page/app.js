@@ -86,6 +86,7 @@ function drawClasses() {
   const count = space?.classes.length ?? 0
   $('classes-title').textContent = count ? counted(count, 'class', 'classes') : 'Classes'
   $('steps').hidden = count > 0
+  $('strictness').hidden = !count
   classes.draw()
 }
 
