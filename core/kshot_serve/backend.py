@@ -118,7 +118,7 @@ class Backend:
         reasons = ["the server is stopping"] if self.leaving else []
         if not self.champions.ready and not self.leaving:
             reasons.append("no model is loaded yet")
-        return reasons + ([self.store.trouble] if self.store.trouble else [])
+        return reasons if self.store.health.bridged else [*reasons, *self.store.health.troubles]
 
     @property
     def ready(self) -> bool:

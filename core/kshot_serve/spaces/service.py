@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import IO, Final, Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from kshot_serve.observe.metrics import Metrics
 from kshot_serve.settings import Settings
 from kshot_serve.spaces.archive import media_type
 from kshot_serve.spaces.contents import THUMBNAIL, check_bytes, check_counts, contents, picture, thumbnail
-from kshot_serve.spaces.decisions import closer, operating, unit
+from kshot_serve.spaces.decisions import operating
 from kshot_serve.spaces.names import alike, named, normal
-from kshot_serve.spaces.questions import Answering, Classified, Query, Verified
+from kshot_serve.spaces.questions import Answering, Classified, Verified
 from kshot_serve.spaces.states import States, features_of, needed, pixels_by
 from kshot_serve.spaces.transfer import Transfer
 from kshot_serve.spaces.uploads import Decoder, Upload
+from kshot_serve.spaces.writes import KEEP, Keep, Written, class_of, share
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import is_id
@@ -36,25 +37,6 @@ from kshot_serve.storage.values import ORIGINAL, Class, Revision, Snapshot, Spac
 
 T = TypeVar("T")
 _LACKING_AT_ONCE = 256
-
-
-class Keep:
-    """Leave it as it is: `None` already means the server's own."""
-
-
-KEEP: Final = Keep()
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a write did."""
-
-    revision: int
-    class_: Class | None = None  # that it was about, as it is now
-    photos: tuple[str, ...] = ()  # ids of those that are new
-    notes: tuple[str, ...] = ()  # what may be wrong with what came, for people
-    gone: tuple[str, ...] = ()  # ids that a rollback could not bring back
-    scrubbed: bool | None = None  # of a deletion: whether the bytes are gone from the disk; none: not known
 
 
 class Spaces:
@@ -83,7 +65,7 @@ class Spaces:
     # Label spaces ------------------------------------------------------------------------------------------------
 
     async def create(self, name: str, accept: float | None = None, *, who: str = "") -> Space:
-        name, accept = named(name, "a label space"), _share(accept)
+        name, accept = named(name, "a label space"), share(accept)
 
         def write() -> Space:
             with self._store.creating(name, accept, who, self._settings.spaces) as new:
@@ -124,7 +106,7 @@ class Spaces:
     ) -> Space:
         """Give it another name, another share of known photos to accept (none: the server's own), or both."""
         name = name if isinstance(name, Keep) else named(name, "a label space")
-        accept = accept if isinstance(accept, Keep) else _share(accept)
+        accept = accept if isinstance(accept, Keep) else share(accept)
 
         def write() -> Space:
             with self._store.write(space, "change", who) as change:
@@ -195,7 +177,7 @@ class Spaces:
         self, space: str, class_id: str, uploads: Sequence[Upload], *, who: str = "", deadline: float | None = None
     ) -> Written:
         def place(write: Write, there: Snapshot) -> str:
-            return _class_of(there, class_id).id
+            return class_of(there, class_id).id
 
         return await self._add(space, "add_photos", class_id, place, uploads, who, deadline)
 
@@ -220,7 +202,7 @@ class Spaces:
         def write() -> Written:
             with self._store.write(space, "rename_class", who) as change:
                 there = change.snapshot()
-                class_ = _class_of(there, class_id)
+                class_ = class_of(there, class_id)
                 if any(each.name == name and each.id != class_id for each in there.classes):
                     raise Problem("conflict", f"another class is named {name!r}", reason="name")
                 if class_.name != name:
@@ -286,7 +268,7 @@ class Spaces:
         async with timely(until):
             await self.revision(space)  # before any work is done for one that is not there
             query = await self._answering.query(champion, uploads, until, as_support=True)
-            strange = await self._closer(champion, space, class_id, query, until)
+            strange = await self._states.closer(champion, space, class_id, query.images, query.features, until)
             kept = await self._engine.in_thread(contents, champion, uploads, query, self._settings)
 
         def write() -> Written:
@@ -314,7 +296,7 @@ class Spaces:
                 there = change.snapshot()
                 self._check(there)
                 check_bytes(change, self._settings.space_mb)
-            made = _class_of(there, class_)
+            made = class_of(there, class_)
             twins = [] if class_ in names else alike(made.name, names.values())
             return Written(change.revision, made, tuple(added), (*twins, *notes))
 
@@ -324,36 +306,6 @@ class Spaces:
         """A label space must fit what the bundle adapts to."""
         limits = self._champions.current.bundle.manifest.limits
         check_counts(limits, [len(each.photos) for each in there.classes])
-
-    async def _closer(
-        self, champion: Champion, space: str, class_id: str | None, query: Query, until: float
-    ) -> Sequence[str | None]:
-        """For each photo, the name of another class that it is clearly closer to than to its own class's other photos.
-
-        Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
-        a note could take longer than the write.
-        """
-        nothing = [None] * len(query.images)
-        features = query.features
-        try:
-            if features is not None:
-                adapted = await self._states.get(champion, space)
-            elif (at_hand := self._states.at_hand(champion, space, 0)) is not None:
-                adapted = at_hand
-                outputs = await self._engine.classify(champion, adapted.tensors, adapted.key, query.images, until)
-                features = outputs.get("query_features")
-            else:
-                return nothing
-        except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
-            return nothing
-        if features is None or adapted.directions is None:
-            return nothing
-        ends = np.cumsum([len(each.photos) for each in adapted.classes])
-        rows = list(zip(adapted.classes, np.split(adapted.directions, ends[:-1]), strict=True))
-        own = next((part for each, part in rows if each.id == class_id), adapted.directions[:0])
-        others = [(each.name, part) for each, part in rows if each.id != class_id]
-        found = closer(unit(features), own, [part for _, part in others])
-        return [None if i is None else others[i][0] for i in found]
 
     # Questions ---------------------------------------------------------------------------------------------------
 
@@ -439,16 +391,3 @@ class Spaces:
         calibration = manifest.calibration_for(ways, space.photos / ways)
         point = operating(calibration, manifest.verification, ways, space.accept)
         return replace(space, accepted=point.accepted, false_accepts=point.false_accepts) if point else space
-
-
-def _share(accept: float | None) -> float | None:
-    if accept is not None and not 0.5 <= accept <= 0.999:
-        raise Problem("bad_request", "the share of known photos to accept is between 0.5 and 0.999", reason="accept")
-    return accept
-
-
-def _class_of(there: Snapshot, class_id: str) -> Class:
-    for each in there.classes:
-        if each.id == class_id:
-            return each
-    raise Problem("class_unknown", "this label space has no such class")

@@ -23,7 +23,7 @@ from kshot_serve.errors import Problem
 from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.observe.metrics import Metrics
-from kshot_serve.spaces.decisions import by_features, unit
+from kshot_serve.spaces.decisions import by_features, closer, unit
 from kshot_serve.spaces.revisions import Revisions
 from kshot_serve.spaces.uploads import Decoder
 from kshot_serve.storage.store import Store
@@ -109,6 +109,41 @@ class States:
             return None
         self._kept.move_to_end((space, champion.id))
         return adapted
+
+    async def closer(
+        self,
+        champion: Champion,
+        space: str,
+        class_id: str | None,
+        images: np.ndarray,
+        features: np.ndarray | None,
+        until: float,
+    ) -> Sequence[str | None]:
+        """For each photo, the name of another class that it is clearly closer to than to its own class's other photos.
+
+        Where the bundle takes images this is told only while the label space's state is in memory: to adapt just for
+        a note could take longer than the write.
+        """
+        nothing = [None] * len(images)
+        try:
+            if features is not None:
+                adapted = await self.get(champion, space)
+            elif (at_hand := self.at_hand(champion, space, 0)) is not None:
+                adapted = at_hand
+                outputs = await self._engine.classify(champion, adapted.tensors, adapted.key, images, until)
+                features = outputs.get("query_features")
+            else:
+                return nothing
+        except Problem:  # there are no classes yet; and whatever else it is, a note is not worth refusing for
+            return nothing
+        if features is None or adapted.directions is None:
+            return nothing
+        ends = np.cumsum([len(each.photos) for each in adapted.classes])
+        rows = list(zip(adapted.classes, np.split(adapted.directions, ends[:-1]), strict=True))
+        own = next((part for each, part in rows if each.id == class_id), adapted.directions[:0])
+        others = [(each.name, part) for each, part in rows if each.id != class_id]
+        found = closer(unit(features), own, [part for _, part in others])
+        return [None if i is None else others[i][0] for i in found]
 
     async def warm(self, champion: Champion) -> None:
         """Build the states of a champion to be, of the label spaces in use, in half of the room."""

@@ -38,6 +38,12 @@ class Health:
         return "away" if self.away_s else "full" if self.full else "ok"
 
     @property
+    def troubles(self) -> list[str]:
+        """What is wrong, for people."""
+        away = ["the database does not answer"] if self.away_s else []
+        return [*away, "the disk is full: only deletions are written"] if self.full else away
+
+    @property
     def bridged(self) -> bool:
         """Whether answers may be given from what was last read: always, but when the database is away for long."""
         return self.away_s < self._stale_s

@@ -90,8 +90,12 @@ class Store:
         self._readers = ThreadPoolExecutor(THREADS, "kshot-read")
         self._glance = self.database.raw_connection() if self._is_sqlite else None
         # SQLite has one writer at a time: here they queue, where there they would sleep and look again.
-        self.trouble: str | None = None  # why it cannot be asked or written to just now
         self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "kshot-write")
+
+        with self.reading() as connection:
+            for table in (SPACES, CLASSES, PHOTOS):
+                if newest := connection.execute(select(func.max(table.c.id))).scalar():
+                    new_id.continue_after(newest)
 
     def close(self) -> None:
         self._upkeep.stop()

@@ -128,6 +128,12 @@ class _Ids:
         letters = "".join(self._LETTERS[number >> 5 * place & 31] for place in reversed(range(26)))
         return f"{kind}_{letters}"
 
+    def continue_after(self, id_: str) -> None:
+        """Make later ids only, also where the clock has been set back since that one was made."""
+        number = sum(self._LETTERS.index(letter) << 5 * place for place, letter in enumerate(reversed(id_[4:])))
+        with self._lock:
+            self._last = max(self._last, number >> 75)
+
 
 new_id = _Ids()
 """A new id: its kind, then the time in microseconds and 75 random bits in 26 characters."""

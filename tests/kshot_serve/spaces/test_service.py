@@ -21,9 +21,9 @@ from kshot_runtime.manifest import MANIFEST, VIEWS, FileFacts, Limits, Manifest
 from kshot_serve.errors import Problem
 from kshot_serve.models.champion import Champion
 from kshot_serve.spaces.questions import Answer
-from kshot_serve.spaces.service import KEEP
 from kshot_serve.spaces.states import features_of, pixels_by
 from kshot_serve.spaces.uploads import Upload
+from kshot_serve.spaces.writes import KEEP
 from kshot_serve.storage.values import ORIGINAL
 
 if TYPE_CHECKING:

@@ -169,8 +169,12 @@ def test_answers_without_the_database_end_after_a_while(
         wire.cut()
         time.sleep(0.1)
         assert ask.classify().json()["stale"] is True
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (200, ["the database does not answer"])
         eventually(lambda: ask.classify().status_code, 503)
         assert not server.backend.store.health.bridged
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (503, ["the database does not answer"])
         wire.restore()
         eventually(lambda: ask.classify().status_code, 200)
 
@@ -216,6 +220,8 @@ def test_a_full_disk_takes_deletions_and_recovers(
             photos += added.json()["photos"]
         assert (added.status_code, added.json()["error"]["code"]) == (507, "storage_full")
         assert (health.status, ask.gauge("kshot_storage_full")) == ("full", 1.0)
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (200, ["the disk is full: only deletions are written"])
         with closing((small_disk / "filler").open("wb")) as filler, suppress(OSError):
             filler.write(b"0" * 24_000_000)  # not a byte is left
         assert ask.classify().status_code == 200

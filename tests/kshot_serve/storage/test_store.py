@@ -80,6 +80,25 @@ def test_ids_sort_by_the_time_they_were_made_and_are_never_the_same() -> None:
     )
 
 
+def test_a_clock_that_was_set_back_does_not_change_the_order_of_lists(tmp_path: Path) -> None:
+    """Found in review: classes and label spaces of a process that began later were listed before the old ones."""
+    url = f"sqlite:///{tmp_path / 'spaces.db'}"
+    add_one = (
+        "import sys, time; now = time.time_ns; time.time_ns = lambda: now() - int(sys.argv[3]) * 10**9\n"
+        "from kshot_serve.storage.store import Store; store = Store(sys.argv[1])\n"
+        "with store.creating(sys.argv[2], None, '', 10) as new:\n"
+        "    new.add_photo(new.add_class('class'), '', {('original', ''): b''})\n"
+        "store.close()"
+    )
+    for name, seconds in (("first", -400 * 86400), ("second", 0), ("third", 400 * 86400)):
+        subprocess.run([sys.executable, "-c", add_one, url, name, str(seconds)], check=True)
+    store = Store(url)
+    assert [each.name for each in store.spaces(MANY)] == ["first", "second", "third"]
+    create(store, "fourth")
+    assert [each.name for each in store.spaces(MANY)][-1] == "fourth"
+    store.close()
+
+
 def test_a_write_that_raises_is_not_there_at_all(store: Store) -> None:
     space = create(store)
     with pytest.raises(UnicodeEncodeError), store.write(space, "add_class", "ann") as change:

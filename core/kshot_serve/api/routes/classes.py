@@ -25,7 +25,7 @@ from kshot_serve.api.operation import (
 from kshot_serve.errors import Code
 from kshot_serve.inference.admission import timely
 from kshot_serve.spaces.contents import THUMBNAIL
-from kshot_serve.spaces.service import Written
+from kshot_serve.spaces.writes import Written
 from kshot_serve.storage.values import Class
 
 router = APIRouter(route_class=Operation)

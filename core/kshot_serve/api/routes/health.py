@@ -39,13 +39,16 @@ async def live(backend: Serving) -> Response:
 @router.head("/healthz/ready", include_in_schema=False, **operation("read"))
 @router.get("/healthz/ready", response_model=Status, **operation("read", answers=_status("not ready, and why")))
 async def ready(backend: Serving) -> Response:
-    """A model is loaded and warm, the database answers, and the server is not stopping."""
+    """A model is loaded and warm, the server is not stopping, and the database answers, or did so not long ago.
+
+    `reasons` may also say what is wrong with the database of a server that is ready all the same.
+    """
     reasons = backend.reasons
-    return _answer("not ready" if reasons else "ready", reasons)
+    return _answer("not ready", reasons) if reasons else _answer("ready", backend.store.health.troubles)
 
 
 def _answer(status: str, reasons: Sequence[str]) -> Response:
-    return JSONResponse({"status": status, "reasons": list(reasons)}, 503 if reasons else 200)
+    return JSONResponse({"status": status, "reasons": list(reasons)}, 200 if status in ("live", "ready") else 503)
 
 
 def stalled(backend: Backend) -> bool:

@@ -24,7 +24,7 @@ from kshot_serve.api.schemas import model_of
 from kshot_serve.backend import Backend
 from kshot_serve.budgets import caller_of
 from kshot_serve.errors import Problem
-from kshot_serve.spaces.service import KEEP
+from kshot_serve.spaces.writes import KEEP
 from kshot_serve.storage.values import Space
 
 router = APIRouter(route_class=Operation)
