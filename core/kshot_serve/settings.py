@@ -24,7 +24,7 @@ class EngineSettings(_Part):
     queue: int = Field(
         256, ge=1, description="images at work, from decoding on; past that, and past half of it by one caller, 429"
     )
-    wait_s: float = Field(1.0, gt=0, description="a request whose images would wait longer than this is refused, 429")
+    wait_s: float = Field(2.0, gt=0, description="a request whose images would wait longer than this is refused, 429")
     decode_mp: int = Field(64, ge=1, description="megapixels of large photos decoded at once, of about 8 bytes each")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")

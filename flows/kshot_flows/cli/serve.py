@@ -60,7 +60,7 @@ def serve(
     ] = 256,
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", help="Refuse a request (429) whose photos would wait longer than this.")
-    ] = 1.0,
+    ] = 2.0,
     keep_photos: Annotated[
         Literal["yes", "no"], typer.Option(help="Store original photos, or only what adapting needs.")
     ] = "yes",
