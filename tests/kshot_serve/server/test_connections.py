@@ -305,14 +305,14 @@ def test_exports_that_are_not_read_are_few_and_leave_no_file(
 
 
 def test_a_slow_reader_gets_all_of_a_large_answer(features_bundle: Path, tmp_path: Path, running: Start) -> None:
-    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, unread_s=0.5)
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, unread_s=2.0)
     with running(settings) as server:
         path, content = large_photo(server, {})
         host = server.url.removeprefix("http://")
         with connected(server.url, f"GET {path} HTTP/1.1", f"Host: {host}", "", buffer=65536) as there:
             came = bytearray()
             while len(came) < len(content):
-                time.sleep(0.002)
+                time.sleep(0.02)
                 piece = there.recv(65536)
                 assert piece
                 came += piece
