@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 
@@ -466,7 +467,7 @@ def decompression_bombs() -> list[tuple[str, bytes]]:
 
 def drop(served: Any, path: str, name: str, file: bytes) -> dict[str, Any]:
     """Costs of a decompression bomb: the best time of five, as the machine may be busy, and the memory of all."""
-    http = served.client()._http
+    http = httpx.Client(base_url=served.url, timeout=60)
     headers = {"content-type": "image/png"}
     http.post(path, content=b"no photo", headers=headers)  # the connection is established
     Path(f"/proc/{served.process.pid}/clear_refs").write_text("5")  # resets the peak of resident memory
