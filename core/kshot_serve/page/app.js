@@ -327,7 +327,6 @@ client = Client("${location.origin}"${key ? ', key=os.environ["KSHOT_KEY"]' : ''
 space = client.space(${JSON.stringify(name)})
 answer = space.classify("photo.jpg")
 print(answer.decision, answer.name, answer.probability)`
-  $('usage-all').hidden = Boolean(key) // a link takes no key along
   $('usage').showModal()
 })
 

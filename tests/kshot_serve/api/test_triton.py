@@ -34,6 +34,14 @@ def space(server: Running, photo: Photo, request: pytest.FixtureRequest) -> str:
     return space
 
 
+def all_given_back(server: Running) -> None:
+    """What a request held is given back soon after its answer."""
+    given_up = time.monotonic() + 10
+    while server.backend.budgets.bodies.taken:
+        assert time.monotonic() < given_up
+        time.sleep(0.01)
+
+
 def photos(*contents: bytes) -> InferInput:
     given = InferInput("photos", [len(contents)], "BYTES")
     given.set_data_from_numpy(np.array(contents, dtype=object))
@@ -107,7 +115,7 @@ def test_what_cannot_be_inflated_is_refused(
     refused = server.http.post(f"/v2/models/{space}/infer", content=content, headers=headers)
     assert refused.status_code == status
     assert says in refused.json()["error"]
-    assert server.backend.budgets.bodies.taken == 0
+    all_given_back(server)
 
 
 def test_a_bomb_takes_no_more_than_a_body_may(server: Running, space: str) -> None:
@@ -118,7 +126,7 @@ def test_a_bomb_takes_no_more_than_a_body_may(server: Running, space: str) -> No
     refused = server.http.post(f"/v2/models/{space}/infer", content=bomb, headers=headers)
     assert refused.status_code == 413
     assert time.perf_counter() - started < 5
-    assert server.backend.budgets.bodies.taken == 0
+    all_given_back(server)
 
 
 def test_a_count_of_classes_is_refused_and_not_ignored(triton: InferenceServerClient, space: str, photo: Photo) -> None:

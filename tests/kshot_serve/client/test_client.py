@@ -103,10 +103,10 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(
     waited: list[float] = []
     real = server.backend.spaces.list
 
-    async def list_(*given: Any) -> Any:
+    async def list_(*given: Any, **named: Any) -> Any:
         if refusals:
             raise refusals.pop(0)
-        return await real(*given)
+        return await real(*given, **named)
 
     monkeypatch.setattr(server.backend.spaces, "list", list_)
     monkeypatch.setattr("kshot_client.client.time.sleep", waited.append)
