@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from kshot_serve.settings import Settings
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
-
 
 def test_a_key_is_given_and_operations_are_tried_without_a_network(
-    running: Any, features_bundle: Path, photo: Callable[..., bytes], tmp_path: Path
+    running: Any, browser: Browser, features_bundle: Path, photo: Callable[..., bytes], tmp_path: Path
 ) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, keys="required")
-    with running(settings) as server, sync_playwright() as playwright:
+    with running(settings) as server:
         key = server.backend.keys.new("shop", "write")[1]
         bearer = {"Authorization": f"Bearer {key}"}
         space = server.http.post("/v1/spaces", json={"name": "colours"}, headers=bearer).json()["id"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         said, asked = list[str](), list[str]()
         page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
@@ -51,7 +45,7 @@ def test_a_key_is_given_and_operations_are_tried_without_a_network(
         answer = operation.locator(".live-responses-table tbody .response-col_description").first
         expect(answer).to_contain_text('"revision"')
         expect(operation.locator(".live-responses-table tbody .response-col_status").first).to_have_text("201")
-        browser.close()
+        page.close()
         [known] = server.http.get(f"/v1/spaces/{space}/classes", headers=bearer).json()["classes"]
     assert (known["name"], len(known["photos"])) == ("red", 1)
     assert all(url.startswith((server.url, "data:", "blob:")) for url in asked), json.dumps(asked)
