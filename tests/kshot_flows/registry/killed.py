@@ -128,7 +128,7 @@ def next_command(which: int, look_first: bool) -> dict[str, Any]:
             for one in door.search_model_versions("name='tiny'")
             if one.current_stage == one.tags["stage"] == "Production"
         ],
-        "served": int(Registry("models:/tiny@production", stores.uri()).find().version),
+        "served": int(Registry("models:/tiny@production", stores.uri()).find().number),
         "versions": [version.version for version in versions],
         "bundles": len({version.tags["bundle"] for version in versions}),
         "runs": sorted({one.info.status for one in door.search_runs([experiment])}),

@@ -149,7 +149,7 @@ def locked(features_bundle: Path, tmp_path: Path) -> Iterator[Server]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: Playwright's event loop runs in this thread until its end
 def browser(photo: Photo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """Its camera sees blue."""
     if CHROMIUM is None:

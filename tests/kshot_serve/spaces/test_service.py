@@ -151,7 +151,7 @@ def test_an_answer_has_class_probability_decision_and_evidence(on: Any, features
         assert similarities == sorted(similarities, reverse=True)
         assert (none_of_these.decision, none_of_these.class_id, none_of_these.class_name) == ("unknown", None, None)
         assert none_of_these.classes
-        assert b'kshot_decisions_total{decision="unknown"} 1.0' in parts.metrics.exposition()
+        assert b'kshot_decisions_total{decision="unknown"} 1.0' in parts.metrics.exposition("")[0]
 
     on(features_bundle, body)
 
