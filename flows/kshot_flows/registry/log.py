@@ -189,7 +189,9 @@ class Log:
             if entry.displaced is not None:
                 said[entry.displaced] |= {entry.stage, Stage.ARCHIVED}
             for single in {entry.stage, entry.came_from} & held.keys():
-                held[single] |= {entry.version, entry.displaced, None}
+                held[single] |= {entry.version, None}
+            if entry.stage in held:
+                held[entry.stage].add(entry.displaced)
         strange = {version: stage for version, stage in stages.items() if stage not in said[version]}
         found: list[tuple[int, Stage, str]] = []
         expected = dict(self.stages)  # what the log will say with what was found

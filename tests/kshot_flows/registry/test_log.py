@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kshot_flows.registry.log import SINGLE, Log, Stage
@@ -79,6 +79,14 @@ SHOWN = st.fixed_dictionaries(
 )
 
 
+@example(  # what left production for staging displaced a version there, not in production
+    [
+        {"version": version, "stage": stage, "who": "ann", "why": "because", "rollback": False}
+        for version, stage in ((1, Stage.STAGING), (2, Stage.PRODUCTION), (2, Stage.STAGING))
+    ],
+    {"stages": {1: Stage.NONE}, "aliases": {"production": 1}},
+    0,
+)
 @given(ENTRIES, SHOWN, st.integers(0, 20))
 def test_what_was_adopted_is_not_foreign_again_and_serves_if_its_alias_was_set(
     entries: list[dict[str, Any]], shown: dict[str, Any], settled: int
