@@ -167,7 +167,7 @@ async def paced(port: int, requests: Sequence[bytes], clients: int, rate: float,
     return sent
 
 
-# The attacker, in a process of its own -----------------------------------------------------------------------------
+# The attacker, in a separate process -----------------------------------------------------------------------------
 
 
 class Target:
@@ -278,7 +278,7 @@ async def pixel_bombs(target: Target, told: Counter[str]) -> None:
 
 
 async def heads_without_bodies(target: Target, told: Counter[str]) -> None:
-    """300 a second, each on a connection of its own that is left open."""
+    """300 a second, each on a separate connection that is left open."""
     head = target.head("POST", target.classify, "Content-Type: image/jpeg", "Content-Length: 1000")
     held_now, began = set[asyncio.Task[None]](), time.perf_counter()
     for number in range(1_000_000):

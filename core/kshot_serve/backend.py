@@ -39,7 +39,7 @@ class Backend:
             )
         self.settings = settings
         self.metrics = Metrics()
-        self.engine = Engine(settings.engine, self.metrics, settings.workers)
+        self.engine = Engine(settings.engine, self.metrics, settings.workers, settings.share)
         self.champions = Champions(settings, self.engine.open, self.metrics)
         self.store = Store(
             settings.database_url,

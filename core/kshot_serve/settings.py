@@ -22,14 +22,14 @@ class EngineSettings(_Part):
     runners: int = Field(2, ge=1, description="runs at once on a CPU: while one computes, another is made ready")
     buckets: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="batch sizes; each is warmed before ready")
     queue: int = Field(
-        256, ge=1, description="images at work, from decoding on; past that, and past half of it by one caller, 429"
+        256, ge=1, description="images at work, from decoding on; past that, and past one caller's `share` of it, 429"
     )
     wait_s: float = Field(2.0, gt=0, description="a request whose images would wait longer than this is refused, 429")
     decode_mp: int = Field(64, ge=1, description="megapixels of large photos decoded at once, of about 8 bytes each")
     deadline_s: float = Field(5.0, gt=0, description="an image that waits longer is answered 503 and never run")
     decoders: int = Field(0, ge=0, description="threads that decode photos; 0 takes the cores this process may use")
     states_mb: int = Field(512, ge=1, description="memory of a worker for adapted states; the least used go first")
-    sessions_mb: int = Field(64, ge=0, description="for sessions of their own that states with weights get; 0: none")
+    sessions_mb: int = Field(64, ge=0, description="for onnxruntime sessions with a state's weights built in; 0: none")
 
 
 class Settings(_Part):

@@ -12,7 +12,6 @@ from kshot_serve.budgets import Share, current_caller
 from kshot_serve.errors import Problem
 from kshot_serve.settings import EngineSettings
 
-_SHARE = 0.5  # of the queue that one caller may hold while the others hold nothing
 _MEMORY = 0.99  # of the measured rate: the last hundred images count
 
 
@@ -24,9 +23,9 @@ class Admission:
     many of each other caller. One that comes while nothing is at work is always begun.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, share: float = 0.5) -> None:
         self.draining = False
-        self._queue = Share(settings.queue, _SHARE, "queue", "")
+        self._queue = Share(settings.queue, share, "queue", "")
         self._wait_s = settings.wait_s
         self._images, self._seconds = 1.0, 0.001  # done of late, and how long that took
         self._working, self._since, self._busy = 0, 0.0, 0.0

@@ -50,7 +50,7 @@ _NICE = 5  # of threads that decode large photos: what is small goes first where
 class Engine:
     """Runs champions. `embed`, `classify` and `adapt` are awaited by requests that `admission` has let in."""
 
-    def __init__(self, settings: EngineSettings, metrics: Metrics, workers: int = 1) -> None:
+    def __init__(self, settings: EngineSettings, metrics: Metrics, workers: int = 1, share: float = 0.5) -> None:
         self.buckets = tuple(sorted({1, *settings.buckets}))  # 1: images of a failed run go one by one
         self._settings = settings
         self._metrics = metrics
@@ -70,7 +70,7 @@ class Engine:
         self._waiting = 0  # images that no run has taken yet
         self._calls = 0  # of embed, classify and adapt, in progress
         self._paces: dict[str, float] = {}  # of classifying features, by champion
-        self.admission = Admission(settings)
+        self.admission = Admission(settings, share)
         self.admit = self.admission.admit
         self._sessions = Sessions(settings.sessions_mb * 1_000_000)
         self._stopped = False

@@ -40,7 +40,7 @@ _WORDS = {
     "spaces": "it does not suit the label spaces",
     "failed": "something failed while it was tried",
 }
-"""Why a version was refused, for the metrics and in words for whoever may read."""
+"""Reasons for a refusal: the metric's label, and its text in the log and in `degraded`."""
 
 
 async def _nothing(_: Champion) -> None:
@@ -113,7 +113,7 @@ class Champions:
                 await self._change(*kept)
                 self._set_trouble("the registry has not answered yet")
             except KshotError as error:
-                log.warning("the copy of version %s cannot serve, and is fetched anew: %s", kept[0].number, error)
+                log.warning("the copy of version %s cannot serve, and is fetched again: %s", kept[0].number, error)
         if self._current is None:
             await self.follow()
             if self._current is None and self._refused:

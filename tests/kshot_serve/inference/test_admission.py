@@ -17,9 +17,9 @@ from kshot_serve.inference.turns import Turns
 from kshot_serve.settings import EngineSettings
 
 
-def run(body: Callable[[Admission], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def run(body: Callable[[Admission], Coroutine[Any, Any, None]], *, share: float = 0.5, **settings: Any) -> None:
     async def whole() -> None:
-        await body(Admission(EngineSettings(**settings)))
+        await body(Admission(EngineSettings(**settings), share))
 
     asyncio.run(whole())
 
@@ -27,6 +27,18 @@ def run(body: Callable[[Admission], Coroutine[Any, Any, None]], **settings: Any)
 def done(admission: Admission, images: int, seconds: float) -> None:
     """As if so many images had just been worked on for so long."""
     admission._images, admission._seconds = float(images), seconds
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.25, 5), (0.5, 10), (1.0, 20)])
+def test_one_caller_has_the_share_of_the_queue_that_is_set(share: float, most: int) -> None:
+    async def body(admission: Admission) -> None:
+        with ExitStack() as held:
+            for _ in range(most):
+                held.enter_context(admission.admit())
+            with pytest.raises(Problem, match="the queue of 20"):
+                admission.check()
+
+    run(body, share=share, queue=20)
 
 
 def test_ten_times_the_load_is_refused_at_once_and_the_queue_does_not_grow() -> None:
