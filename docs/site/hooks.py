@@ -42,7 +42,7 @@ API = {
     "kshot.recipe": "",
     "kshot.testing": "",
     "kshot_runtime.bundle": "",
-    "kshot_client.client": "",
+    "kshot_client": "",
 }
 MODULES = {"kshot.data": ["datasets", "episodes", "importing", "sources", "augmentation", "embeddings"],
            "kshot.evaluation": ["scores", "calibration", "open_set", "verification", "statistics"]}  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(
         return await real(*given, **named)
 
     monkeypatch.setattr(server.backend.spaces, "list", list_)
-    monkeypatch.setattr("kshot_client.client.time.sleep", waited.append)
+    monkeypatch.setattr("kshot_client.blocking.time.sleep", waited.append)
     assert isinstance(list(client.spaces()), list)
     assert waited == [1.0, 2.0]
 
