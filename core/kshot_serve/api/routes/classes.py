@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -104,16 +106,7 @@ async def add_photos(request: Request, backend: Serving, space_id: SpaceId, clas
 async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
     """A photo as it came, or, where originals are not kept, as the model sees it."""
     tag, size = await backend.spaces.photo_facts(space_id, photo_id)
-    headers = {
-        "ETag": f'"{tag}"',
-        "Cache-Control": "private, no-cache",  # so that a deleted photo is gone from a page too
-        "Content-Disposition": "inline",
-    }
-    if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
-    request.scope["answer"].reserve(size)  # before it is in memory
-    content, kind = await backend.spaces.photo(space_id, photo_id)
-    return Response(content, media_type=kind, headers=headers)
+    return await _unless_known(request, tag, size, lambda: backend.spaces.photo(space_id, photo_id))
 
 
 @router.get(
@@ -125,17 +118,13 @@ async def get_photo(request: Request, backend: Serving, space_id: SpaceId, photo
 )  # fmt: skip
 async def get_thumbnail(request: Request, backend: Serving, space_id: SpaceId, photo_id: PhotoId) -> Response:
     """The middle of a photo as a JPEG of 160 x 160 pixels."""
+
+    async def made() -> tuple[bytes, str]:
+        with backend.engine.admit(1):
+            return await backend.spaces.thumbnail(space_id, photo_id), "image/jpeg"
+
     tag, size = await backend.spaces.photo_facts(space_id, photo_id)
-    headers = {
-        "ETag": f'"{tag}-{THUMBNAIL.size}"',
-        "Cache-Control": "private, no-cache",  # kept by a browser, which asks with the tag whether it is still there
-    }
-    if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
-    request.scope["answer"].reserve(size)
-    with backend.engine.admit(1):
-        content = await backend.spaces.thumbnail(space_id, photo_id)
-    return Response(content, media_type="image/jpeg", headers=headers)
+    return await _unless_known(request, f"{tag}-{THUMBNAIL.size}", size, made)
 
 
 @router.delete(
@@ -146,6 +135,22 @@ async def delete_photo(request: Request, backend: Serving, space_id: SpaceId, ph
     """Delete a photo, in all revisions, for good."""
     written = await backend.spaces.delete_photo(space_id, photo_id, who=author(request))
     return schemas.Revised(revision=written.revision, scrubbed=written.scrubbed)
+
+
+async def _unless_known(
+    request: Request, tag: str, size: int, make: Callable[[], Awaitable[tuple[bytes, str]]]
+) -> Response:
+    """The file and media type that `make` gives, or, to a client that has what the tag stands for, 304 at once."""
+    headers = {
+        "ETag": f'"{tag}"',
+        "Cache-Control": "private, no-cache",  # a cache asks each time, so what is deleted is gone there too
+        "Content-Disposition": "inline",
+    }
+    if headers["ETag"] in request.headers.get("if-none-match", ""):  # one of several, perhaps weakened by a proxy
+        return Response(status_code=304, headers=headers)
+    request.scope["answer"].reserve(size)  # before it is in memory
+    content, kind = await make()
+    return Response(content, media_type=kind, headers=headers)
 
 
 def _class(known: Class) -> schemas.Class:
