@@ -7,6 +7,7 @@ import json
 import queue
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from kshot_serve.models.champions import Champions
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.server.run import Server
 from kshot_serve.settings import EngineSettings, Settings
+from kshot_serve.spaces.questions import Answer
 from kshot_serve.spaces.service import Spaces
 from kshot_serve.spaces.uploads import Upload
 from kshot_serve.storage.store import Store
@@ -192,6 +194,22 @@ class Parts:
     def upload(self, content: bytes) -> Upload:
         rule = self.champions.current.bundle.manifest.image
         return Upload(content, decode(content, rule), rule)
+
+    async def a_space(self, *colours: str, shots: int = 2, name: str = "colours") -> str:
+        """The id of a new label space with a class of each colour."""
+        space = await self.spaces.create(name)
+        for colour in colours:
+            await self.spaces.add_class(space.id, colour, [self.upload(_photo(colour, i)) for i in range(shots)])
+        return space.id
+
+    async def ask(self, space: str, *photos: bytes) -> tuple[Answer, ...]:
+        """What the label space answers, one for each photo."""
+        uploads = [self.upload(each) for each in photos]
+        return (await self.spaces.classify(space, uploads, time.monotonic() + 30)).answers
+
+    async def ids(self, space: str) -> dict[str, str]:
+        """The ids of the classes, by their names."""
+        return {each.name: each.id for each in (await self.spaces.classes(space))[1]}
 
 
 @asynccontextmanager
