@@ -1,0 +1,93 @@
+"""What operators see of requests: traces, a log line, metrics, readiness."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kshot_serve.settings import Settings
+from kshot_serve.spaces.service import Spaces
+
+Photo = Callable[..., bytes]
+Error = Callable[[httpx.Response], tuple[int, str]]  # of conftest.py, as the others here
+Running = Any
+Start = Callable[[Settings], AbstractContextManager[Running]]
+
+
+def test_each_request_has_an_id_and_stays_in_its_callers_trace(server: Running) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    answer = server.http.get("/v2", headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+    assert re.fullmatch(f"00-{trace}-[0-9a-f]{{16}}-01", answer.headers["traceparent"])
+    other = server.http.get("/v2", headers={"traceparent": "nonsense"})
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-00", other.headers["traceparent"])
+    assert answer.headers["x-request-id"] != other.headers["x-request-id"]
+
+
+def test_a_request_is_one_log_line_with_its_stages(
+    server: Running, space: str, photo: Photo, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "kshot.serve"):
+        answer = server.http.post(f"{space}/classify", files=[("photos", ("photo", photo("red", 9)))])
+        server.http.get("/v2")  # the line above is written after its answer is sent
+    told = [getattr(record, "fields", {}) for record in caplog.records]
+    [fields] = [each for each in told if each.get("route", "").endswith("classify")]
+    assert fields["route"] == "POST /v1/spaces/{space_id}/classify"
+    assert fields["status"] == answer.status_code == 200
+    assert {"ms", "decode_ms", "queue_ms", "infer_ms", "decide_ms", "store_ms"} <= set(fields)
+
+
+def test_metrics_count_routes_and_never_paths_or_methods_that_a_client_made_up(server: Running, space: str) -> None:
+    server.http.get(space)
+    server.http.get("/no/such/path")
+    assert server.http.request("INVENTED", space).status_code == 400
+    server.http.request("PURGE", space)
+    exposed = server.http.get("/metrics").text
+    assert 'route="GET /v1/spaces/{space_id}",status="200"' in exposed
+    assert 'route="unmatched",status="404"' in exposed
+    assert 'route="unmatched",status="405"' in exposed
+    for made_up in ("such", "INVENTED", "PURGE", "spc_"):
+        assert made_up not in exposed
+    for stage in ("decode", "queue", "infer", "adapt", "decide", "store"):
+        assert f'kshot_stage_seconds_count{{stage="{stage}"}}' in exposed
+    assert "kshot_ready 1.0" in exposed
+
+
+def test_ready_says_no_until_the_model_is_warm(
+    features_bundle: Path, tmp_path: Path, running: Start, monkeypatch: pytest.MonkeyPatch, error: Error
+) -> None:
+    """gh:triton-inference-server/server#6939, #7588: readiness was 200 while the model could not be used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asked: dict[str, httpx.Response] = {}
+    prepare_for = Spaces.prepare_for
+
+    def ask() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            for path in ("/healthz/live", "/healthz/ready", "/v2/health/ready", "/v1/model", "/v1/limits"):
+                asked[path] = http.get(path)
+
+    async def before(self: Spaces, champion: Any) -> None:
+        await asyncio.to_thread(ask)
+        await prepare_for(self, champion)
+
+    monkeypatch.setattr(Spaces, "prepare_for", before)
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=port, leave_s=0)
+    with running(settings) as server:
+        assert [each.status_code for each in asked.values()] == [200, 503, 503, 503, 200]
+        assert asked["/healthz/ready"].json() == {"status": "not ready", "reasons": ["no model is loaded yet"]}
+        assert error(asked["/v1/model"]) == (503, "not_ready")
+        assert "retry-after" in asked["/v1/model"].headers
+        assert asked["/v1/limits"].json()["adaptation"] is None
+        ready = server.http.get("/healthz/ready")
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reasons": []})
+        assert server.http.get("/healthz/live").json() == {"status": "live", "reasons": []}

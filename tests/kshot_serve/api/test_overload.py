@@ -1,0 +1,137 @@
+"""Too much to do: a full queue, clients that hang up, answers that would come too late."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from kshot_runtime.bundle import Graphs
+from kshot_serve.settings import EngineSettings, Settings
+
+Photo = Callable[..., bytes]
+Error = Callable[[httpx.Response], tuple[int, str]]  # of conftest.py, as the others here
+Running = Any
+Start = Callable[[Settings], AbstractContextManager[Running]]
+PNG = {"Content-Type": "image/png"}
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    given_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < given_up, "what was waited for did not come"
+        time.sleep(0.005)
+
+
+def metric(server: Running, line: str) -> bool:
+    return line in server.http.get("/metrics").text
+
+
+def test_a_full_queue_refuses_before_it_reads_a_body(
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+) -> None:
+    """gh:triton-inference-server/server#6796: limits that did not hold; gh:bentoml/BentoML#2603: without a reason."""
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, engine=EngineSettings(queue=4, runners=1)
+    )
+    with running(settings) as server, held(server) as (entered, let):
+        first = asks(server, photo("red"))
+        assert entered.wait(30)
+        second = asks(server, photo("red", 1))
+        until(lambda: metric(server, "kshot_queued_images 1.0"))
+        host = server.url.removeprefix("http://")
+        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as third:
+            started = time.perf_counter()
+            head = (
+                f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 900000\r\n\r\n"
+            )
+            third.sendall(head.encode() + b"\x89PNG")
+            head = third.recv(65536)  # no more than the first bytes of the body have been sent
+            took = time.perf_counter() - started
+            while not head.endswith(b"}"):
+                head += third.recv(65536)
+        assert b"429" in head.split(b"\r\n")[0]
+        assert re.search(rb"retry-after: \d+", head)
+        assert b'"reason":"queue"' in head
+        assert took < 10  # and not the 30 s that a body may take
+        let.set()
+        assert [each.result().status_code for each in (first, second)] == [200, 200]
+
+
+def test_a_client_that_hangs_up_leaves_the_queue(
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+) -> None:
+    """gh:ray-project/ray#41057: requests of clients that had gone still cost their time."""
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, engine=EngineSettings(runners=1)
+    )
+    with running(settings) as server, held(server) as (entered, let):
+        first = asks(server, photo("red"))
+        assert entered.wait(30)
+        host = server.url.removeprefix("http://")
+        body = photo("red", 1)
+        with socket.create_connection((host.split(":")[0], int(host.split(":")[1])), timeout=10) as fickle:
+            head = f"POST /v1/embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
+            fickle.sendall(head.encode() + b"\r\n\r\n" + body)
+            until(lambda: metric(server, "kshot_queued_images 1.0"))
+        until(lambda: metric(server, 'route="POST /v1/embed",status="499"} 1.0'))
+        let.set()
+        assert first.result().status_code == 200
+        until(lambda: metric(server, 'kshot_dropped_images_total{why="gone"} 1.0'))
+
+
+def test_an_answer_that_would_come_too_late_is_given_up(
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo, error: Error
+) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0)
+    with running(settings) as server, held(server) as (_, let):
+        late = server.http.post("/v1/embed", content=photo("red"), headers=PNG | {"x-kshot-deadline-ms": "50"})
+        assert error(late) == (503, "too_late")
+        assert "retry-after" in late.headers
+        let.set()
+
+
+class held:  # noqa: N801  (a context manager)
+    """The model stands still until told: (entered, let)."""
+
+    def __init__(self, server: Running) -> None:
+        self.graphs: Graphs = server.backend.champions.current.bundle.graphs
+        self.entered, self.let = threading.Event(), threading.Event()
+
+    def __enter__(self) -> tuple[threading.Event, threading.Event]:
+        real = self.graphs.embed
+
+        def embed(images: np.ndarray) -> np.ndarray:
+            self.entered.set()
+            assert self.let.wait(60)
+            return real(images)
+
+        self.graphs.embed = embed  # type: ignore[method-assign]
+        return self.entered, self.let
+
+    def __exit__(self, *_: object) -> None:
+        self.let.set()
+        del self.graphs.embed
+
+
+class asks:  # noqa: N801  (reads as a sentence)
+    """A request in a thread of its own."""
+
+    def __init__(self, server: Running, photo: bytes) -> None:
+        def ask() -> None:
+            self.response = httpx.post(f"{server.url}/v1/embed", content=photo, headers=PNG, timeout=60)
+
+        self.thread = threading.Thread(target=ask)
+        self.thread.start()
+
+    def result(self) -> httpx.Response:
+        self.thread.join(60)
+        return self.response
