@@ -41,20 +41,34 @@ BACKBONES: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"downsample": "
 LEARNERS: dict[str, dict[str, Any]] = {"protonet": {}, "maml": {"steps": 2}}  # as in Omniglot's recipes
 
 
-def build(name: str, folder: Path, *, size: int = 28, channels: int = 1, width: int = 64, **settings: Any) -> Path:
-    """A bundle of an untrained learner on conv4; weights do not affect the time."""
+def build(
+    name: str,
+    folder: Path,
+    *,
+    size: int = 28,
+    channels: int = 1,
+    width: int = 64,
+    backbone: str = "conv4",
+    **settings: Any,
+) -> Path:
+    """A bundle of an untrained learner on conv4, or on another backbone; weights do not affect the time."""
     torch.manual_seed(0)
     image = (channels, size, size)
+    on = (
+        PluginSettings(name="conv4", width=width, **BACKBONES[name])
+        if backbone == "conv4"
+        else PluginSettings(name=backbone)
+    )
     recipe = Recipe(
         name="bench",
         dataset={"name": "noise"},
-        backbone=PluginSettings(name="conv4", width=width, **BACKBONES[name]),
+        backbone=on,
         learner=LearnerSettings(name=name, **(LEARNERS[name] | settings)),
     )
     random = np.random.default_rng(0)
     noise = ClassImages.from_arrays([random.integers(0, 256, (4, *image), np.uint8) for _ in range(6)])
     facts = Facts(
-        learner=Plugin(name=name), backbone=Plugin(name="conv4"), image=ImageRule(size=size, channels=channels)
+        learner=Plugin(name=name), backbone=Plugin(name=backbone), image=ImageRule(size=size, channels=channels)
     )
     export(recipe.build(image).eval(), folder, facts=facts, data=noise, shape=Shape(3, 1, 2), seed=1, episodes=10)
     return folder

@@ -18,13 +18,16 @@ from typing import Any, Literal
 from kshot_serve.errors import Problem
 from kshot_serve.settings import Settings
 
-Reason = Literal["bodies", "answers", "requests", "queue", "rate"]
+Reason = Literal["bodies", "answers", "requests", "queue", "rate", "wait"]
+"""What a caller has too much of; "wait": its images would wait for too long."""
 
 SPARE_FILES = 128
 """Open files that are no connections: models, databases, logs; and, of half of them, connections that are refused."""
 _EXPORTS = 4  # at once; each is a file of a whole label space until it has been sent
 _CALLERS = 10_000  # whose rates are remembered
-_REFUSED_S = 1.0
+_PATIENCE = 10  # refusals of one caller in a second, before it is refused everything
+_REFUSED_S = 1.0  # at most, that everything of a caller is refused then
+_NEVER = (0.0, 0, 0.0)
 _BURST_S = 10.0  # a caller that was silent for so long may send that many seconds' worth at once
 
 
@@ -112,7 +115,9 @@ class Budgets:
 
     def __init__(self, settings: Settings) -> None:
         share, megabyte = settings.share, 1_000_000
-        self._refused: dict[str, float] = {}  # until when
+        # By credential: when a second began, refusals in it, and until when everything is refused.
+        self._refusals: dict[str, tuple[float, int, float]] = {}
+        self._refused_until = 0.0  # the last of them
         self.bodies = Share(
             settings.bodies_mb * megabyte, share, "bodies", "too many large requests at once: try again"
         )
@@ -128,20 +133,25 @@ class Budgets:
         self.request_rate = Rate(settings.requests_per_s, "more requests than this server takes from one caller")
         self.wrong_key_rate = Rate(settings.wrong_keys_per_s, "too many wrong keys came from this address")
 
-    def refuse_for_now(self, credential: str) -> None:
-        """Refuse what comes with this credential for a second, as it was told: it has sent more than its share."""
-        if len(self._refused) >= _CALLERS:
-            self._refused.clear()
-        self._refused[credential] = monotonic() + _REFUSED_S
+    def refused(self, credential: str, wait: float) -> None:
+        """Count a refusal. Who is refused often, and does not wait as it was told, is refused everything for a moment.
+
+        That is half of the estimated wait, so that a queue that was full has work until then.
+        """
+        now = monotonic()
+        since, count, until = self._refusals.pop(credential, (now, 0, 0.0))
+        since, count = (since, count + 1) if now < since + 1 else (now, 1)
+        if count > _PATIENCE:
+            until = now + min(wait / 2, _REFUSED_S)
+            self._refused_until = max(self._refused_until, until)
+        self._refusals[credential] = since, count, until
+        if len(self._refusals) > _CALLERS:
+            del self._refusals[next(iter(self._refusals))]
 
     def refuses(self, credential: Callable[[], str]) -> bool:
-        """Whether this credential is refused now; it is only asked for where any is."""
-        if not self._refused:
-            return False
-        until = self._refused.get(found := credential(), 0.0)
-        if until and until < monotonic():
-            del self._refused[found]
-        return until > monotonic()
+        """Whether this credential is refused everything now; it is only asked for where any is."""
+        now = monotonic()
+        return now < self._refused_until and now < self._refusals.get(credential(), _NEVER)[2]
 
 
 def _connections(wanted: int) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from math import ceil
 from time import perf_counter
+from typing import get_args
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kshot_serve.backend import Backend
-from kshot_serve.budgets import address_of, caller_of
+from kshot_serve.budgets import Reason, address_of, caller_of
 from kshot_serve.errors import Problem
 from kshot_serve.observe import trace
 from kshot_serve.settings import Settings
@@ -52,6 +53,8 @@ def refuse(problem: Problem, scope: Scope, backend: Backend) -> Response:
     headers = {}
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(1, ceil(problem.retry_after)))
+        if problem.reason in get_args(Reason):
+            backend.budgets.refused(credential_of(scope, backend.settings), problem.retry_after)
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(content, problem.status, headers)
@@ -128,12 +131,8 @@ class Guard:
             if scope["path"] in OPEN:
                 return await self.app(scope, receive, send)
             caller = caller_of(scope)
-            try:
-                budgets.request_rate.take(caller)
-                budgets.requests.take(caller, 1)
-            except Problem:
-                budgets.refuse_for_now(credential_of(scope, self.backend.settings))
-                raise
+            budgets.request_rate.take(caller)
+            budgets.requests.take(caller, 1)
         except Problem as problem:
             await refuse(problem, scope, self.backend)(scope, receive, send)
             return

@@ -51,7 +51,7 @@ class Admission:
             return
         seconds = max(1, math.ceil(wait))
         message = f"{queue.taken} images are being worked on, and {images} more would exceed {limit}"
-        raise Problem("busy", f"{message}; try again in {seconds} s", retry_after=float(seconds), reason=reason)
+        raise Problem("busy", f"{message}; try again in {seconds} s", retry_after=wait, reason=reason)
 
     @contextmanager
     def admit(self, images: int = 1) -> Iterator[None]:

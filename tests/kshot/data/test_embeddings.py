@@ -7,7 +7,9 @@ import os
 import resource
 import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,6 @@ from kshot_plugins.siamese import Siamese
 from kshot_runtime.errors import KshotError
 
 IMAGE, CLASSES, IMAGES = (1, 4, 4), 60, 10
-fork = multiprocessing.get_context("fork")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks processes")
 
 
@@ -89,6 +90,22 @@ def embed_all(store: Path, log: Path, seconds: float = 0) -> None:
     """What another process does; it exits with 0 if every feature is right."""
     found = every(ClassFeatures(classes(), Pieces(log=log, seconds=seconds), store))
     assert np.allclose(found, last(pixels()))
+
+
+def forked(function: Callable[..., None], *args: object) -> BaseProcess:
+    """A process that does this and ends at once: what other tests' libraries do at Python's exit is not for it."""
+
+    def run() -> None:
+        try:
+            function(*args)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 # Each image once
@@ -244,8 +261,7 @@ def test_another_weight_or_setting_or_size_is_another_key_and_the_choice_of_stag
 @needs_fork
 def test_what_was_written_before_a_kill_is_not_computed_again(tmp_path: Path) -> None:
     store, logs = tmp_path / "store", [tmp_path / "first", tmp_path / "second"]
-    process = fork.Process(target=embed_all, args=(store, logs[0], 0.2))
-    process.start()
+    process = forked(embed_all, store, logs[0], 0.2)
     while len(passed(logs[0])) < 5:  # the first four passes, of 64 images each, are written together
         assert process.is_alive()
         time.sleep(0.01)
@@ -261,9 +277,7 @@ def test_what_was_written_before_a_kill_is_not_computed_again(tmp_path: Path) ->
 
 @needs_fork
 def test_two_processes_at_once_compute_each_image_once_in_all(tmp_path: Path) -> None:
-    processes = [fork.Process(target=embed_all, args=(tmp_path / "store", tmp_path / "log", 0.02)) for _ in range(2)]
-    for process in processes:
-        process.start()
+    processes = [forked(embed_all, tmp_path / "store", tmp_path / "log", 0.02) for _ in range(2)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
@@ -300,8 +314,7 @@ def on_a_small_disk(store: Path, limit: int, said: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_computed_before(limit: int, kept: int, tmp_path: Path) -> None:
     store, said = tmp_path / "store", tmp_path / "said"
     ClassFeatures(classes(), Pieces(), store).gather(np.array([CLASSES - 1]), np.array([0]))  # the files are there
-    process = fork.Process(target=on_a_small_disk, args=(store, limit, said))
-    process.start()
+    process = forked(on_a_small_disk, store, limit, said)
     process.join()
     assert process.exitcode == 0
     words = said.read_text()
