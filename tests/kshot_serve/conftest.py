@@ -132,6 +132,19 @@ def remake() -> Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]:
     return made
 
 
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """until(condition, seconds=60): wait for it."""
+
+    def wait(condition: Callable[[], object], seconds: float = 60) -> None:
+        given_up = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < given_up, "what was waited for did not come"
+            time.sleep(0.01)
+
+    return wait
+
+
 @dataclass
 class Running:
     """A server in a thread of this process, on a real socket."""
@@ -140,6 +153,11 @@ class Running:
     backend: Backend
     server: Server
     http: httpx.Client
+
+    def metric(self, name: str, headers: dict[str, str] | None = None) -> float:
+        """The sum of the samples whose lines begin so."""
+        lines = self.http.get("/metrics", headers=headers).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 @contextmanager

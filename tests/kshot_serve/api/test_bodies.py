@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from kshot_serve.errors import Problem
 from kshot_serve.settings import Settings
 
 Photo = Callable[..., bytes]
+Until = Callable[..., None]  # of conftest.py
 Running = Any  # of conftest.py
 Start = Callable[[Settings], AbstractContextManager[Running]]
 
@@ -38,13 +38,6 @@ def post(length: int, key: str = "", *more: str) -> str:
     """The head of a photo's request, for `connected`."""
     lines = [f"Content-Length: {length}", "Content-Type: image/png", *more, *([f"X-API-Key: {key}"] if key else [])]
     return "POST /v1/embed HTTP/1.1\n" + "".join(f"{line}\n" for line in lines) + "\n"
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    given_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < given_up, "what was waited for did not come"
-        time.sleep(0.01)
 
 
 def refusal(response: httpx.Response) -> tuple[int, str, str]:
@@ -138,7 +131,7 @@ def test_announced_bodies_reserve_nothing(features_bundle: Path, tmp_path: Path,
 
 
 def test_bytes_that_have_come_count_until_the_request_ends(
-    features_bundle: Path, tmp_path: Path, running: Start
+    features_bundle: Path, tmp_path: Path, running: Start, until: Until
 ) -> None:
     settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, bodies_mb=1, share=1.0)
     with running(settings) as server:
@@ -154,7 +147,7 @@ def test_bytes_that_have_come_count_until_the_request_ends(
 
 
 def test_one_key_cannot_hold_the_bodies_of_all(
-    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo, until: Until
 ) -> None:
     settings = Settings(
         source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, bodies_mb=1, keys="required"

@@ -18,17 +18,11 @@ from kshot_runtime.bundle import Graphs
 from kshot_serve.settings import EngineSettings, Settings
 
 Photo = Callable[..., bytes]
+Until = Callable[..., None]  # of conftest.py
 Error = Callable[[httpx.Response], tuple[int, str]]  # of conftest.py, as the others here
 Running = Any
 Start = Callable[[Settings], AbstractContextManager[Running]]
 PNG = {"Content-Type": "image/png"}
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    given_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < given_up, "what was waited for did not come"
-        time.sleep(0.005)
 
 
 def metric(server: Running, line: str) -> bool:
@@ -36,7 +30,7 @@ def metric(server: Running, line: str) -> bool:
 
 
 def test_a_full_queue_refuses_before_it_reads_a_body(
-    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo, until: Until
 ) -> None:
     """gh:triton-inference-server/server#6796: limits that did not hold; gh:bentoml/BentoML#2603: without a reason."""
     settings = Settings(
@@ -67,7 +61,7 @@ def test_a_full_queue_refuses_before_it_reads_a_body(
 
 
 def test_a_client_that_hangs_up_leaves_the_queue(
-    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo, until: Until
 ) -> None:
     """gh:ray-project/ray#41057: requests of clients that had gone still cost their time."""
     settings = Settings(

@@ -65,6 +65,25 @@ def test_a_photo_that_was_not_kept_has_a_thumbnail_of_what_the_model_sees(
             assert image.getpixel((80, 80))[0] > 200
 
 
+def test_a_photo_is_not_read_again_for_a_client_that_has_it(
+    server: Running, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = server.http.post("/v1/spaces", json={"name": "tags of photos"}).json()["id"]
+    added = server.http.post(
+        f"/v1/spaces/{space}/classes", data={"name": "red"}, files=[("photos", ("photo", photo("red")))]
+    )
+    path = f"/v1/spaces/{space}/photos/{added.json()['photos'][0]}"
+    there = server.http.get(path)
+
+    def read(*_: object) -> None:
+        raise AssertionError("the photo was read")
+
+    monkeypatch.setattr(server.backend.store, "photo", read)
+    again = server.http.get(path, headers={"If-None-Match": there.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert server.http.get(path).status_code == 500
+
+
 @pytest.mark.parametrize("scope", ["read", "write", "admin"])
 def test_limits_say_what_the_key_may_do(
     features_bundle: Path, tmp_path: Path, running: Start, server: Running, scope: Any

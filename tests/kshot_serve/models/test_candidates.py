@@ -21,6 +21,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 World = Callable[..., Any]
+Until = Callable[..., None]  # of conftest.py
 Remake = Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]
 
 KSHOT = Path(sys.executable).with_name("kshot")
@@ -136,7 +137,7 @@ def test_loading_that_hangs_here_though_it_did_not_in_the_trial_does_not_stop_pr
 
 
 def test_a_server_that_is_told_to_end_while_a_candidate_hangs_exits_with_0(
-    shop: Any, bundles: list[Path], stuck: Path, tmp_path: Path
+    shop: Any, bundles: list[Path], stuck: Path, tmp_path: Path, until: Until
 ) -> None:
     """B3b: it ended in SIGABRT. The process that tried the candidate ends too."""
     program = f"""
@@ -206,13 +207,6 @@ def serving(source: str, folder: Path, registry: str) -> Any:
         env=os.environ | {"MLFLOW_TRACKING_URI": registry},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends, "it does not come about"
-        time.sleep(0.05)
 
 
 def test_a_copy_that_is_damaged_is_fetched_anew(

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 Photo = Callable[..., bytes]
+Until = Callable[..., None]  # of conftest.py
 
 KSHOT = Path(sys.executable).with_name("kshot")
 
@@ -74,13 +75,6 @@ def served(features_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends, "it does not come about"
-        time.sleep(0.05)
-
-
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -93,7 +87,7 @@ def sockets(pid: int) -> int:
     return sum(name.startswith("socket:") for name in names)
 
 
-def test_connections_are_dealt_out_among_the_workers(served: Served) -> None:
+def test_connections_are_dealt_out_among_the_workers(served: Served, until: Until) -> None:
     before = [sockets(pid) for pid in served.workers()]
     address = ("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
     kept = [socket.create_connection(address, timeout=10) for _ in range(40)]
@@ -137,13 +131,15 @@ def test_any_worker_tells_the_metrics_of_all(served: Served) -> None:
     assert served.metric("kshot_ready") == 1.0
 
 
-def test_log_lines_of_workers_do_not_mix(served: Served) -> None:
+def test_log_lines_of_workers_do_not_mix(served: Served, until: Until) -> None:
     with ThreadPoolExecutor(8) as many:
         list(many.map(lambda _: served.once("GET", "/v1/model"), range(200)))
     until(lambda: sum(line.get("route") == "GET /v1/model" for line in served.lines()) >= 200)
 
 
-def test_a_worker_that_dies_is_replaced_and_the_others_go_on(features_bundle: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_the_others_go_on(
+    features_bundle: Path, tmp_path: Path, until: Until
+) -> None:
     with serving(features_bundle, tmp_path) as served:
         victim, other = served.workers()
         os.kill(victim, signal.SIGKILL)
@@ -169,23 +165,26 @@ class Heard:
 
 
 @contextmanager
-def asked(url: str, clients: int = 8) -> Iterator[Heard]:
+def asked(
+    url: str, until: Until, ask: Callable[[httpx.Client], httpx.Response] = lambda http: http.get("/v1/model")
+) -> Iterator[Heard]:
+    """Eight clients that ask without a pause; the block begins when each has been answered a few times."""
     heard = Heard([], [], threading.Event())
 
     def client(_: int) -> None:
         with httpx.Client(base_url=url, timeout=60) as http:
             while not heard.stop.is_set():
                 try:
-                    heard.statuses.append(http.get("/v1/model").status_code)
+                    heard.statuses.append(ask(http).status_code)
                 except httpx.ConnectError:  # nobody listens any more
                     return
                 except httpx.TransportError as error:
                     heard.errors.append(error)
 
-    with ThreadPoolExecutor(clients) as many:
-        running = many.map(client, range(clients))
+    with ThreadPoolExecutor(8) as many:
+        running = many.map(client, range(8))
         try:
-            until(lambda: len(heard.statuses) >= 4 * clients)
+            until(lambda: len(heard.statuses) >= 32)
             yield heard
         finally:
             heard.stop.set()
@@ -193,10 +192,10 @@ def asked(url: str, clients: int = 8) -> Iterator[Heard]:
 
 
 def test_clients_of_a_worker_that_is_killed_lose_their_connections_and_nothing_else(
-    features_bundle: Path, tmp_path: Path
+    features_bundle: Path, tmp_path: Path, until: Until
 ) -> None:
     """B3: 30 x 503 `not_ready` from the replacement, which took connections before it had a model."""
-    with serving(features_bundle, tmp_path) as served, asked(served.url) as heard:
+    with serving(features_bundle, tmp_path) as served, asked(served.url, until) as heard:
         victim, other = served.workers()
         os.kill(victim, signal.SIGKILL)
         until(lambda: served.once("GET", "/v1/model").status_code == 200)
@@ -209,16 +208,20 @@ def test_clients_of_a_worker_that_is_killed_lose_their_connections_and_nothing_e
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_no_client_reads_an_error_while_the_server_ends(features_bundle: Path, tmp_path: Path, workers: int) -> None:
+def test_no_client_reads_an_error_while_the_server_ends(
+    features_bundle: Path, tmp_path: Path, workers: int, until: Until
+) -> None:
     """B13: up to 2 of 900 did, at the end of the leaving second: connections were closed that had just been made."""
-    with serving(features_bundle, tmp_path, workers) as served, asked(served.url) as heard:
+    with serving(features_bundle, tmp_path, workers) as served, asked(served.url, until) as heard:
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(60) == 0
     assert heard.errors == []
     assert set(heard.statuses) <= {200, 503}
 
 
-def test_one_that_cannot_start_is_tried_again_and_does_not_count(features_bundle: Path, tmp_path: Path) -> None:
+def test_one_that_cannot_start_is_tried_again_and_does_not_count(
+    features_bundle: Path, tmp_path: Path, until: Until
+) -> None:
     """Seen in review: its gauge of readiness, 0, was among those of all from then on."""
     bundle = tmp_path / "bundle"
     shutil.copytree(features_bundle, bundle)
@@ -234,7 +237,7 @@ def test_one_that_cannot_start_is_tried_again_and_does_not_count(features_bundle
         assert other in served.workers()
 
 
-def test_workers_end_with_a_parent_that_was_killed(features_bundle: Path, tmp_path: Path) -> None:
+def test_workers_end_with_a_parent_that_was_killed(features_bundle: Path, tmp_path: Path, until: Until) -> None:
     with serving(features_bundle, tmp_path) as served:
         workers = served.workers()
         served.process.kill()
