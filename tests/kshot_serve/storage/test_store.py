@@ -1,8 +1,7 @@
-"""Label spaces on disk: revisions, what is deleted for good, what survives a kill; on SQLite and on Postgres."""
+"""Label spaces on disk: revisions, and what is deleted for good; on SQLite and on Postgres."""
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import threading
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from kshot_runtime.errors import KshotError
 from kshot_serve.errors import Problem
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.store import Store
@@ -316,56 +314,6 @@ def test_a_database_opened_again_has_everything(tmp_path: Path) -> None:
     again.close()
 
 
-def test_the_database_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    Store(f"sqlite:///{tmp_path / 'new' / 'spaces.db'}").close()
-    assert (tmp_path / "new" / "spaces.db").stat().st_mode & 0o077 == 0
-
-
-WRITER = """
-import sys
-from kshot_serve.storage.values import ORIGINAL, digest
-from kshot_serve.storage.store import Store
-
-store = Store(sys.argv[1])
-with store.creating("killed", None, "", 10) as new:
-    pass
-print(new.space, flush=True)
-for number in range(1_000_000):
-    with store.write(new.space, "add_class", "") as change:
-        class_ = change.add_class(f"class {number}")
-        for i in range(3):
-            content = f"{number} {i} ".encode() * 2000
-            change.add_photo(class_, digest(content), {ORIGINAL: content})
-    print(number, flush=True)
-"""
-
-
-def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged_and_leaves_nothing_half(tmp_path: Path) -> None:
-    """bench/kill_label_spaces.py does it more often, and on Postgres too."""
-    chance = random.Random(0)
-    for attempt in range(5):
-        url = f"sqlite:///{tmp_path / f'{attempt}.db'}"
-        process = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        space = process.stdout.readline().strip()
-        acknowledged = [process.stdout.readline() for _ in range(chance.randrange(1, 30))]
-        threading.Event().wait(chance.random() / 100)  # somewhere inside a write
-        process.kill()
-        acknowledged += [line for line in process.stdout if line.endswith("\n")]
-        process.wait()
-        process.stdout.close()
-        store = Store(url)
-        found = store.snapshot(space)
-        written = [each.name for each in found.classes]
-        assert written == [f"class {number}" for number in range(len(written))]
-        assert len(written) > int(acknowledged[-1])
-        assert found.revision == len(written) + 1 == len(store.revisions(space, 10_000))
-        assert [len(each.photos) for each in found.classes] == [3] * len(written)
-        kept = store.contents([photo.id for photo in found.photos], ORIGINAL)
-        assert all(digest(kept[photo.id]) == photo.sha256 for photo in found.photos)
-        store.close()
-
-
 def test_two_processes_write_one_file_without_losing_anything(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'spaces.db'}"
     store = Store(url)
@@ -394,25 +342,3 @@ def test_what_another_server_has_written_is_seen_at_a_glance(tmp_path: Path) -> 
     assert store.glance(space) is None
     store.close()
     other.close()
-
-
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [
-        ("nonsense", "no SQLAlchemy URL"),
-        ("mysql://somewhere/x", "SQLite or in Postgres, not in mysql"),
-        ("sqlite://", "need a file"),
-        ("sqlite:////proc/nowhere/spaces.db", "no label spaces can lie"),
-        ("postgresql://nobody@127.0.0.1:1/none", "cannot be used"),
-    ],
-)
-def test_a_database_that_cannot_be_used_is_refused_with_the_reason(url: str, reason: str) -> None:
-    with pytest.raises(KshotError, match=reason):
-        Store(url)
-
-
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "spaces.db"
-    path.write_bytes(b"not a database at all, but long enough to be taken for one" * 100)
-    with pytest.raises(KshotError, match="cannot be used: file is not a database"):
-        Store(f"sqlite:///{path}")
