@@ -46,7 +46,9 @@ class Backend:
             metrics=self.metrics,
             stale_s=settings.stale_s,
             reserve=settings.reserve_mb * 1_000_000,
+            photo_keys=settings.photo_keys,
         )
+        self.store.check_photo_keys()
         self.spaces = Spaces(self.store, self.engine, self.champions, settings, self.metrics)
         self.decoder = self.spaces.decoder
         self.keys = Keys(self.store)

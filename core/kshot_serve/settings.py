@@ -39,6 +39,7 @@ class Settings(_Part):
     registry: str = Field("", description="address of the MLflow server that has the model; empty: MLFLOW_TRACKING_URI")
     folder: Path = Field(Path("serve"), description="where label spaces and the last good bundle lie")
     database: str = Field("", description="SQLAlchemy URL of the label spaces; empty: SQLite in the folder")
+    photo_keys: str = Field("", description="a file or SQLAlchemy URL for keys to encrypt photos with; empty: plain")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free one and says which")
     workers: int = Field(1, ge=1, le=256, description="processes that share the port: one computes in Python at a time")

@@ -157,7 +157,8 @@ class NewName(BaseModel):
 
 
 _SCRUBBED = (
-    "of a deletion: whether its bytes are gone from the database's files; false: not yet, and tried until they are; "
+    "of a deletion: whether its bytes, or the key of an encrypted photo, are gone from the database's files; false: "
+    "not yet, and tried until they are; "
     "null: the database does not tell"
 )
 

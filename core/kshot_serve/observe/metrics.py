@@ -82,8 +82,8 @@ class Metrics:
             "kshot_storage_full", "1 since a write found the disk full", registry=to, multiprocess_mode="livemax"
         )
         self.unscrubbed = Gauge(
-            "kshot_unscrubbed_deletions", "whose bytes may still be in SQLite's files", registry=to,
-            multiprocess_mode="livesum",
+            "kshot_unscrubbed_deletions", "whose bytes, or photo keys, may still be in SQLite's files",
+            registry=to, multiprocess_mode="livesum",
         )  # fmt: skip
 
     @contextmanager

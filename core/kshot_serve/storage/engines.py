@@ -1,14 +1,14 @@
-"""The databases that label spaces may be stored in: SQLite in a folder, or Postgres."""
+"""The databases that label spaces and photo keys may be stored in: SQLite in a folder, or Postgres."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
@@ -26,12 +26,16 @@ _NO_ROOM_FOR_INDEX = 4874  # SQLITE_IOERR_SHMSIZE: of SQLite's log
 
 log = logging.getLogger(__name__)
 
+Holds = Literal["label spaces", "photo keys"]
+"""What a database holds, as messages say it."""
 
 READING: dict[str, dict[str, Any]] = {
     "sqlite": {"reading": True},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
 """By dialect, the execution options of transactions that only read, and see one state of the database."""
+
+_REASON: dict[Holds, str] = {"label spaces": "database", "photo keys": "photo_keys"}
 
 LOOKING = {"isolation_level": "AUTOCOMMIT"}
 """Of single statements on Postgres, which need no transaction."""
@@ -45,32 +49,32 @@ _PATIENCE = {  # of Postgres' driver, for a network that swallows everything: se
 }
 
 
-def opened(address: str) -> Engine:
+def opened(address: str, make_tables: Callable[[Connection], None] = migrate, holds: Holds = "label spaces") -> Engine:
     """A database with our tables in it. Transactions on it may write, unless they have the options READING."""
     try:
         url = make_url(address)
         if url.drivername in ("postgresql", "postgres"):
             url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() not in READING:
-            raise KshotError(f"label spaces lie in SQLite or in Postgres, not in {url.get_backend_name()}")
-        database = _postgres(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
+            raise KshotError(f"{holds} lie in SQLite or in Postgres, not in {url.get_backend_name()}")
+        database = _postgres(url) if url.get_backend_name() == "postgresql" else _sqlite(url, holds)
         try:
             with database.begin() as connection:
-                migrate(connection)
+                make_tables(connection)
         except BaseException:
             database.dispose()
             raise
     except ArgumentError:
         raise KshotError(
-            "the database's address is no SQLAlchemy URL; such are sqlite:///spaces.db and "
+            f"the address of the {holds}' database is no SQLAlchemy URL; such are sqlite:///spaces.db and "
             "postgresql://user:password@host/name"
         ) from None
     except (ImportError, NoSuchModuleError):
         raise KshotError("Postgres needs its driver: pip install 'kshot[postgres]'") from None
     except OSError as error:
-        raise KshotError(f"no label spaces can lie at {url.database}: {error.strerror}") from None
+        raise KshotError(f"no {holds} can lie at {url.database}: {error.strerror}") from None
     except DBAPIError as error:
-        raise KshotError(f"the label spaces' database cannot be used: {error.orig}") from None
+        raise KshotError(f"the {holds}' database cannot be used: {error.orig}") from None
     return database
 
 
@@ -78,9 +82,9 @@ def _postgres(url: URL) -> Engine:
     return create_engine(url, pool_size=THREADS, pool_pre_ping=True, connect_args=_PATIENCE)
 
 
-def _sqlite(url: URL) -> Engine:
+def _sqlite(url: URL, holds: Holds) -> Engine:
     if url.database in (None, "", ":memory:"):
-        raise KshotError("label spaces need a file: sqlite:///spaces.db")
+        raise KshotError(f"{holds} need a file, such as sqlite:///spaces.db")
     path = Path(str(url.database))
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # photos are their owner's affair
@@ -108,31 +112,31 @@ def _sqlite_begins(connection: Connection) -> None:
 
 
 @contextmanager
-def telling() -> Iterator[None]:
+def telling(holds: Holds = "label spaces") -> Iterator[None]:
     """Tells of a database that is busy or away, as a Problem; what else it raises is a mistake of ours."""
     try:
         yield
     except DBAPIError as error:
         operational = isinstance(error, OperationalError)
         if _is_full(error):
-            log.error("the database: %s", error.orig)
-            raise full() from None
+            log.error("the %s' database: %s", holds, error.orig)
+            raise full(holds) from None
         if operational and "locked" in str(error.orig):
-            message = "the label spaces are being written by others; try again"
-            raise Problem("busy", message, retry_after=1, reason="database") from None
+            message = f"the {holds} are being written by others; try again"
+            raise Problem("busy", message, retry_after=1, reason=_REASON[holds]) from None
         if operational or error.connection_invalidated:
-            log.error("the database: %s", error.orig)
-            raise away() from None
+            log.error("the %s' database: %s", holds, error.orig)
+            raise away(holds) from None
         raise
 
 
-def away() -> Problem:
-    message = "the label spaces' database does not answer; try again"
-    return Problem("not_ready", message, retry_after=5, reason="database")
+def away(holds: Holds = "label spaces") -> Problem:
+    message = f"the {holds}' database does not answer; try again"
+    return Problem("not_ready", message, retry_after=5, reason=_REASON[holds])
 
 
-def full() -> Problem:
-    message = "the disk that label spaces lie on is full: delete some photos, or make room on it"
+def full(holds: Holds = "label spaces") -> Problem:
+    message = f"the disk that {holds} lie on is full: delete some photos, or make room on it"
     return Problem("storage_full", message, reason="disk")
 
 

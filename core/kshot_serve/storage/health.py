@@ -22,7 +22,8 @@ class Health:
         self._away_since: float | None = None
         self._probed: float | None = None  # when the probe that has no answer yet was sent
         self.full = False
-        self.unscrubbed = 0  # deletions whose bytes may still be in SQLite's files
+        self.keys_away = False  # the photo keys' database does not answer
+        self.unscrubbed = 0  # deletions whose bytes, or photo keys, may still be in SQLite's files
 
     @property
     def away_s(self) -> float:
@@ -41,6 +42,7 @@ class Health:
     def troubles(self) -> list[str]:
         """What is wrong, for people."""
         away = ["the database does not answer"] if self.away_s else []
+        away += ["the photo keys' database does not answer"] if self.keys_away else []
         return [*away, "the disk is full: only deletions are written"] if self.full else away
 
     @property
@@ -66,6 +68,18 @@ class Health:
         self.tell()
 
     @contextmanager
+    def watched_keys(self) -> Iterator[None]:
+        """Learn from what a transaction on the photo keys comes to."""
+        try:
+            yield
+            self.keys_away = False
+        except Problem as problem:
+            self.keys_away = problem.code == "not_ready"
+            raise
+        finally:
+            self.tell()
+
+    @contextmanager
     def probing(self) -> Iterator[None]:
         self._probed = monotonic()
         try:
@@ -75,6 +89,6 @@ class Health:
 
     def tell(self) -> None:
         """Bring the gauges up to date."""
-        self._metrics.database_away.set(bool(self.away_s))
+        self._metrics.database_away.set(bool(self.away_s) or self.keys_away)
         self._metrics.storage_full.set(self.full)
         self._metrics.unscrubbed.set(self.unscrubbed)

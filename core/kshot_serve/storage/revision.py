@@ -8,20 +8,22 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, delete, func, insert, select, update
 
 from kshot_serve.errors import Problem
+from kshot_serve.storage.photo_keys import KeyChanges, content_row
 from kshot_serve.storage.tables import CLASSES, CONTENTS, MEMBERS, PHOTOS, REVISIONS, SPACES, is_id, new_id
-from kshot_serve.storage.values import Action, Key, Snapshot, alive, content_row, photo_row, snapshot_of
+from kshot_serve.storage.values import Action, Key, Snapshot, alive, photo_row, snapshot_of
 
 
 class Write:
     """One revision in the making, inside its transaction."""
 
-    def __init__(self, connection: Connection, row: Row[Any], action: Action, now: float) -> None:
+    def __init__(self, connection: Connection, row: Row[Any], action: Action, now: float, keys: KeyChanges) -> None:
         self.connection = connection
         self.space: str = row.id
         self.number: int = row.revision + 1
         self.action = action
         self.changed = self.erased = False
         self.added = 0  # bytes of photos
+        self._keys = keys
         self._row = row
         self._now = now
         self._accept: float | None = row.accept
@@ -66,8 +68,10 @@ class Write:
         photo = new_id("pho")
         row = {"id": photo, "space": self.space, "class": class_, "sha256": sha256, "created": self._now}
         size = sum(map(len, contents.values()))
-        self.connection.execute(insert(PHOTOS).values(**row, size=size))
-        self.connection.execute(insert(CONTENTS), [content_row(photo, key, each) for key, each in contents.items()])
+        secret = self._keys.make(photo) if self._keys.encrypts else None
+        self.connection.execute(insert(PHOTOS).values(**row, size=size, encrypted=secret is not None))
+        rows = [content_row(photo, key, each, secret) for key, each in contents.items()]
+        self.connection.execute(insert(CONTENTS), rows)
         self._open_member(photo, class_)
         self._about = class_
         self._photos += 1
@@ -85,6 +89,7 @@ class Write:
         self._end(MEMBERS, MEMBERS.c["class"] == class_)
         self.connection.execute(update(CLASSES).where(here).values(name=None))
         photos = and_(PHOTOS.c.space == self.space, PHOTOS.c["class"] == class_)
+        self._keys.gone += self.connection.execute(select(PHOTOS.c.id).where(photos)).scalars()
         self._photos = self.connection.execute(delete(PHOTOS).where(photos)).rowcount
         self._about = class_
         self.changed = self.erased = True
@@ -94,6 +99,7 @@ class Write:
         self._about = photo_row(self.connection, self.space, photo)._mapping["class"]
         self._end(MEMBERS, MEMBERS.c.photo == photo)
         self.connection.execute(delete(PHOTOS).where(PHOTOS.c.id == photo))
+        self._keys.gone.append(photo)
         self._photos = 1
         self.changed = self.erased = True
 

@@ -16,21 +16,23 @@ import contextlib
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, and_, delete, func, insert, or_, select
+from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
+from kshot_runtime.errors import KshotError
 from kshot_serve.errors import Problem
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.storage.engines import LOOKING, READING, THREADS, away, opened, telling
 from kshot_serve.storage.health import Health
+from kshot_serve.storage.photo_keys import KeyChanges, PhotoKeys, content_row, decrypted, unreadable
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.tables import CLASSES, CONTENTS, MEMBERS, PHOTOS, REVISIONS, SPACES, is_id, new_id
 from kshot_serve.storage.upkeep import SqliteFile, Upkeep
@@ -42,7 +44,6 @@ from kshot_serve.storage.values import (
     Snapshot,
     Space,
     alive,
-    content_row,
     contents_of,
     described,
     insert_missing,
@@ -59,6 +60,7 @@ LEASE_S = 0.03
 
 _SOON_S = 1.0  # for a question to wait for the database
 _SCRUBBED_S = 0.25  # for a deletion to wait until it is scrubbed
+_SAMPLE = 500  # encrypted photos, the newest, that have keys if these are the right ones
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,13 +79,22 @@ class Store:
         metrics: Metrics | None = None,
         stale_s: float = math.inf,
         reserve: int = 0,
+        photo_keys: str = "",
     ) -> None:
         self.now = now
         self.database = opened(url)
         self._metrics = metrics or Metrics()
         self.health = Health(self._metrics, stale_s)
+        try:
+            self._photo_keys = PhotoKeys(photo_keys, self.database, self.health) if photo_keys else None
+        except BaseException:
+            self.database.dispose()
+            raise
         file = SqliteFile(Path(str(self.database.url.database)), reserve) if self._is_sqlite else None
-        self._upkeep = Upkeep(self._probe, file, self.health)
+        self._plain_after: str | None = ""  # photos behind this one may be from before there were keys; none: none are
+        scrubs = [part.scrub for part in (file, self._photo_keys) if part is not None]
+        chores = [self._recover_keys, self._encrypt] if self._photo_keys is not None else []
+        self._upkeep = Upkeep(self._probe, file, self.health, scrubs, chores)
         self.start = self._upkeep.start
         self._reading = self.database.execution_options(**READING[self.database.dialect.name])
         self._looking = self._reading if self._is_sqlite else self.database.execution_options(**LOOKING)
@@ -103,6 +114,8 @@ class Store:
         self._writers.shutdown()
         if self._glance is not None:
             self._glance.close()
+        if self._photo_keys is not None:
+            self._photo_keys.close()
         self.database.dispose()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -137,23 +150,32 @@ class Store:
         return function()
 
     async def scrubbed(self) -> bool | None:
-        """Whether what was deleted is out of SQLite's files by now, after a short wait; none: not known."""
-        if not self._is_sqlite:
-            return None
+        """Whether what was deleted is out of SQLite's files by now, after a short wait; none: not known.
+
+        A photo's bytes count as gone once its key is out of such a file.
+        """
         until = time.monotonic() + _SCRUBBED_S
         while self.health.unscrubbed and time.monotonic() < until:
             await asyncio.sleep(0.005)
-        return not self.health.unscrubbed
+        if self.health.unscrubbed:
+            return False
+        return True if self._is_sqlite or (self._photo_keys and self._photo_keys.file) else None
 
     @property
     def _is_sqlite(self) -> bool:
         return self.database.dialect.name == "sqlite"
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """A transaction that writes: all of it or nothing."""
+    def writing(self, keys: KeyChanges | None = None) -> Iterator[Connection]:
+        """A transaction that writes: all of it or nothing. `keys`: which of photos it makes and destroys."""
+        changed = None
         with self.health.watched(writes=True), telling(), self.database.begin() as connection:
             yield connection
+            if self._photo_keys is not None and keys is not None and (keys.new or keys.gone):
+                self._photo_keys.announce(connection, changed := keys)
+        if self._photo_keys is not None and changed is not None:
+            with contextlib.suppress(Problem):  # then `_recover_keys` does it
+                self._photo_keys.settle(changed)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -164,6 +186,58 @@ class Store:
     def _probe(self) -> None:
         with self.reading() as connection:
             connection.execute(select(1))
+
+    def check_photo_keys(self) -> None:
+        """Refuse to serve encrypted photos without their keys. A few may be missing: where a backup was restored."""
+        query = select(PHOTOS.c.id).where(PHOTOS.c.encrypted).order_by(PHOTOS.c.id.desc()).limit(_SAMPLE)
+        with self.reading() as connection:
+            photos = connection.execute(query).scalars().all()
+        if photos and not (self._photo_keys and self._photo_keys.of(photos)):
+            there = (
+                f"the photo keys {self._photo_keys} are not theirs" if self._photo_keys else "there are no photo keys"
+            )
+            raise KshotError(
+                f"the photos in {self.database.url.render_as_string()} are encrypted, and {there}: start the server "
+                "with the --photo-keys that they were added with"
+            )
+
+    def _recover_keys(self) -> bool:
+        assert self._photo_keys is not None
+        self._photo_keys.recover(self.writing)
+        return False
+
+    def _encrypt(self) -> bool:
+        """Encrypt some photos from before there were keys; whether there may be more."""
+        if self._plain_after is not None:
+            with self.writing(keys := self._key_changes()) as connection:
+                assert self._photo_keys is not None
+                self._plain_after = self._photo_keys.encrypt(connection, keys, self._plain_after)
+            if self._plain_after is not None:
+                self._upkeep.deleted()  # what they were before is to be scrubbed
+        return self._plain_after is not None
+
+    def _key_changes(self) -> KeyChanges:
+        return KeyChanges(encrypts=self._photo_keys is not None)
+
+    def _secrets(self, encrypted: Iterable[str]) -> dict[str, bytes]:
+        """The keys of these photos, those that there are."""
+        photos = list(encrypted)
+        return self._photo_keys.of(photos) if self._photo_keys and photos else {}
+
+    def _decrypted(self, rows: Sequence[Row[tuple[str, bool, bytes]]], key: Key) -> dict[str, bytes]:
+        """Contents as they were before they were encrypted; photos that were deleted since they were read have none."""
+        found = dict(decrypted(rows, key, self._secrets(photo for photo, encrypted, _ in rows if encrypted)))
+        if lost := [photo for photo, content in found.items() if content is None]:
+            with self.reading() as connection:
+                query = select(PHOTOS.c.id).order_by(PHOTOS.c.id)
+                there = [
+                    id_
+                    for ids in parts(lost)
+                    for id_ in connection.execute(query.where(PHOTOS.c.id.in_(ids))).scalars()
+                ]
+            if there:
+                raise unreadable(there)
+        return {photo: content for photo, content in found.items() if content is not None}
 
     def _publish(self) -> None:
         """What other servers remember of revisions is forgotten once this returns."""
@@ -232,19 +306,22 @@ class Store:
         """A label space as it is, and one kind of content of each photo that has it."""
         with self.reading() as connection:
             snapshot = snapshot_of(connection, row_of(connection, space))
-            return snapshot, dict(contents_of(connection, [photo.id for photo in snapshot.photos], key))
+            rows = contents_of(connection, [photo.id for photo in snapshot.photos], key)
+        return snapshot, self._decrypted(rows, key)
 
     def contents(self, photos: Sequence[str], key: Key) -> dict[str, bytes]:
         """One kind of content, of those of the photos that have it."""
         with self.reading() as connection:
-            return dict(contents_of(connection, photos, key))
+            rows = contents_of(connection, photos, key)
+        return self._decrypted(rows, key)
 
     def photo(self, space: str, photo: str, keys: Sequence[Key]) -> dict[Key, bytes]:
         """What there is of a photo, in any revision of its label space."""
         with self.reading() as connection:
             row_of(connection, space)
             photo_row(connection, space, photo)
-            return {key: content for key in keys for _, content in contents_of(connection, [photo], key)}
+            rows = {key: contents_of(connection, [photo], key) for key in keys}
+        return {key: content for key in keys for content in self._decrypted(rows[key], key).values()}
 
     def photo_facts(self, space: str, photo: str) -> tuple[str, int, bool]:
         """sha256 of the file as it came, bytes of what is kept of it, and whether the file is; it is not read."""
@@ -294,7 +371,7 @@ class Store:
     ) -> Iterator[Write]:
         """A new label space; what the block adds is in its first revision."""
         try:
-            with self.writing() as connection:
+            with self.writing(keys := self._key_changes()) as connection:
                 if (there := connection.execute(select(func.count()).select_from(SPACES)).scalar_one()) >= most:
                     raise Problem(
                         "conflict", f"there are {there:,} label spaces, the most this server keeps", reason="spaces"
@@ -302,7 +379,7 @@ class Store:
                 space, now = new_id("spc"), self.now()
                 row = {"id": space, "name": name, "revision": 0, "accept": accept, "created": now, "changed": now}
                 connection.execute(insert(SPACES).values(row))
-                write = Write(connection, row_of(connection, space), action, now)
+                write = Write(connection, row_of(connection, space), action, now, keys)
                 yield write
                 self._upkeep.check_room(write.added)
                 write.finish(who)
@@ -314,8 +391,8 @@ class Store:
     def write(self, space: str, action: Action, who: str) -> Iterator[Write]:
         """The next revision of a label space. If the block changes nothing, or raises, there is none."""
         try:
-            with self.writing() as connection:
-                write = Write(connection, row_of(connection, space, lock=True), action, self.now())
+            with self.writing(keys := self._key_changes()) as connection:
+                write = Write(connection, row_of(connection, space, lock=True), action, self.now(), keys)
                 yield write
                 if write.changed:
                     self._upkeep.check_room(write.added)
@@ -329,8 +406,9 @@ class Store:
 
     def delete(self, space: str) -> None:
         """A label space with all its revisions, photos and contents."""
-        with self.writing() as connection:
+        with self.writing(keys := self._key_changes()) as connection:
             row_of(connection, space, lock=True)
+            keys.gone += connection.execute(select(PHOTOS.c.id).where(PHOTOS.c.space == space)).scalars()
             connection.execute(delete(SPACES).where(SPACES.c.id == space))
         self._upkeep.deleted()
         self._publish()
@@ -339,8 +417,14 @@ class Store:
         """Contents of photos, made later; of photos that are deleted meanwhile nothing is kept."""
         with self.writing() as connection:
             for ids in parts(sorted(contents)):
-                alive = select(PHOTOS.c.id).where(PHOTOS.c.id.in_(ids)).with_for_update(read=True, key_share=True)
-                rows = [content_row(photo, key, contents[photo]) for photo in connection.execute(alive).scalars()]
+                alive = select(PHOTOS.c.id, PHOTOS.c.encrypted).where(PHOTOS.c.id.in_(ids))
+                photos = connection.execute(alive.with_for_update(read=True, key_share=True)).tuples().all()
+                secrets = self._secrets(photo for photo, encrypted in photos if encrypted)
+                rows = [
+                    content_row(photo, key, contents[photo], secrets.get(photo))
+                    for photo, encrypted in photos
+                    if not encrypted or photo in secrets
+                ]
                 if rows:
                     connection.execute(insert_missing(connection, rows))
 

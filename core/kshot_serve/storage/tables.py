@@ -10,6 +10,7 @@ from typing import Literal
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 METADATA = MetaData()
@@ -83,6 +85,7 @@ PHOTOS = Table(
     Column("sha256", String(64), nullable=False),  # of the original
     Column("size", BigInteger, nullable=False),  # bytes of its contents, as they came
     Column("created", Double, nullable=False),
+    Column("encrypted", Boolean, nullable=False, server_default=false()),  # its contents are, with a key of its own
     Index("photos_of_a_space", "space", "class"),
 )
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -88,11 +88,24 @@ class SqliteFile:
 
 
 class Upkeep:
-    """A thread that does it, from `start` or the first deletion on."""
+    """A thread that does it, from `start` or the first deletion on.
 
-    def __init__(self, probe: Callable[[], None], file: SqliteFile | None, health: Health) -> None:
+    `scrubs` say whether what was deleted is gone from where they look; `chores` whether they are to be called again
+    at once.
+    """
+
+    def __init__(
+        self,
+        probe: Callable[[], None],
+        file: SqliteFile | None,
+        health: Health,
+        scrubs: Sequence[Callable[[], bool]],
+        chores: Sequence[Callable[[], bool]] = (),
+    ) -> None:
         self._probe = probe
         self._file = file
+        self._scrubs = scrubs
+        self._chores = chores
         self._health = health
         self._wanted, self._lock = threading.Event(), threading.Lock()
         self._scrub = self._tidying = self._stopping = False
@@ -102,7 +115,7 @@ class Upkeep:
         """Also scrubs what an earlier process did not come to."""
         with self._lock:
             if self._thread.ident is None:
-                self._scrub = self._file is not None
+                self._scrub = bool(self._scrubs)
                 self._thread.start()
 
     def stop(self) -> None:
@@ -115,7 +128,7 @@ class Upkeep:
 
     def deleted(self) -> None:
         """Something was deleted: scrub it, now and until it is done."""
-        if self._file is not None:
+        if self._scrubs:
             with self._lock:
                 self._health.unscrubbed += 1
                 self._scrub = True
@@ -138,26 +151,31 @@ class Upkeep:
 
     def _run(self) -> None:
         while not self._stopping:
-            if self._file is not None:
-                self._tidying = True
-                self._tidy(self._file)
-                self._tidying = False
+            self._tidying = True
+            self._tidy()
+            self._tidying = False
             with contextlib.suppress(Problem), self._health.probing():
                 self._probe()
-            self._wanted.wait(_RETRY_S if self._scrub else _PROBE_S)
+            again = False
+            for chore in self._chores:
+                with contextlib.suppress(Problem):
+                    again = chore() or again
+            self._wanted.wait(0 if again else _RETRY_S if self._scrub else _PROBE_S)
             self._wanted.clear()
 
-    def _tidy(self, file: SqliteFile) -> None:
+    def _tidy(self) -> None:
+        file = self._file
         if self._scrub:
             with self._lock:
                 count = self._health.unscrubbed
-            if file.scrub():
+            scrubbed = [scrub() for scrub in self._scrubs]  # each of them, whatever the others say
+            if all(scrubbed):
                 with self._lock:
                     self._health.unscrubbed -= count
                     self._scrub = self._health.unscrubbed > 0
-                if self._health.full and count:
+                if file is not None and self._health.full and count:
                     file.shrink()
                 self._health.tell()
-        if file.reserve() and self._health.full and file.has_room:
+        if file is not None and file.reserve() and self._health.full and file.has_room:
             self._health.full = False
             self._health.tell()

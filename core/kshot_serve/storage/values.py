@@ -155,14 +155,10 @@ def described(connection: Connection, rows: Sequence[Row[Any]]) -> list[Space]:
     ]  # fmt: skip
 
 
-def contents_of(connection: Connection, photos: Sequence[str], key: Key) -> Iterator[tuple[str, bytes]]:
-    for ids in parts(photos):
-        query = select(CONTENTS.c.photo, CONTENTS.c.content).where(CONTENTS.c.photo.in_(ids), is_of(key))
-        yield from ((photo, bytes(content)) for photo, content in connection.execute(query))
-
-
-def content_row(photo: str, key: Key, content: bytes) -> dict[str, object]:
-    return {"photo": photo, "kind": key[0], "made_by": key[1], "content": content}
+def contents_of(connection: Connection, photos: Sequence[str], key: Key) -> list[Row[tuple[str, bool, bytes]]]:
+    """Ids of photos, whether their contents are encrypted, and one kind of these."""
+    query = select(PHOTOS.c.id, PHOTOS.c.encrypted, CONTENTS.c.content).join(CONTENTS).where(is_of(key))
+    return [row for ids in parts(photos) for row in connection.execute(query.where(PHOTOS.c.id.in_(ids)))]
 
 
 def insert_missing(connection: Connection, rows: list[dict[str, object]]) -> Any:

@@ -52,6 +52,16 @@ def serve(
     ] = None,
     folder: Folder = Path("serve"),
     database: Database = "",
+    photo_keys: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|URL",
+            envvar="KSHOT_PHOTO_KEYS",
+            show_envvar=True,
+            show_default=False,
+            help="Encrypt each photo with a key kept here (SQLite or Postgres), which deletion destroys.",
+        ),
+    ] = "",
     device: Annotated[
         Literal["cpu", "cuda", "tensorrt"], typer.Option(help="Device for the model; a missing one is an error.")
     ] = "cpu",
@@ -122,6 +132,7 @@ def serve(
             fill=tuple(space or ()),
             folder=folder,
             database=database,
+            photo_keys=photo_keys,
             engine={"device": device, "queue": queue, "wait_s": wait},
             keep_photos=keep_photos == "yes",
             strip_metadata=strip_metadata,

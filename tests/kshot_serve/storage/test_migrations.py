@@ -14,7 +14,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.storage.keys import Keys
@@ -35,7 +35,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], 
     def made(sql: str) -> str:
         url = f"sqlite:///{tmp_path / 'spaces.db'}"
         if request.param == "postgres":
-            url, sql = _empty(request.getfixturevalue("postgres"), "migrated"), _postgres(sql)
+            url, sql = request.getfixturevalue("new_database")("migrated"), _postgres(sql)
         engine = create_engine(url)
         with engine.begin() as connection:
             for statement in filter(None, (line.strip().removesuffix(";") for line in sql.splitlines())):
@@ -49,16 +49,6 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], 
 
 def _postgres(sql: str) -> str:
     return sql.replace("BLOB", "BYTEA").replace("DOUBLE", "DOUBLE PRECISION").replace(",X'", ",'\\x")
-
-
-def _empty(postgres: str, name: str) -> str:
-    """The URL of an empty database on that server."""
-    server = create_engine(postgres.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    server.dispose()
-    return postgres.replace("postgresql:", "postgresql+psycopg:").replace("/postgres?", f"/{name}?")
 
 
 def differences(store: Store) -> list[object]:

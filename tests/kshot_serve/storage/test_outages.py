@@ -179,6 +179,36 @@ def test_answers_without_the_database_end_after_a_while(
         eventually(lambda: ask.classify().status_code, 200)
 
 
+def test_while_the_photo_keys_are_away_questions_are_answered_and_nothing_is_half_deleted(
+    features_bundle: Path, tmp_path: Path, running: Run, wire: Wire, photo: Callable[..., bytes]
+) -> None:
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, keys="required", photo_keys=wire.url
+    )
+    with running(settings) as server:
+        ask = Asker(server, photo("red"))
+        assert ask.classify().status_code == 200
+        [first] = ask("GET", f"{ask.path}/classes").json()["classes"]
+        wire.cut()
+        ready = lambda: ask("GET", "/healthz/ready")  # noqa: E731
+        eventually(lambda: ready().json()["reasons"], ["the photo keys' database does not answer"])
+        assert (ready().status_code, ask.gauge("kshot_database_away")) == (200, 1.0)
+        assert (ask.classify().status_code, ask.classify().json()["stale"]) == (200, False)
+        for refused in (
+            ask.add("blue", photo("blue")),
+            ask("DELETE", f"{ask.path}/classes/{first['id']}"),
+            ask("GET", f"{ask.path}/photos/{first['photos'][0]['id']}"),
+        ):
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (503, "not_ready")
+            assert error["message"] == "the photo keys' database does not answer; try again"
+        wire.restore()
+        eventually(lambda: ready().json()["reasons"], [])
+        assert ask.add("blue", photo("blue")).status_code == 201
+        assert ask.classify().json()["revision"] == 3
+        assert ask("DELETE", f"{ask.path}/classes/{first['id']}").json()["scrubbed"] is True
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MB."""

@@ -16,7 +16,7 @@ from kshot_serve.storage.tables import METADATA
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0002"  # the newest of versions/
+HEAD = "0003"  # the newest of versions/
 TABLE = "kshot_schema"  # where Alembic keeps its number; a kshot from before it refuses such a table
 
 _LOCK = 7165  # of Postgres, for those that start together; SQLite has one writer anyway
