@@ -332,19 +332,6 @@ def test_a_database_of_version_1_is_upgraded_and_encrypted(tmp_path: Path) -> No
     place.close()
 
 
-def test_going_back_brings_photos_that_can_be_read(place: Place) -> None:
-    store = place.open()
-    space = place.space(store)
-    class_, photo = add(store, space)
-    _, gone = add(store, space, "gone")
-    with store.write(space, "rollback", "") as back:
-        back.roll_back(1)
-    delete(store, space, class_, gone, "photo")
-    with store.write(space, "rollback", "") as back:
-        assert back.roll_back(3) == (gone,)
-    assert store.support(space, FEATURES)[1] == {photo: SECRET[20_000:22_000]}
-
-
 def test_two_servers_share_keys_in_postgres(new_database: Callable[[str], str], tmp_path: Path) -> None:
     place = Place(tmp_path, new_database("encrypted"), new_database("keys"))
     store, other = place.open(), place.open()
