@@ -20,6 +20,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kshot_serve.settings import Settings
+
 Photo = Callable[..., bytes]
 Until = Callable[..., None]  # of conftest.py
 
@@ -217,6 +219,25 @@ def test_no_client_reads_an_error_while_the_server_ends(
         assert served.process.wait(60) == 0
     assert heard.errors == []
     assert set(heard.statuses) <= {200, 503}
+
+
+def test_a_server_that_ends_under_load_answers_every_request_that_it_accepted(
+    features_bundle: Path, tmp_path: Path, photo: Photo, until: Until
+) -> None:
+    photos = [("photos", ("photo", photo("red", shade, size=(200, 150)))) for shade in range(4)]
+    with (
+        serving(features_bundle, tmp_path, workers=1) as served,
+        asked(served.url, until, lambda http: http.post("/v1/embed", files=photos)) as heard,
+    ):
+        before, told = len(heard.statuses), time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+        assert time.monotonic() - told < Settings.model_fields["drain_s"].default
+    assert heard.errors == []
+    assert set(heard.statuses) <= {200, 503}
+    assert 200 in heard.statuses[before:]
+    done = [line for line in served.lines() if (line.get("route"), line.get("status")) == ("POST /v1/embed", 200)]
+    assert len(done) == heard.statuses.count(200)
 
 
 def test_one_that_cannot_start_is_tried_again_and_does_not_count(
