@@ -22,7 +22,7 @@ def test_classes_from_photos_answer_with_evidence_and_the_answer_moves_as_photos
 ) -> None:
     """Nobody else adds a class without a training job (product.md, 0.2)."""
     page = visit()
-    page.begin("Colours")
+    page.begin("Two colours")
     expect(page.get_by_text("Make a class or two first")).to_be_visible()
     page.add("Red", shots("red", 2))
     page.add("Blue", shots("blue", 2))
@@ -44,7 +44,7 @@ def test_classes_from_photos_answer_with_evidence_and_the_answer_moves_as_photos
     expect(page.locator("#moved")).to_have_text(re.compile(r"after adding 2 photos of Blue\.$"))
 
     page.reload()  # the address remembers the label space
-    expect(page.locator("#space-name")).to_have_text("Colours")
+    expect(page.locator("#space-name")).to_have_text("Two colours")
     expect(page.locator("#cards .tile img[src]")).to_have_count(6)
 
 
