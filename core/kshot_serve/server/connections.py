@@ -33,11 +33,17 @@ Cut = Literal["full", "late", "idle", "unread"]
 """Why a connection was closed: for a new one, its head was late, it was idle for long, its answer was not read."""
 
 
+def _again(error: object) -> JSONResponse:
+    return JSONResponse({"error": error}, 429, {"Retry-After": "1", "Cache-Control": "no-store"})
+
+
+_V2_AGAIN = _again(_AGAIN)
+_ANY_AGAIN = _again({"code": "busy", "message": _AGAIN, "request_id": "", "reason": "again"})
+
+
 async def _refused_again(scope: Scope, receive: Receive, send: Send) -> None:
     """The answer to who goes on sending after a refusal: it costs a tenth of one that the application gives."""
-    error = {"code": "busy", "message": _AGAIN, "request_id": "", "reason": "again"}
-    content = {"error": _AGAIN if scope["path"].startswith("/v2") else error}
-    await JSONResponse(content, 429, {"Retry-After": "1", "Cache-Control": "no-store"})(scope, receive, send)
+    await (_V2_AGAIN if scope["path"].startswith("/v2") else _ANY_AGAIN)(scope, receive, send)
 
 
 def raise_file_limit() -> None:
