@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from kshot_runtime.images import ImageLimits
+
+Accept = Annotated[float, Field(ge=0.5, le=0.999, allow_inf_nan=False)]
+"""A share of known photos that a threshold is to let pass."""
 
 
 class _Part(BaseModel):
@@ -53,8 +56,8 @@ class Settings(_Part):
     unpinned: bool = Field(False, description="take a registered version without the hash of its bundle.json")
     drain_s: float = Field(25.0, ge=0, description="longest time to answer what was accepted after SIGTERM")
     leave_s: float = Field(1.0, ge=0, description="of those, how long new requests are still taken while not ready")
-    accept: float | None = Field(
-        None, ge=0.5, le=0.995, description="share of known photos that thresholds let pass; none: the bundle's balance"
+    accept: Accept | None = Field(
+        None, description="share of known photos that thresholds let pass; none: the bundle's balance"
     )
     fill: tuple[Path, ...] = Field((), description="folders or zips of classes; each is a label space from the start")
     spaces: int = Field(100_000, ge=1, description="label spaces at most")

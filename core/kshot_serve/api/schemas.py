@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kshot_runtime.manifest import Accuracy
 from kshot_serve.errors import Code
 from kshot_serve.models.champion import Champion
+from kshot_serve.settings import Accept
 
 _SPACE, _CLASS, _PHOTO = (f"{kind}_01jd7x2m9v4k8r3t6w5y0zabcd" for kind in ("spc", "cls", "pho"))
 _STORED = {"id": _PHOTO, "sha256": "0" * 64, "created": "2026-11-21T09:01:00+00:00"}
@@ -17,7 +18,6 @@ _REQUEST = "req_5b1f0c6de2a94c7d81aa"
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Accept = Annotated[float, Field(ge=0.5, le=0.999, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kshot_runtime.images import ImageRule
 from kshot_runtime.manifest import Limits
 from kshot_serve.errors import Problem
+from kshot_serve.settings import Accept
 from kshot_serve.spaces.contents import check_counts
 from kshot_serve.storage.values import Snapshot, digest
 
@@ -55,7 +56,7 @@ class Manifest(_Part):
     schema_version: Literal[1] = 1
     kind: Literal["kshot label space"] = "kshot label space"
     name: str
-    accept: float | None = Field(None, ge=0.5, le=0.999)
+    accept: Accept | None = None
     classes: tuple[PackedClass, ...]
     model: Model
 

@@ -29,7 +29,7 @@ from kshot_serve.spaces.questions import Answering, Classified, Verified
 from kshot_serve.spaces.states import States, features_of, needed, pixels_by
 from kshot_serve.spaces.transfer import Transfer
 from kshot_serve.spaces.uploads import Decoder, Upload
-from kshot_serve.spaces.writes import KEEP, Keep, Written, class_of, share
+from kshot_serve.spaces.writes import KEEP, Keep, Written, class_of
 from kshot_serve.storage.revision import Write
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import is_id
@@ -65,7 +65,7 @@ class Spaces:
     # Label spaces ------------------------------------------------------------------------------------------------
 
     async def create(self, name: str, accept: float | None = None, *, who: str = "") -> Space:
-        name, accept = named(name, "a label space"), share(accept)
+        name = named(name, "a label space")
 
         def write() -> Space:
             with self._store.creating(name, accept, who, self._settings.spaces) as new:
@@ -106,7 +106,6 @@ class Spaces:
     ) -> Space:
         """Give it another name, another share of known photos to accept (none: the server's own), or both."""
         name = name if isinstance(name, Keep) else named(name, "a label space")
-        accept = accept if isinstance(accept, Keep) else share(accept)
 
         def write() -> Space:
             with self._store.write(space, "change", who) as change:

@@ -28,12 +28,6 @@ class Written:
     scrubbed: bool | None = None  # of a deletion: whether the bytes are gone from the disk; none: not known
 
 
-def share(accept: float | None) -> float | None:
-    if accept is not None and not 0.5 <= accept <= 0.999:
-        raise Problem("bad_request", "the share of known photos to accept is between 0.5 and 0.999", reason="accept")
-    return accept
-
-
 def class_of(there: Snapshot, class_id: str) -> Class:
     for each in there.classes:
         if each.id == class_id:

@@ -97,7 +97,7 @@ def serve(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of known photos to accept, 0.5 to 0.995; by default both errors are balanced.",
+            help="Share of known photos to accept, 0.5 to 0.999; by default both errors are balanced.",
             show_default=False,
         ),
     ] = None,
