@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import queue
 import shutil
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from kshot.data.datasets import ClassImages
@@ -97,16 +99,27 @@ def _build(folder: Path, kind: type[Learner], training_steps: int, **settings: o
     return folder
 
 
+def _shared(factory: pytest.TempPathFactory, kind: type[Learner], training_steps: int, **settings: object) -> Path:
+    """A bundle that the first of pytest-xdist's workers to need it builds, for all of them."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / f"bundle-{kind.name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _build(folder.with_name(f"{folder.name}-unfinished"), kind, training_steps, **settings).rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ProtoNet that has learnt for a second to tell colours apart. It takes features."""
-    return _build(tmp_path_factory.mktemp("bundles") / "protonet", ProtoNet, training_steps=60)
+    return _shared(tmp_path_factory, ProtoNet, training_steps=60)
 
 
 @pytest.fixture(scope="session")
 def images_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MAML that has learnt for two seconds to tell colours apart, in two inner steps. It takes images."""
-    return _build(tmp_path_factory.mktemp("bundles") / "maml", MAML, training_steps=100, steps=2)
+    return _shared(tmp_path_factory, MAML, training_steps=100, steps=2)
 
 
 @pytest.fixture(scope="session")
