@@ -93,8 +93,7 @@ class Store:
         file = SqliteFile(Path(str(self.database.url.database)), reserve) if self._is_sqlite else None
         self._plain_after: str | None = ""  # photos behind this one may be from before there were keys; none: none are
         scrubs = [part.scrub for part in (file, self._photo_keys) if part is not None]
-        chores = [self._recover_keys, self._encrypt] if self._photo_keys is not None else []
-        self._upkeep = Upkeep(self._probe, file, self.health, scrubs, chores)
+        self._upkeep = Upkeep(self._probe, file, self.health, scrubs, self._tend_keys)
         self.start = self._upkeep.start
         self._reading = self.database.execution_options(**READING[self.database.dialect.name])
         self._looking = self._reading if self._is_sqlite else self.database.execution_options(**LOOKING)
@@ -174,7 +173,7 @@ class Store:
             if self._photo_keys is not None and keys is not None and (keys.new or keys.gone):
                 self._photo_keys.announce(connection, changed := keys)
         if self._photo_keys is not None and changed is not None:
-            with contextlib.suppress(Problem):  # then `_recover_keys` does it
+            with contextlib.suppress(Problem):  # then `_tend_keys` does it
                 self._photo_keys.settle(changed)
 
     @contextmanager
@@ -201,16 +200,13 @@ class Store:
                 "with the --photo-keys that they were added with"
             )
 
-    def _recover_keys(self) -> bool:
-        assert self._photo_keys is not None
+    def _tend_keys(self) -> bool:
+        """Settle keys of writes that were cut off, and encrypt photos from before there were keys; true: more wait."""
+        if self._photo_keys is None:
+            return False
         self._photo_keys.recover(self.writing)
-        return False
-
-    def _encrypt(self) -> bool:
-        """Encrypt some photos from before there were keys; whether there may be more."""
         if self._plain_after is not None:
             with self.writing(keys := self._key_changes()) as connection:
-                assert self._photo_keys is not None
                 self._plain_after = self._photo_keys.encrypt(connection, keys, self._plain_after)
             if self._plain_after is not None:
                 self._upkeep.deleted()  # what they were before is to be scrubbed

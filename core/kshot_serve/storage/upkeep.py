@@ -90,8 +90,7 @@ class SqliteFile:
 class Upkeep:
     """A thread that does it, from `start` or the first deletion on.
 
-    `scrubs` say whether what was deleted is gone from where they look; `chores` whether they are to be called again
-    at once.
+    `scrubs` say whether what was deleted is gone from where they look, `chore` whether it is to be called again.
     """
 
     def __init__(
@@ -100,12 +99,12 @@ class Upkeep:
         file: SqliteFile | None,
         health: Health,
         scrubs: Sequence[Callable[[], bool]],
-        chores: Sequence[Callable[[], bool]] = (),
+        chore: Callable[[], bool],
     ) -> None:
         self._probe = probe
         self._file = file
         self._scrubs = scrubs
-        self._chores = chores
+        self._chore = chore
         self._health = health
         self._wanted, self._lock = threading.Event(), threading.Lock()
         self._scrub = self._tidying = self._stopping = False
@@ -157,9 +156,8 @@ class Upkeep:
             with contextlib.suppress(Problem), self._health.probing():
                 self._probe()
             again = False
-            for chore in self._chores:
-                with contextlib.suppress(Problem):
-                    again = chore() or again
+            with contextlib.suppress(Problem):
+                again = self._chore()
             self._wanted.wait(0 if again else _RETRY_S if self._scrub else _PROBE_S)
             self._wanted.clear()
 

@@ -205,7 +205,7 @@ def test_recovering_waits_for_whoever_is_between_the_two_commits(
 
     def announce_and_recover(*told: Any) -> None:
         announce(*told)
-        other._recover_keys()
+        other._tend_keys()
 
     monkeypatch.setattr(photo_keys.PhotoKeys, "announce", announce_and_recover)
     _, photo = add(store, space)
@@ -230,7 +230,7 @@ def test_two_processes_add_and_delete_while_others_recover(place: Place) -> None
     writers = [subprocess.Popen([sys.executable, "-c", program, place.url, place.keys, space, name]) for name in "ab"]
     while None in [writer.poll() for writer in writers]:
         with suppress(Problem):  # SQLite's file may be busy
-            store._recover_keys()
+            store._tend_keys()
     assert [writer.wait() for writer in writers] == [0, 0]
     photos = {photo.id for photo in store.snapshot(space).photos}
     assert len(photos) == 20
