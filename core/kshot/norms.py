@@ -192,7 +192,9 @@ class _Moments(torch.autograd.Function):
     def forward(x: Tensor) -> Statistics:
         mean = x.mean((0, 1, 2))
         centred = x - mean
-        return mean, centred.mul_(centred).mean((0, 1, 2))
+        in_place = type(x) is Tensor  # and no fake one, which is exported: in-place operations make that slow
+        squares = centred.mul_(centred) if in_place else centred * centred
+        return mean, squares.mean((0, 1, 2))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Statistics) -> None:

@@ -10,18 +10,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
 from onnxscript import ir
+from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -30,6 +33,13 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program
+from torch.onnx._internal.exporter._decomp import (
+    create_onnx_friendly_decomposition_table,
+    get_onnx_implemented_overloads,
+)
+from torch.onnx._internal.exporter._fx_passes import insert_type_promotion_nodes, remove_assertion_nodes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from kshot.export.ops import TRANSLATIONS, backward_ops
 from kshot.learner import Learner, State
@@ -69,6 +79,8 @@ class Piece:
 Call = Callable[[State], State]
 """A function to trace: maps named inputs to named outputs, using the learner's weights."""
 
+_Decompositions = dict[Any, Callable[..., Any]]
+
 
 def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -> Piece:
     """Trace a call of a learner, in eval mode on the CPU, as a graph; `what` names the call in errors.
@@ -77,23 +89,55 @@ def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -
     or uses anything that ONNX cannot express.
     """
     with _as_export_error(f"{what} of {learner.name!r}"), _warnings_ignored():
-        traced, weights, outputs, unchanged = _record(learner, what, call, inputs)
+        traced, weights, outputs, unchanged = _record(learner, what, call, inputs, _decompositions())
+        if in_place := any(_is_in_place(node) for node in traced.graph.nodes):
+            traced, weights, outputs, unchanged = _record(learner, what, call, inputs, backward_ops())
         program = torch.export.export(
             _Program(learner, weights, traced),
             tuple(_example(spec) for spec in inputs.values()),
             dynamic_shapes=(tuple(_dynamic(spec) for spec in inputs.values()),),
             strict=False,
         )
-        exported = torch.onnx.export(
-            program, (), None, dynamo=True, opset_version=OPSET, verbose=False,
-            optimize=False,  # its rewrites drop small constants: `x + 1e-8` becomes x, as in Adam's denominator
-            custom_translation_table=TRANSLATIONS,
-        )  # fmt: skip
-    assert exported is not None
-    model = exported.model
+        if in_place:  # without the operations in place, at three times the cost
+            program = program.run_decompositions(_decompositions())
+        model = _translated(program)
     _simplify(model)
     _name(model.graph, list(inputs), list(outputs))
     return Piece(model.graph, dict(inputs), outputs, unchanged)
+
+
+def _translated(program: ExportedProgram) -> ir.Model:
+    """A program of recorded operations in ONNX, with only those changes that keep every result.
+
+    `torch.onnx.export` would collect its translations and decompositions anew each time, decompose a program whose
+    operations are those of `_decompositions()` already, and drop small constants: `x + 1e-8` becomes x, as in Adam's
+    denominator.
+    """
+    insert_type_promotion_nodes(program.graph_module)
+    remove_assertion_nodes(program.graph_module)
+    model = _exported_program_to_onnx_program(program, registry=_translations()).model
+    convert_version(model, OPSET, fallback=True)
+    return model
+
+
+@cache
+def _translations() -> ONNXRegistry:
+    """The exporter's translations of torch's operations, and ours."""
+    registry = ONNXRegistry.from_torchlib(OPSET)
+    for operation, translation in TRANSLATIONS.items():
+        registry.register_op(operation, translation)
+    return registry
+
+
+@cache
+def _decompositions() -> _Decompositions:
+    """The table for `make_fx`: torch's decompositions of the operations that have no translation, and ours."""
+    translated = set(get_onnx_implemented_overloads(_translations()))
+    return create_onnx_friendly_decomposition_table(translated) | backward_ops()
+
+
+def _is_in_place(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 class _Called(nn.Module):
@@ -129,7 +173,7 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def _record(
-    learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]
+    learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec], decompositions: _Decompositions
 ) -> tuple[GraphModule, list[str], dict[str, Spec], frozenset[str]]:
     """The operations of a call, the names of the weights it uses, its outputs, and which of these are its inputs."""
     called, own = _Called(learner, call), tensors(learner)
@@ -159,7 +203,7 @@ def _record(
         torch._check(size == first[name])  # sizes of the same name are equal
     names = {sizes.replace(size.node.expr): name for name, size in first.items()}
     with fake, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        graph = make_fx(run, decomposition_table=backward_ops(), tracing_mode="real")(*fakes, *given)
+        graph = make_fx(run, decomposition_table=decompositions, tracing_mode="real")(*fakes, *given)
     if fixed := sorted({name for size, name in dynamic if sizes.replace(size.node.expr).is_number}):
         raise ExportError(
             f"{what} of {learner.name!r} works for one {' and one '.join(_SIZE_NAMES[name] for name in fixed)} only: "

@@ -372,6 +372,19 @@ def test_an_inner_adam_keeps_its_epsilon_and_its_step_number(tmp_path: Path, ima
     assert len(body.input) == 2 + 3  # number and condition; the features do not change, so they are not carried
 
 
+def test_operations_in_place_are_exported_for_what_they_do(tmp_path: Path, images: ClassImages) -> None:
+    class InPlace(Stepping):
+        def begin(self, support: Tensor, labels: Tensor, classes: Tensor) -> State:
+            state = super().begin(support, labels, classes)
+            head = state["head"] + 0.5
+            head[:, 0].mul_(2)  # a view of it
+            return {**state, "head": head}
+
+    for backbone, norm in (("flat", "running"), ("pool", "group")):
+        report = exported(make(InPlace, backbone, norm), tmp_path / backbone, images)
+        assert report.manifest.parity.agreement == 1
+
+
 def test_a_step_that_changes_the_state_s_shape_is_refused(tmp_path: Path, images: ClassImages) -> None:
     class Grows(Stepping):
         def step(self, state: State, support: Tensor, labels: Tensor, classes: Tensor, i: Tensor) -> State:
