@@ -94,11 +94,12 @@ def accuracy_without_information_is_chance(subject: Subject) -> None:
                 state = learner.adapt(episode.support, labels.roll(places), episode.classes)
                 accuracies.append(_accuracy(learner.classify(state, episode.query), episode))
             shuffled.append(float(np.mean(accuracies)))
-        for step in range(120 if isinstance(learner, InnerLoop) else 0):
-            episode = subject.episode(shape, step)
-            labels = episode.support_labels[torch.randperm(5, generator=generator)]
-            state = learner.adapt(episode.support, labels, episode.classes, steps=0)
-            before.append(_accuracy(learner.classify(state, episode.query), episode))
+        if isinstance(learner, InnerLoop):
+            for step in range(120):
+                episode = subject.episode(shape, step)
+                labels = episode.support_labels[torch.randperm(5, generator=generator)]
+                state = learner.adapt(episode.support, labels, episode.classes, steps=0)
+                before.append(_accuracy(learner.classify(state, episode.query), episode))
     for what, accuracies in (("shuffled support labels", shuffled), ("no inner step", before)):
         if accuracies:
             mean, sd = float(np.mean(accuracies)), float(np.std(accuracies))
