@@ -519,13 +519,13 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bits(
     for name in ("KSHOT_DATA", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     home = new_project(tmp_path / "stopped")
-    arguments = ("run", "tiny.toml", "training.steps=1000", "training.validate_every=100")
+    arguments = ("run", "tiny.toml", "training.steps=400", "training.validate_every=40")
 
     stopped = stop_after_a_checkpoint(home, arguments, signal.SIGINT)
     assert stopped.returncode == 130
     assert stopped.stdout.splitlines()[-1].endswith(f"goes on from its last checkpoint: kshot {' '.join(arguments)}")
     assert "Traceback" not in stopped.stdout
-    assert 0 < checkpoint(home) < 1000
+    assert 0 < checkpoint(home) < 400
 
     killed = stop_after_a_checkpoint(home, arguments, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
@@ -535,7 +535,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bits(
     finished = kshot(home, *arguments)
     shown, _ = finished.communicate(timeout=200)
     assert finished.returncode == 0, shown
-    assert re.search(r"goes on from the checkpoint at step \d+ of 1000", shown)
+    assert re.search(r"goes on from the checkpoint at step \d+ of 400", shown)
     assert "tiny version 1 is in production" in shown
     [run] = [version.run for version in registry_of(home)]
     monkeypatch.setenv("KSHOT_HOME", str(home))
