@@ -11,7 +11,8 @@ import asyncio
 from time import monotonic
 
 from kshot_serve.errors import Problem
-from kshot_serve.storage.store import LEASE_S, Store
+from kshot_serve.storage.database import LEASE_S
+from kshot_serve.storage.store import Store
 
 _AHEAD = 0.5  # of a lease is over when the next is asked for, so that nobody waits for it
 
