@@ -139,6 +139,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves its clock running after a reset, which holds everything
         for clock in (self._clock, self._read_clock):
             if clock:
                 clock.cancel()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kshot_serve.server.connections import raise_file_limit
+from kshot_serve.server.connections import Connection, raise_file_limit
 from kshot_serve.settings import Settings
 
 Photo = Callable[..., bytes]
@@ -38,6 +41,20 @@ def test_the_limit_of_open_files_is_raised_as_far_as_the_system_lets() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_nothing_is_kept_of_connections_that_their_clients_reset(
+    features_bundle: Path, tmp_path: Path, running: Start, connected: Connect, until: Until
+) -> None:
+    """uvicorn alone keeps each of them, with its last request, until it has been idle for too long."""
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0)
+    with running(settings) as server:
+        for _ in range(5):
+            connection = connected(server.url, "GET /healthz/live HTTP/1.1", "Host: localhost", "")
+            assert connection.answer()[0] == 200
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close resets it
+            connection.close()
+        until(lambda: not [each for each in gc.get_objects() if isinstance(each, Connection)])
 
 
 def test_idle_connections_make_way_for_new_ones(
