@@ -99,6 +99,7 @@ class Server(uvicorn.Server):
         # Whole garbage collections, which hold up every request, pass over what stays: without this they took 200 ms.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(5_000, 20, 20)
         if self._shared:
             self._listen(listener)
         champions = self.backend.champions
