@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, Literal
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -21,6 +22,7 @@ from kshot_serve.storage.migrations import migrate
 THREADS = 8  # that may ask a database at once
 
 _WAIT_S = 10.0  # for others' writes
+_AGAIN_S = 0.02
 _DISK_FULL = "53100"  # of Postgres
 _NO_ROOM_FOR_INDEX = 4874  # SQLITE_IOERR_SHMSIZE: of SQLite's log
 
@@ -103,7 +105,20 @@ def _sqlite_connected(connection: Any, record: object) -> None:
         "foreign_keys=ON",
         "secure_delete=ON",
     ):
-        connection.execute(f"PRAGMA {pragma}")
+        _patiently(connection, f"PRAGMA {pragma}")
+
+
+def _patiently(connection: Any, statement: str) -> None:
+    """Execute what SQLite does not wait for by itself: changing the journal while others open the file."""
+    until = monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > until:
+                raise
+        sleep(_AGAIN_S)
 
 
 def _sqlite_begins(connection: Connection) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ def test_classes_from_photos_answer_with_evidence_and_the_answer_moves_as_photos
 ) -> None:
     """Nobody else adds a class without a training job (product.md, 0.2)."""
     page = visit()
-    page.begin("Two colours")
+    page.begin("From photos")
     expect(page.get_by_text("Make a class or two first")).to_be_visible()
     page.add("Red", shots("red", 2))
     page.add("Blue", shots("blue", 2))
@@ -44,7 +45,7 @@ def test_classes_from_photos_answer_with_evidence_and_the_answer_moves_as_photos
     expect(page.locator("#moved")).to_have_text(re.compile(r"after adding 2 photos of Blue\.$"))
 
     page.reload()  # the address remembers the label space
-    expect(page.locator("#space-name")).to_have_text("Two colours")
+    expect(page.locator("#space-name")).to_have_text("From photos")
     expect(page.locator("#cards .tile img[src]")).to_have_count(6)
 
 
@@ -202,8 +203,8 @@ def test_evidence_and_slider_are_seen_without_scrolling(visit: Visit, shots: Sho
     assert box["y"] + box["height"] <= page.locator("header").bounding_box()["height"]  # over no card and no bar
 
 
-def test_a_bundle_without_a_version_shows_none(visit: Visit) -> None:
+def test_a_bundle_without_a_version_shows_none(visit: Visit, features_bundle: Path) -> None:
     page = visit()
     page.begin("Plain bundle")
-    expect(page.locator("#model")).to_contain_text("Answers come from protonet.")
+    expect(page.locator("#model")).to_contain_text(f"Answers come from {features_bundle.stem}.")
     expect(page.locator("#model")).not_to_contain_text("version")
