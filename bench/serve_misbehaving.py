@@ -50,6 +50,7 @@ from kshot_client import Client
 KEEPS, TIMES = 0.9, 2.0  # of their throughput; of their p99
 SIDE = 84
 WARM_S = 2.0  # from the attack's beginning until the others are measured
+SETTLE_S = 5.0  # for what the attacker has left to be done
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def compared(
         with attacked(ATTACKS[name], target, attacker), meanwhile(lambda: memory.append(server.memory()), 0.2):
             time.sleep(WARM_S)
             groups["with"] += asyncio.run(paced(server.port, requests, options.clients, rate, options.seconds))
-        time.sleep(1.0)
+        time.sleep(SETTLE_S)
     seconds = options.rounds * options.seconds
     found: dict[str, Any] = {key: figures(sent, seconds) for key, sent in groups.items()}
     found |= {"memory_mb": max(memory), "memory_grew_mb": round(max(memory) - memory[0], 1), "attacker": dict(attacker)}
