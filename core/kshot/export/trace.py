@@ -109,9 +109,8 @@ def trace(learner: Learner, what: str, call: Call, inputs: Mapping[str, Spec]) -
 def _translated(program: ExportedProgram) -> ir.Model:
     """A program of recorded operations in ONNX, with only those changes that keep every result.
 
-    `torch.onnx.export` would collect its translations and decompositions anew each time, decompose a program whose
-    operations are those of `_decompositions()` already, and drop small constants: `x + 1e-8` becomes x, as in Adam's
-    denominator.
+    `torch.onnx.export` rebuilds its registry on each call, decomposes a program that `_decompositions()` has decomposed
+    already, and folds small constants away: `x + 1e-8` becomes x, as in Adam's denominator.
     """
     insert_type_promotion_nodes(program.graph_module)
     remove_assertion_nodes(program.graph_module)

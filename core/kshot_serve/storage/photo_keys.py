@@ -1,4 +1,4 @@
-"""Encrypts the contents of photos, each with a key of its own in another database, which deletion destroys.
+"""Encrypts each photo with a separate key. Keys are in another database, and deleting a photo deletes its key.
 
 Without its key no copy of a photo can be read any more: in logs, replicas or backups of the label spaces
 (crypto-shredding). Contents are encrypted with AES-256-GCM under random nonces (NIST SP 800-38D).

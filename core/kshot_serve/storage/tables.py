@@ -85,7 +85,7 @@ PHOTOS = Table(
     Column("sha256", String(64), nullable=False),  # of the original
     Column("size", BigInteger, nullable=False),  # bytes of its contents, as they came
     Column("created", Double, nullable=False),
-    Column("encrypted", Boolean, nullable=False, server_default=false()),  # its contents are, with a key of its own
+    Column("encrypted", Boolean, nullable=False, server_default=false()),  # its contents are, by PHOTO_KEYS
     Index("photos_of_a_space", "space", "class"),
 )
 

@@ -138,9 +138,9 @@ def _times(factor: float) -> Callable[[onnx.GraphProto], None]:
 
 @pytest.fixture(scope="session")
 def bundles(features_bundle: Path, remake: Remake, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three models: the features of the second are twice those of the first, of the third three times."""
+    """Four models: the features of the second are twice those of the first, and so on."""
     folder = tmp_path_factory.mktemp("champions")
-    return [features_bundle] + [remake(features_bundle, folder / str(n), _times(n)) for n in (2, 3)]
+    return [features_bundle] + [remake(features_bundle, folder / str(n), _times(n)) for n in (2, 3, 4)]
 
 
 class MLflowServer:

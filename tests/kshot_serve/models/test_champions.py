@@ -66,7 +66,7 @@ def test_no_request_fails_while_champions_change(
 ) -> None:
     """gh:triton-inference-server/server#5042: requests failed while a model was loaded."""
     shop.sell(bundles[0])
-    factors = {"1": 1, "2": 2, "3": 3}
+    factors = {"1": 1, "2": 2, "3": 3, "4": 4}
     photos = images(8)
     served: list[str] = []
 
@@ -81,7 +81,6 @@ def test_no_request_fails_while_champions_change(
                     wanted = factors[champion.version] * expected[number : number + 1]
                     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
                     served.append(champion.version)
-                    await asyncio.sleep(0.005)  # leaves a core to the process that tries the next version
 
             over = asyncio.Event()
             clients = [asyncio.create_task(client(number)) for number in range(4)]
@@ -98,7 +97,7 @@ def test_no_request_fails_while_champions_change(
                 await asyncio.gather(*clients)
 
     asyncio.run(body())
-    assert set(served) == {"1", "2", "3"}
+    assert set(served) == {"1", "2", "3", "4"}
 
 
 def test_the_last_two_bundles_stay_on_disk(new_world: World, shop: Shop, bundles: list[Path], tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_the_last_two_bundles_stay_on_disk(new_world: World, shop: Shop, bundles
                 await world.champions.follow()
 
     asyncio.run(body())
-    kept = {FileFacts.of((bundle / "bundle.json").read_bytes()).sha256[:16] for bundle in bundles[1:]}
+    kept = {FileFacts.of((bundle / "bundle.json").read_bytes()).sha256[:16] for bundle in bundles[2:]}
     assert {path.name for path in (tmp_path / "champions").iterdir() if path.is_dir()} == kept
 
 
