@@ -22,6 +22,14 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 KSHOT = Path(sys.executable).with_name("kshot")
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+BANNERS = """
+    window.banners = []
+    document.addEventListener('DOMContentLoaded', () => {
+        const banner = document.getElementById('banner')
+        const said = () => window.banners.push(banner.textContent)
+        if (banner) new MutationObserver(said).observe(banner, {childList: true})
+    })
+"""
 
 Photo = Callable[..., bytes]
 
@@ -99,6 +107,10 @@ class Visitor:
         """Choose a photo to ask about; where the answer stands."""
         self.page.locator("#ask-file").set_input_files(photos)
         return self.page.locator("#verdict")
+
+    def banners(self) -> list[str]:
+        """What the banner has said since the page was opened, "" where it went; some of it is gone within a second."""
+        return self.page.evaluate("banners")
 
     def drop(self, onto: str, photos: list[Any]) -> None:
         self.page.dispatch_event(onto, "drop", {"dataTransfer": self.carried(photos)})
@@ -195,6 +207,7 @@ def visit(browser: Browser, server: Server, forgiven: list[str]) -> Iterator[Cal
         contexts.append(browser.new_context(base_url=at or server.url, **(DESKTOP | options)))
         page = contexts[-1].new_page()
         page.set_default_timeout(15_000)
+        page.add_init_script(BANNERS)
         page.on("console", console)
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda request: _check_origin(request, at or server.url, noise))
