@@ -3,6 +3,9 @@
 A real `kshot serve` with keys. The eight clients send small photos at half of the rate that they reach when they send
 as fast as they are answered. Seconds without and with an attacker alternate. Attacks: bodies that are announced and
 never sent, large photos that are asked for and never read, small PNGs of 25 megapixels, and heads without bodies.
+
+The attacker computes on the same machine. So it is also let at a decoy, which answers 429 at once and does nothing else
+(`apart`): what the others lose then, the machine takes from them and not the server.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import uvloop
 from PIL import Image
 from serving_load import (
     Connection,
@@ -82,17 +86,23 @@ def main() -> None:
             target = Target(
                 server.port, bad, f"/v1/spaces/{its_space}/photos/{large}", f"/v1/spaces/{its_space}/classify"
             )
-            found = {name: compared(server, requests, rate, name, target, options) for name in options.attacks}
+            with decoy() as port:
+                apart = Target(port, bad, target.photo, target.classify)
+                found = {
+                    name: compared(server, requests, rate, name, {"apart": apart, "with": target}, options)
+                    for name in options.attacks
+                }
             with Client(server.url, key=good) as client:
                 live = client.call("GET", "/healthz/live").status_code
     what = f"{options.clients} clients of one key beside a misbehaving key; {rate:.0f} requests a second, conv4-64"
     bars = [judged for name, each in found.items() for judged in bars_of(name, each)]
-    print(f"\n{'':22}{'a second':>18}{'p50 ms':>16}{'p99 ms':>16}{'429, 503':>10}{'memory':>9}")
+    print(f"\n{'without, apart, with':22}{'a second':>24}{'p50 ms':>20}{'p99 ms':>22}{'429, 503':>10}{'memory':>9}")
     for name, each in found.items():
-        pairs = [f"{each['without'].get(key)} > {each['with'].get(key)}" for key in ("per_second", "p50", "p99")]
-        print(
-            f"{name:22}{pairs[0]:>18}{pairs[1]:>16}{pairs[2]:>16}{each['with']['refused']:>10}{each['memory_mb']:>9.0f}"
-        )
+        ways = [
+            ", ".join(str(each[way].get(key)) for way in ("without", "apart", "with"))
+            for key in ("per_second", "p50", "p99")
+        ]
+        print(f"{name:22}{ways[0]:>24}{ways[1]:>20}{ways[2]:>22}{each['with']['refused']:>10}{each['memory_mb']:>9.0f}")
     bars.append(bar("liveness after all attacks", live, 200, live == 200))
     write(
         "serve_misbehaving",
@@ -103,20 +113,30 @@ def main() -> None:
 
 
 def compared(
-    server: Served, requests: Sequence[bytes], rate: float, name: str, target: Target, options: argparse.Namespace
+    server: Served,
+    requests: Sequence[bytes],
+    rate: float,
+    name: str,
+    targets: dict[str, Target],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The others without and with the attack, in turn."""
-    groups: dict[str, list[Sent]] = {"without": [], "with": []}
-    memory, attacker = [server.memory()], Counter[str]()
+    """The others without an attack, with one at the decoy, and with one at their server, in turn."""
+    groups: dict[str, list[Sent]] = {"without": [], "apart": [], "with": []}
+    memory, attacker = [server.memory()], {way: Counter[str]() for way in targets}
     for _ in range(options.rounds):
         groups["without"] += asyncio.run(paced(server.port, requests, options.clients, rate, options.seconds))
-        with attacked(ATTACKS[name], target, attacker), meanwhile(lambda: memory.append(server.memory()), 0.2):
-            time.sleep(WARM_S)
-            groups["with"] += asyncio.run(paced(server.port, requests, options.clients, rate, options.seconds))
-        time.sleep(SETTLE_S)
+        for way, target in targets.items():
+            with attacked(ATTACKS[name], target, attacker[way]), meanwhile(lambda: memory.append(server.memory()), 0.2):
+                time.sleep(WARM_S)
+                groups[way] += asyncio.run(paced(server.port, requests, options.clients, rate, options.seconds))
+            time.sleep(SETTLE_S)
     seconds = options.rounds * options.seconds
     found: dict[str, Any] = {key: figures(sent, seconds) for key, sent in groups.items()}
-    found |= {"memory_mb": max(memory), "memory_grew_mb": round(max(memory) - memory[0], 1), "attacker": dict(attacker)}
+    found |= {
+        "memory_mb": max(memory),
+        "memory_grew_mb": round(max(memory) - memory[0], 1),
+        "attacker": {way: dict(each) for way, each in attacker.items()},
+    }
     print(name, json.dumps(found), flush=True)
     return found
 
@@ -183,6 +203,38 @@ class Target:
     def head(self, method: str, path: str, *more: str) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"X-API-Key: {self._key}", *more, "", ""]
         return "\r\n".join(lines).encode()
+
+
+class Decoy(asyncio.Protocol):
+    """Answers 429 as soon as a head has come, and closes the connection."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        self._transport.close()
+
+
+@contextmanager
+def decoy() -> Iterator[int]:
+    """A decoy in a separate process, for the block; its port."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    process = multiprocessing.get_context("fork").Process(target=_lure, args=(listener,), daemon=True)
+    process.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        process.kill()
+        process.join()
+
+
+def _lure(listener: socket.socket) -> None:
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(Decoy, sock=listener)
+        await server.serve_forever()
+
+    uvloop.run(serve())
 
 
 Attack = Callable[[Target, Counter[str]], Coroutine[Any, Any, None]]

@@ -51,6 +51,11 @@ class Settings(_Part):
     origins: tuple[str, ...] = Field((), description="web origins that may call (CORS); none by default")
     hosts: tuple[str, ...] = Field((), description="further names in a Host header; loopback's and `host` always go")
     keep_photos: bool = Field(True, description="keep originals; without them only what adapting needs is kept")
+    strip_metadata: bool = Field(False, description="keep originals without EXIF, GPS, XMP, IPTC and comments")
+    stale_s: float = Field(300.0, ge=0, description="how long to answer without the database, from what was last read")
+    reserve_mb: int = Field(
+        32, ge=0, description="of disk, kept beside SQLite's file so that a full disk takes deletions"
+    )
     poll_s: float = Field(10.0, gt=0, description="how often the registry is asked for a new champion")
     candidate_s: float = Field(120.0, gt=0, description="longest time to fetch, load and warm a new version")
     unpinned: bool = Field(False, description="take a registered version without the hash of its bundle.json")
@@ -82,13 +87,6 @@ class Settings(_Part):
     wrong_keys_per_s: float = Field(5.0, ge=0, description="unknown keys a second of one address, likewise; 0: any")
     image: ImageLimits = ImageLimits(max_pixels_whole=16_000_000)  # a screen of 5K has 14.7 million
     engine: EngineSettings = EngineSettings()
-
-    strip_metadata: bool = Field(False, description="keep originals without EXIF, GPS, XMP, IPTC and comments")
-
-    stale_s: float = Field(300.0, ge=0, description="how long to answer without the database, from what was last read")
-    reserve_mb: int = Field(
-        32, ge=0, description="of disk, kept beside SQLite's file so that a full disk takes deletions"
-    )
 
     @property
     def database_url(self) -> str:

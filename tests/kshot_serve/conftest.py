@@ -6,6 +6,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -65,6 +66,16 @@ def _photo(colour: str, shade: int = 0, kind: str = "PNG", size: tuple[int, int]
 def photo() -> Callable[..., bytes]:
     """photo(colour, shade=0, kind="PNG", size=(40, 30)): a noisy photo of one colour; each shade is another file."""
     return _photo
+
+
+@pytest.fixture(scope="session")
+def test_names() -> set[str]:
+    """Of all tests of this project."""
+    return {
+        name
+        for file in Path(__file__).parents[1].rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.M)
+    }
 
 
 def _build(folder: Path, kind: type[Learner], training_steps: int, **settings: object) -> Path:

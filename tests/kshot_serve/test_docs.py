@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,30 @@ Running = Any  # of conftest.py
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "serving.md").read_text()
+TESTED = Path(__file__).with_name("serving_sentences.txt")
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(text: str, kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Sentences of paragraphs and list items, and rows of tables, each on one line; examples are left out."""
+    for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if block.startswith("|"):
+            yield from block.splitlines()[2:]
+        elif not block.startswith("#"):
+            for item in re.split(r"^- ", block, flags=re.M):
+                yield from filter(None, re.split(r"(?<=[.!?])\s+(?=[A-Z`*(\[])", " ".join(item.split())))
+
+
+def test_every_sentence_has_tests_that_exist(test_names: set[str]) -> None:
+    """serving_sentences.txt has each sentence and, indented below it, its tests, or "advice" where it claims nothing."""
+    lines = TESTED.read_text().splitlines()
+    assert lines[0::2] == list(sentences(DOCS))
+    for sentence, tests in zip(lines[0::2], lines[1::2], strict=True):
+        assert set(tests.strip().split(", ")) <= test_names | {"advice"}, sentence
 
 
 @pytest.fixture
