@@ -112,6 +112,10 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(
     monkeypatch.setattr("kshot_client.blocking.time.sleep", waited.append)
     assert isinstance(list(client.spaces()), list)
     assert waited == [1.0, 2.0]
+    refusals += [Problem("busy", "full", retry_after=1)] * 9
+    with pytest.raises(RefusedError, match="full") as refused:
+        client.spaces()
+    assert (refused.value.code, waited[2:], len(refusals)) == ("busy", [1.0] * 4, 4)
 
 
 def test_a_key_is_sent_along(server: Running) -> None:
