@@ -257,7 +257,7 @@ def test_what_a_killed_process_leaves_is_settled_by_a_server_that_runs(place: Pl
     eventually(lambda: place.held() == {})
     assert subprocess.run([*program[:-2], "", "after"]).returncode == -signal.SIGKILL
     [new] = [each.id for each in store.snapshot(space).photos]
-    eventually(lambda: place.held() == {new: "kept"}, within_s=5)
+    eventually(lambda: place.held() == {new: "kept"})
 
 
 def test_recovering_waits_for_whoever_is_between_the_two_commits(
