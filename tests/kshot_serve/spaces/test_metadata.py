@@ -47,7 +47,7 @@ def _photo(kind: str, mode: str, orientation: int, **options: Any) -> bytes:
         text = PngImagePlugin.PngInfo()
         text.add_text("Comment", "comment-secret", zip=False)
         text.add_itxt("XML:com.adobe.xmp", XMP.decode())
-        options["pnginfo"] = text
+        options |= {"pnginfo": text, "compress_level": 0}  # so that it would differ, were it encoded again
     else:
         options["xmp"] = XMP
     if kind == "JPEG":

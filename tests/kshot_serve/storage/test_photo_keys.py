@@ -63,7 +63,7 @@ class Place:
 
     def found_after_vacuum(self, content: bytes) -> int:
         """The same of the table's own files on Postgres, once it was written anew."""
-        with self.open(keys="").database.connect() as connection:
+        with self.stores[-1].database.connect() as connection:
             connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             connection.execute(text("VACUUM FULL contents"))
             connection.execute(text("CHECKPOINT"))
