@@ -126,7 +126,7 @@ def test_each_option_of_serve_is_in_its_help_and_becomes_a_setting(monkeypatch: 
 def test_its_settings_exist_and_all_have_units_and_are_taken_from_python(features_bundle: Path, tmp_path: Path) -> None:
     fields = Settings.model_fields | EngineSettings.model_fields
     named = set(re.findall(r"\(`(\w+)`\)", DOCS)) - {"gone", "again"}  # which are of answers
-    assert len(named) > 10
+    assert len(named) > 5
     assert named <= fields.keys()
     for name, field in fields.items():
         if field.annotation in (int, float):
