@@ -267,12 +267,16 @@ def test_cross_validated_versions_are_compared_on_the_same_folds_only(home: Path
 
 
 def test_with_validation_classes_an_untrained_learner_is_validated_and_calibrated(home: Path) -> None:
-    recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, "training.steps=0", "dataset.name=stripes"])
+    sizes = ["evaluation.ways=[2, 3]", "evaluation.shots=[1, 2]"]
+    recipe = recipes.load(str(home / "tiny.toml"), [*SHORT, "training.steps=0", *sizes])
     data = version_data.fn(recipe)
     trained = meta_train.fn(recipe, data)
     assert (trained.steps, trained.best_step) == (0, 0)
     assert trained.validation is not None
-    assert [fit.shape.shots for fit in evaluate.fn(recipe, data, trained).calibrations] == [1]
+    scores = evaluate.fn(recipe, data, trained)
+    fits = Bundle.open(export.fn(recipe, trained, scores).folder).manifest.calibration
+    assert sorted((fit.ways, fit.shots) for fit in fits) == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    assert None not in [fit.threshold for fit in fits]
 
 
 def test_a_training_needs_validation_classes(home: Path) -> None:

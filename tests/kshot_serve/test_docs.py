@@ -6,14 +6,19 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from kshot_flows.cli.main import app
+from kshot_serve.server import workers
+from kshot_serve.settings import EngineSettings, Settings
 
 Photo = Callable[..., bytes]
 Running = Any  # of conftest.py
@@ -39,7 +44,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def test_every_sentence_has_tests_that_exist(test_names: set[str]) -> None:
-    """serving_sentences.txt has each sentence and, indented below it, its tests, or "advice" where it claims nothing."""
+    """serving_sentences.txt has each one and, in the line below, its tests; or "advice" where it claims nothing."""
     lines = TESTED.read_text().splitlines()
     assert lines[0::2] == list(sentences(DOCS))
     for sentence, tests in zip(lines[0::2], lines[1::2], strict=True):
@@ -108,3 +113,52 @@ def test_its_kshot_commands_and_their_options_exist() -> None:
             found = found.commands[words.pop(0)]
         options = {option for parameter in found.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options, words
+
+
+def test_each_option_of_serve_is_in_its_help_and_becomes_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = shlex.split("""
+        ./bundle --host 0.0.0.0 --port 80 --workers 2 --space ./fruit --space ./pets.zip --folder state
+        --database sqlite:///x.db --photo-keys keys.db --device cuda --queue 64 --wait 3 --keep-photos no
+        --strip-metadata --keys required --exposed --origin https://a.example --origin https://b.example
+        --allow-host c.example --unpinned --accept 0.9
+    """)
+    options = {word for word in given if word.startswith("--")}
+    command: Any = get_command(app)
+    assert {option for each in command.commands["serve"].params for option in each.opts} == options | {"source"}
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    assert options <= set(re.findall(r"--[a-z-]+", shown))
+    served: list[Settings] = []
+    monkeypatch.setattr(workers, "serve", served.append)
+    done = CliRunner().invoke(app, ["serve", *given])
+    assert done.exit_code == 0, done.output
+    assert served == [
+        Settings(
+            source="./bundle", host="0.0.0.0", port=80, workers=2, fill=(Path("fruit"), Path("pets.zip")),
+            folder=Path("state"), database="sqlite:///x.db", photo_keys="keys.db",
+            engine=EngineSettings(device="cuda", queue=64, wait_s=3), keep_photos=False, strip_metadata=True,
+            keys="required", exposed=True, origins=("https://a.example", "https://b.example"), hosts=("c.example",),
+            unpinned=True, accept=0.9,
+        )
+    ]  # fmt: skip
+
+
+def test_its_settings_exist_and_all_have_units_and_are_taken_from_python(features_bundle: Path, tmp_path: Path) -> None:
+    fields = Settings.model_fields | EngineSettings.model_fields
+    named = set(re.findall(r"\(`(\w+)`\)", DOCS)) - {"gone", "again"}  # which are of answers
+    assert len(named) > 5
+    assert named <= fields.keys()
+    for name, field in fields.items():
+        if field.annotation in (int, float):
+            assert name.endswith(("_s", "_mb", "_mp")) or field.description, name
+    program = (
+        "from kshot_serve.server.workers import serve; from kshot_serve.settings import Settings\n"
+        f"if __name__ == '__main__': serve(Settings(source={str(features_bundle)!r}, port=0, photos=7, leave_s=0))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        url = process.stdout.readline().split()[-1]
+        assert httpx.get(f"{url}/v1/limits").json()["request"]["photos"] == 7
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

@@ -42,6 +42,9 @@ def test_an_answer_says_what_gave_it(server: Running, space: str, photo: Photo) 
     assert result["classes"][0]["name"] == "red"
     assert 0 <= result["probability"] <= 1
     assert len(result["evidence"]) == 3
+    [strange] = server.http.post(f"{space}/classify", files=files(photo("black", 5))).json()["results"]
+    assert (strange["decision"], strange["class"]) == ("unknown", None)
+    assert {each["name"] for each in strange["classes"]} == {"red", "green", "blue"}
 
 
 def test_a_photo_may_be_the_whole_body(server: Running, space: str, photo: Photo) -> None:
@@ -70,6 +73,7 @@ def test_photos_are_added_all_or_none(server: Running, space: str, photo: Photo,
     )
     assert error(refused) == (422, "not_an_image")
     assert "photo 2" in refused.json()["error"]["message"]
+    assert error(server.http.post(f"{space}/classes", files={"name": (None, "grey")})) == (422, "no_photos")
     assert server.http.get(f"{space}/classes").json() == before
 
 

@@ -99,7 +99,11 @@ def test_vectors_and_pairs(client: Client, photo: Photo) -> None:
 def test_a_busy_server_is_asked_again_after_the_time_it_names(
     server: Running, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusals = [Problem("busy", "full", retry_after=1), Problem("not_ready", "soon", retry_after=2)]
+    refusals = [
+        Problem("busy", "full", retry_after=1),
+        Problem("not_ready", "soon", retry_after=2),
+        Problem("draining", "ends", retry_after=3),
+    ]
     waited: list[float] = []
     real = server.backend.spaces.list
 
@@ -111,7 +115,11 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(
     monkeypatch.setattr(server.backend.spaces, "list", list_)
     monkeypatch.setattr("kshot_client.blocking.time.sleep", waited.append)
     assert isinstance(list(client.spaces()), list)
-    assert waited == [1.0, 2.0]
+    assert waited == [1.0, 2.0, 3.0]
+    refusals += [Problem("busy", "full", retry_after=1)] * 9
+    with pytest.raises(RefusedError, match="full") as refused:
+        client.spaces()
+    assert (refused.value.code, waited[3:], len(refusals)) == ("busy", [1.0] * 4, 4)
 
 
 def test_a_key_is_sent_along(server: Running) -> None:

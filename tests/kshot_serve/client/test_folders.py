@@ -76,15 +76,17 @@ def test_a_server_starts_with_label_spaces_and_a_second_start_adds_nothing_twice
 def test_the_command_fills_once_however_many_workers_there_are(
     features_bundle: Path, colours: Path, tmp_path: Path
 ) -> None:
+    zipped = shutil.make_archive(str(tmp_path / "zipped"), "zip", colours)
     process = subprocess.Popen(
-        [KSHOT, "serve", features_bundle, "--space", colours, "--workers", "2", "--port", "0", "--folder", "serve"],
+        [KSHOT, "serve", features_bundle, "--space", colours, "--space", zipped, "--workers", "2", "--port", "0",
+         "--folder", "serve"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ,
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
     with Client(line.split()[-1]) as client:
-        [space] = client.spaces()
-        assert held(space) == {"blue": 3, "red": 3}
+        both = {"blue": 3, "red": 3}
+        assert {space.name: held(space) for space in client.spaces()} == {"colours": both, "zipped": both}
     process.terminate()
     told = process.communicate(timeout=60)[1]
     assert told.count("colours: ") == 1

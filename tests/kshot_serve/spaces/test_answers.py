@@ -28,6 +28,13 @@ def soon() -> float:
     return time.monotonic() + 30
 
 
+def fading(parts: Parts) -> list[Upload]:
+    """From blue to white."""
+    rule = parts.champions.current.bundle.manifest.image
+    tints = np.linspace((20, 20, 235), (240, 240, 235), 30).astype(np.uint8)
+    return [Upload(b"", np.broadcast_to(tint[:, None, None], rule.shape), rule) for tint in tints]
+
+
 def test_pixels_that_another_model_would_take_otherwise_are_asked_for_anew(
     on: Any, features_bundle: Path, photo: Photo
 ) -> None:
@@ -138,9 +145,7 @@ def test_a_stricter_share_to_accept_makes_more_unknown_and_null_goes_back(
 ) -> None:
     async def body(parts: Parts) -> None:
         space = await parts.a_space("red", "blue", shots=1)
-        rule = parts.champions.current.bundle.manifest.image
-        fading = np.linspace((20, 20, 235), (240, 240, 235), 30).astype(np.uint8)  # from blue to white
-        photos = [Upload(b"", np.broadcast_to(tint[:, None, None], rule.shape), rule) for tint in fading]
+        photos = fading(parts)
 
         async def accepted() -> int:
             answers = (await parts.spaces.classify(space, photos, soon())).answers
@@ -157,6 +162,25 @@ def test_a_stricter_share_to_accept_makes_more_unknown_and_null_goes_back(
         assert await accepted() == strict
 
     on(features_bundle, body)
+
+
+def test_a_label_space_without_a_share_of_its_own_has_the_server_s(on: Any, features_bundle: Path) -> None:
+    async def body(parts: Parts) -> None:
+        space = await parts.a_space("red", "blue", shots=1)
+        photos = fading(parts)
+
+        async def known() -> int:
+            answers = (await parts.spaces.classify(space, photos, soon())).answers
+            return sum(answer.decision != "unknown" for answer in answers)
+
+        of_the_server = await known()
+        assert (await parts.spaces.change(space, accept=0.99)).accept == 0.99
+        assert await known() > of_the_server
+        shown = await parts.spaces.change(space, accept=None)
+        assert (shown.accept, shown.accepted) == (0.5, pytest.approx(0.5))
+        assert await known() == of_the_server
+
+    on(features_bundle, body, accept=0.5)
 
 
 def test_two_photos_of_one_class_are_told_from_two_of_two_in_either_order(on: Any, bundle: Path, photo: Photo) -> None:
@@ -191,6 +215,8 @@ def test_features_are_given_and_what_a_bundle_cannot_do_is_said(
         space = await parts.a_space("red", "blue")
         [answer] = await parts.ask(space, photo("green"))
         assert answer.decision != "unknown"  # nothing was measured that would tell
+        shown = await parts.spaces.get(space)
+        assert (shown.accepted, shown.false_accepts) == (None, None)
 
     on(bare, body)
 

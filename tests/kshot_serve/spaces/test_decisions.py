@@ -90,6 +90,8 @@ def test_two_classes_that_are_nearly_as_likely_are_ambiguous() -> None:
 
 def test_a_class_that_is_more_likely_wrong_than_right_is_ambiguous() -> None:
     assert judge(logits(np.log([0.4, 0.15, 0.15, 0.15, 0.15])), None, None, accept=0.95).decisions == ("ambiguous",)
+    shares = np.log([[0.49, 0.17, 0.17, 0.17], [0.52, 0.16, 0.16, 0.16]])
+    assert judge(logits(*shares), None, None, accept=0.95).decisions == ("ambiguous", "match")
 
 
 def test_the_temperature_softens_what_the_learner_says() -> None:
@@ -154,6 +156,8 @@ def test_a_new_photo_is_judged_by_its_class_s_other_photos_and_only_if_there_are
     assert closer(at(0, 10, 80), nothing, others) == [None, None, 0]
     assert closer(at(80), at(0, 10), others) == [0]
     assert closer(at(0, 10, 50), nothing, others) == [None, None, None]  # between the two
+    assert closer(at(53), at(-5, 5), others) == [None]
+    assert closer(at(54), at(-5, 5), others) == [0]  # 1 - cos 36.87° is half of 1 - cos 53.13°
     assert closer(at(0, 80), nothing, []) == [None, None]
 
 

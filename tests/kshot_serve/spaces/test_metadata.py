@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import sqlite3
 import struct
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 def _picture(mode: str) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 52, 4), np.uint8)
+    pixels = 16 * np.random.default_rng(0).integers(0, 16, (37, 52, 4), np.uint8)  # which a PNG can compress
     return Image.fromarray(pixels, "RGBA").convert(mode)
 
 
@@ -46,7 +47,7 @@ def _photo(kind: str, mode: str, orientation: int, **options: Any) -> bytes:
         text = PngImagePlugin.PngInfo()
         text.add_text("Comment", "comment-secret", zip=False)
         text.add_itxt("XML:com.adobe.xmp", XMP.decode())
-        options["pnginfo"] = text
+        options |= {"pnginfo": text, "compress_level": 0}  # so that it would differ, were it encoded again
     else:
         options["xmp"] = XMP
     if kind == "JPEG":
@@ -90,6 +91,7 @@ def test_nothing_of_the_metadata_is_left_and_every_pixel_is(
         assert after.info.get("icc_profile") == before.info.get("icc_profile")
         assert dict(after.getexif()) == ({} if orientation == 1 else {0x0112: orientation})
     assert stripped(bare) == bare
+    assert bare[len(bare) // 2 :][:200] in photo  # not encoded again
 
 
 def test_an_orientation_that_only_xmp_tells_of_stays() -> None:
@@ -130,3 +132,19 @@ def test_a_server_told_so_keeps_shows_and_exports_photos_without_metadata(
         [stored] = database.execute("SELECT content FROM contents WHERE kind = 'original' LIMIT 1").fetchone()
     for content in (shown, exported, stored):
         assert (b"GPS-52.5163N" in content) is not strip
+
+
+def test_photos_from_before_the_option_are_as_they_were(
+    features_bundle: Path, tmp_path: Path, parts: Callable[..., AbstractAsyncContextManager[Any]]
+) -> None:
+    photos = [_photo("JPEG", "RGB", orientation) for orientation in (1, 6)]
+
+    async def added(strip: bool) -> list[bytes]:
+        async with parts(features_bundle, tmp_path, strip_metadata=strip) as there:
+            space = await there.spaces.named("s")
+            await there.spaces.add(space.id, "c", [there.upload(photos[strip])])
+            [class_] = (await there.spaces.classes(space.id))[1]
+            return [(await there.spaces.photo(space.id, each.id))[0] for each in class_.photos]
+
+    assert asyncio.run(added(False)) == photos[:1]
+    assert asyncio.run(added(True)) == [photos[0], stripped(photos[1])]

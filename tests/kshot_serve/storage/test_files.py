@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from kshot_runtime.errors import KshotError
 from kshot_serve.storage.store import Store
@@ -18,6 +19,13 @@ from kshot_serve.storage.values import ORIGINAL, digest
 def test_the_database_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     Store(f"sqlite:///{tmp_path / 'new' / 'spaces.db'}").close()
     assert (tmp_path / "new" / "spaces.db").stat().st_mode & 0o077 == 0
+
+
+def test_sqlite_waits_for_the_disk_before_a_write_is_acknowledged(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'spaces.db'}")
+    with store.writing() as connection:
+        assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL: the log is synced at each commit
+    store.close()
 
 
 WRITER = """

@@ -162,8 +162,35 @@ def test_a_class_named_health_needs_a_key(locked: Running, bearer: dict[str, Any
     for each in (path, f"{path}/classes", f"/v2/models/{made['id']}/ready"):
         assert locked.http.get(each).status_code == 401
         assert locked.http.get(each, headers=bearer["read"]).status_code == 200
-    who = locked.http.get(f"{path}/revisions", headers=bearer["read"]).json()["revisions"][0]["who"]
-    assert who == "write"
+
+
+def test_every_write_is_a_revision_with_the_name_of_its_key(
+    locked: Running, bearer: dict[str, Any], photo: Callable[..., bytes]
+) -> None:
+    def ask(method: str, path: str, **sent: Any) -> Any:
+        answer = locked.http.request(method, path, headers=bearer["admin"], **sent)
+        assert answer.is_success, answer.text
+        return answer
+
+    def photos(shade: int) -> dict[str, Any]:
+        return {"files": [("photos", ("photo", photo("red", shade)))]}
+
+    path = f"/v1/spaces/{ask('POST', '/v1/spaces', json={'name': 'written to'}).json()['id']}"
+    class_ = ask("POST", f"{path}/classes", data={"name": "red"}, **photos(0)).json()["class"]["id"]
+    added = ask("POST", f"{path}/classes/{class_}/photos", **photos(1)).json()["photos"]
+    ask("PATCH", f"{path}/classes/{class_}", json={"name": "rot"})
+    ask("PATCH", path, json={"accept": 0.9})
+    ask("DELETE", f"{path}/photos/{added[0]}")
+    ask("DELETE", f"{path}/classes/{class_}")
+    ask("POST", f"{path}/rollback", json={"revision": 1})
+    sent = {"content": ask("GET", f"{path}/export").content}
+    copy = f"/v1/spaces/{ask('POST', '/v1/spaces/import', **sent).json()['id']}"
+    told = [each for at in (copy, path) for each in ask("GET", f"{at}/revisions").json()["revisions"]]
+    assert [(each["action"], each["number"]) for each in told] == [
+        ("import", 1), ("rollback", 8), ("delete_class", 7), ("delete_photo", 6), ("change", 5), ("rename_class", 4),
+        ("add_photos", 3), ("add_class", 2), ("create", 1),
+    ]  # fmt: skip
+    assert {each["who"] for each in told} == {"admin"}
 
 
 def test_scopes_bound_what_a_key_may_do(locked: Running, bearer: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from kshot_serve.settings import Settings
+from kshot_serve.storage.photo_keys import KeyChanges, PhotoKeys
 
 Run = Callable[[Settings], AbstractContextManager[Any]]
 
@@ -207,6 +208,34 @@ def test_while_the_photo_keys_are_away_questions_are_answered_and_nothing_is_hal
         assert ask.add("blue", photo("blue")).status_code == 201
         assert ask.classify().json()["revision"] == 3
         assert ask("DELETE", f"{ask.path}/classes/{first['id']}").json()["scrubbed"] is True
+
+
+def test_keys_that_go_away_while_a_photo_is_deleted_are_destroyed_once_they_are_back(
+    features_bundle: Path, tmp_path: Path, running: Run, wire: Wire, photo: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, keys="required", photo_keys=wire.url
+    )
+    settle = PhotoKeys.settle
+
+    def cut_before_settling(keys: PhotoKeys, changes: KeyChanges) -> None:
+        wire.cut()
+        settle(keys, changes)
+
+    with running(settings) as server:
+        ask = Asker(server, photo("red"))
+        [photos] = [each["photos"] for each in ask("GET", f"{ask.path}/classes").json()["classes"]]
+        keys = server.backend.store._photo_keys
+        assert len(keys.of([photos[0]["id"]])) == 1
+        monkeypatch.setattr(PhotoKeys, "settle", cut_before_settling)
+        deleted = ask("DELETE", f"{ask.path}/photos/{photos[0]['id']}")
+        monkeypatch.undo()
+        assert (deleted.status_code, deleted.json()["scrubbed"]) == (200, False)
+        assert ask.gauge("kshot_unscrubbed_deletions") == 1.0
+        wire.restore()
+        eventually(lambda: ask.gauge("kshot_unscrubbed_deletions"), 0.0)
+        assert keys.of([photos[0]["id"]]) == {}
 
 
 @pytest.fixture

@@ -133,9 +133,12 @@ def test_going_back_is_a_new_revision_that_equals_the_old_one(store: Store) -> N
     assert [len(states[number][0]["tabby"]) for number in (3, 4)] == [1, 2]
     assert [states[number][1] for number in (4, 5, 6)] == [None, 0.8, 0.8]
     assert store.space(space).revision == 12
+    with store.write(space, "change", "ann") as change:
+        change.rename("animals")
     with store.write(space, "rollback", "bob") as back:
         back.roll_back(10)  # which was itself a way back, to 5
     assert (held(store, space), store.snapshot(space).accept) == states[5]
+    assert store.space(space).name == "animals"
 
 
 def test_revisions_tell_who_did_what_and_when(store: Store) -> None:
