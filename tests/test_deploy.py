@@ -53,6 +53,8 @@ def test_an_image_runs_kshot_as_nobody_in_particular_and_reports_nothing_home(do
     assert [kind for kind, _ in steps].index("USER") < [kind for kind, _ in steps].index("CMD")
     environment = " ".join(rest for kind, rest in steps if kind == "ENV")
     assert {"DO_NOT_TRACK=true", "MLFLOW_DISABLE_TELEMETRY=true"} <= set(environment.split())
+    if dockerfile.name == "Dockerfile":  # of which Prefect's is made
+        assert "PREFECT_SERVER_ANALYTICS_ENABLED=false" in environment.split()
     command = yaml.safe_load(last["CMD"])
     assert {part for part in command if part.startswith("--")} <= serve_options()[0]
 
@@ -80,6 +82,32 @@ def test_commands_in_its_head_exist() -> None:
         assert found is not commands
         options = {option for parameter in found.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options
+
+
+def test_the_server_has_postgres_mlflow_and_prefect_beside_it() -> None:
+    assert set(SERVICES) == {"server", "database", "mlflow", "prefect", "train"}
+    assert SERVICES["database"]["image"].startswith("postgres:")
+    assert [SERVICES[name]["entrypoint"][:2] for name in ("mlflow", "prefect")] == [
+        ["mlflow", "server"],
+        ["prefect", "server"],
+    ]
+    assert "@database/" in SERVICES["server"]["environment"]["KSHOT_DATABASE"]
+    assert SERVICES["server"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+
+
+def test_only_the_image_that_trains_holds_torch() -> None:
+    def needs_torch(extras: str) -> bool:
+        return any(need.startswith("torch") for extra in extras.split(",") for need in EXTRAS[extra])
+
+    for dockerfile in DOCKERFILES:
+        [extras] = re.findall(r"(?:EXTRAS=|\.\[)([a-z]+(?:,[a-z]+)*)", dockerfile.read_text())
+        assert not needs_torch(extras)
+    built = {name: service for name, service in SERVICES.items() if "build" in service}
+    with_torch = {
+        each["image"] for each in built.values() if needs_torch(each["build"].get("args", {}).get("EXTRAS", "registry"))
+    }
+    assert with_torch == {"kshot-train"}
+    assert built["server"]["image"] == "kshot"
 
 
 def test_secrets_come_from_the_environment() -> None:

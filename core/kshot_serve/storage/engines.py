@@ -52,7 +52,10 @@ _PATIENCE = {  # of Postgres' driver, for a network that swallows everything: se
 
 
 def opened(address: str, make_tables: Callable[[Connection], None] = migrate, holds: Holds = "label spaces") -> Engine:
-    """A database with our tables in it. Transactions on it may write, unless they have the options READING."""
+    """A database with our tables in it. Transactions on it may write, unless they have the options READING.
+
+    Its errors, which are logged, do not hold what was to be written: names and photos.
+    """
     try:
         url = make_url(address)
         if url.drivername in ("postgresql", "postgres"):
@@ -81,7 +84,7 @@ def opened(address: str, make_tables: Callable[[Connection], None] = migrate, ho
 
 
 def _postgres(url: URL) -> Engine:
-    return create_engine(url, pool_size=THREADS, pool_pre_ping=True, connect_args=_PATIENCE)
+    return create_engine(url, pool_size=THREADS, pool_pre_ping=True, connect_args=_PATIENCE, hide_parameters=True)
 
 
 def _sqlite(url: URL, holds: Holds) -> Engine:
@@ -90,7 +93,8 @@ def _sqlite(url: URL, holds: Holds) -> Engine:
     path = Path(str(url.database))
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # photos are their owner's affair
-    database = create_engine(url, pool_size=THREADS, connect_args={"timeout": _WAIT_S, "check_same_thread": False})
+    patience = {"timeout": _WAIT_S, "check_same_thread": False}
+    database = create_engine(url, pool_size=THREADS, connect_args=patience, hide_parameters=True)
     event.listen(database, "connect", _sqlite_connected)
     event.listen(database, "begin", _sqlite_begins)
     return database

@@ -66,6 +66,29 @@ def test_a_page_from_elsewhere_cannot_write_blindly(
     assert own.status_code == 200
 
 
+def test_behind_a_proxy_names_that_were_given_are_taken_and_forwarded_ones_ignored(
+    features_bundle: Path, tmp_path: Path, running: Start
+) -> None:
+    settings = Settings(
+        source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, keys="required", hosts=("vision.example.com",)
+    )
+    with running(settings) as server:
+        server.http.headers["X-API-Key"] = server.backend.keys.new("proxy", "read")[1]
+
+        def ask(host: str, **more: str) -> int:
+            forwarded = {f"X-Forwarded-{name}": value for name, value in more.items()}
+            return server.http.get("/v1/spaces", headers={"Host": host} | forwarded).status_code
+
+        assert [ask(host) for host in ("vision.example.com", "Vision.example.com:443", "localhost")] == [200] * 3
+        assert ask("other.example.com") == ask("other.example.com", Host="vision.example.com") == 421
+        assert ask("vision.example.com", Host="other.example.com", Proto="https") == 200
+        asked = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
+        for answer in (server.http.options("/v1/spaces", headers=asked), server.http.get("/v1/spaces", headers=asked)):
+            assert "access-control-allow-origin" not in answer.headers
+        server.backend.settings = settings.model_copy(update={"hosts": ()})
+        assert ask("other.example.com") == 200
+
+
 def test_the_page_and_its_files_come_with_a_strict_policy(server: Running) -> None:
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")

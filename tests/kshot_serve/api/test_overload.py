@@ -93,6 +93,24 @@ def test_an_answer_that_would_come_too_late_is_given_up(
         let.set()
 
 
+def test_live_says_no_only_while_work_stands_still(
+    features_bundle: Path, tmp_path: Path, running: Start, photo: Photo, until: Until
+) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, stalled_s=0.2)
+    with running(settings) as server, held(server) as (entered, let):
+        live = lambda: server.http.get("/healthz/live")  # noqa: E731
+        assert live().json() == {"status": "live", "reasons": []}
+        first = asks(server, photo("red"))
+        assert entered.wait(30)
+        until(lambda: live().status_code == 503)
+        why = "an image has been waiting, or running, for longer than any deadline"
+        assert live().json() == {"status": "stalled", "reasons": [why]}
+        assert server.http.get("/v2/health/live").status_code == 503
+        let.set()
+        first.result()
+        until(lambda: live().status_code == 200)
+
+
 class held:  # noqa: N801  (a context manager)
     """The model stands still until told: (entered, let)."""
 

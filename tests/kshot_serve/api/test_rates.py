@@ -103,3 +103,13 @@ def test_requests_of_a_key_are_bounded_where_that_is_set_and_the_health_checks_a
         assert int(found[-1].headers["retry-after"]) >= 1
         assert server.http.get("/v2", headers=two).status_code == 200
         assert all(server.http.get("/healthz/live", headers=one).status_code == 200 for _ in range(30))
+
+
+def test_a_forwarded_address_makes_nobody_another_client(features_bundle: Path, tmp_path: Path, running: Start) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, requests_per_s=0.5)
+    with running(settings) as server:
+        found = [
+            server.http.get("/v2", headers={"X-Forwarded-For": f"10.0.0.{number}", "Forwarded": f"for=10.0.0.{number}"})
+            for number in range(30)
+        ]
+        assert {each.status_code for each in found} == {200, 429}

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,9 +61,32 @@ def test_the_index_lists_label_spaces_and_whether_they_can_be_asked(
     assert empty not in {each["name"] for each in ready}
 
 
+def test_a_label_space_is_a_model_at_its_revision_in_json_too_and_embed_gives_features(
+    triton: InferenceServerClient, server: Running, space: str, photo: Photo
+) -> None:
+    given = photos(photo("red", 1))
+    asked = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": [b64encode(photo("red", 1)).decode()]}
+    answer = server.http.post(f"/v2/models/{space}/infer", json={"inputs": [asked]}).json()
+    revision = server.http.get(f"/v1/spaces/{space}").json()["revision"]
+    assert (answer["model_name"], answer["model_version"]) == (space, str(revision))
+    outputs = {each["name"]: each["data"] for each in answer["outputs"]}
+    assert outputs["class"] == ["red"]
+    np.testing.assert_allclose(triton.infer(space, [given]).as_numpy("probability"), outputs["probability"], atol=1e-5)
+    expected = server.http.post("/v1/embed", content=photo("red", 1), headers={"Content-Type": "image/png"}).json()
+    np.testing.assert_allclose(triton.infer("embed", [given]).as_numpy("vectors"), expected["vectors"], atol=1e-5)
+
+
+def test_models_are_neither_loaded_nor_unloaded(triton: InferenceServerClient, space: str) -> None:
+    for change in (triton.load_model, triton.unload_model):
+        with pytest.raises(InferenceServerException, match="there is nothing at this path"):
+            change(space)
+    assert triton.is_model_ready(space)
+
+
 def test_a_configuration_has_the_tensors_of_the_metadata(triton: InferenceServerClient, space: str) -> None:
     config, metadata = triton.get_model_config(space), triton.get_model_metadata(space)
     assert [each["name"] for each in config["output"]] == [each["name"] for each in metadata["outputs"]]
+    assert {each["name"] for each in config["output"]} == {"class", "probability", "decision", "logits", "classes"}
     assert config["input"][0] == {"name": "photos", "data_type": "TYPE_STRING", "dims": [-1]}
     assert config["input"][1]["data_type"] == "TYPE_UINT8"
     assert config["max_batch_size"] == 0

@@ -20,6 +20,7 @@ from kshot_serve.inference.engine import Engine
 from kshot_serve.models.champion import Champion
 from kshot_serve.observe.metrics import Metrics
 from kshot_serve.observe.trace import Request, current
+from kshot_serve.settings import EngineSettings
 
 Remake = Callable[[Path, Path, Callable[[onnx.GraphProto], None]], Path]
 Run = Callable[..., Metrics]  # of conftest.py, as the others here
@@ -144,6 +145,19 @@ def test_states_with_weights_have_sessions_that_answer_alike(
         assert await ask(1) == [0, 1, 2, 1, 1]
 
     run(body, sessions_mb=2)
+
+
+def test_workers_divide_the_cores_and_each_has_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kshot_serve.inference.engine.cores", lambda: 8)
+    alone, one_of_four = (Engine(EngineSettings(), Metrics(), workers) for workers in (1, 4))
+    assert (alone._at_once * alone.open.threads, alone.decoders) == (8, 8)
+    assert (one_of_four._at_once * one_of_four.open.threads, one_of_four.decoders) == (2, 2)
+    for engine in (alone, one_of_four):
+        with engine.admit(64):
+            with engine.admit(64):
+                pass
+            with pytest.raises(Problem), engine.admit(65):
+                pass
 
 
 def test_a_server_without_room_for_sessions_makes_none(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -107,6 +108,14 @@ def test_a_candidate_that_crashes_is_refused_and_the_next_version_taken(
             assert world.version == "1"
             assert world.metric("kshot_champion_swaps_total", outcome="refused", reason="crashed") == 1
             assert world.champions.degraded.startswith("version 2 was refused: the process that tried it crashed")
+            assert world.settings.candidate_s == 120
+            refused = time.monotonic()
+            for minutes, serves in ((19, "1"), (20, "2")):  # then it is tried again, and is sound by now
+                with monkeypatch.context() as patch:
+                    later = refused + 60 * minutes
+                    patch.setattr("kshot_serve.models.champions.monotonic", lambda now=later: now)
+                    await world.champions.follow()
+                assert world.version == serves
             await asyncio.to_thread(shop.sell, bundles[2])
             await world.champions.follow()
             assert world.version == "3"
@@ -192,6 +201,10 @@ def test_the_last_good_bundle_serves_before_the_registry_has_answered(
             assert b"version 1" in line
             if registry == "is silent":
                 asked, _ = silent.accept()  # it does ask, and is kept waiting
+                with httpx.Client(base_url=line.decode().split()[-1], timeout=60) as http:
+                    assert "kshot_degraded 1.0" in http.get("/metrics").text
+                    why = http.get("/v1/model").json()["degraded"]
+                assert why == "the registry has not answered yet; version 1 serves"
                 asked.close()
             again.send_signal(signal.SIGTERM)
             again.communicate(timeout=60)

@@ -14,6 +14,7 @@ import pytest
 
 from kshot_runtime.manifest import FileFacts
 from kshot_serve.models.champion import Champion
+from kshot_serve.settings import Settings
 
 World = Callable[..., Any]
 Shop = Any
@@ -26,6 +27,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 
 def test_a_new_champion_takes_over_by_itself(new_world: World, shop: Shop, bundles: list[Path], tmp_path: Path) -> None:
     shop.sell(bundles[0])
+    assert Settings.model_fields["poll_s"].default == 10
 
     async def body() -> None:
         world = new_world(shop.source, tmp_path, shop.address, poll_s=0.05)

@@ -67,8 +67,9 @@ def test_a_path_without_a_bundle_ends_the_start_with_the_reason(new_world: World
         asyncio.run(new_world(str(tmp_path / "nowhere"), tmp_path).__aenter__())
 
 
-def test_cuda_where_there_is_none_ends_the_start_with_the_reason(
-    new_world: World, features_bundle: Path, tmp_path: Path
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_where_there_is_none_ends_the_start_with_the_reason(
+    new_world: World, features_bundle: Path, tmp_path: Path, device: str
 ) -> None:
     """gh:microsoft/onnxruntime#23372, #17801: it ran on the CPU, and said nothing."""
     try:
@@ -78,8 +79,8 @@ def test_cuda_where_there_is_none_ends_the_start_with_the_reason(
     else:
         if Path("/dev/nvidia0").exists():
             pytest.skip("this machine has a GPU")
-    with pytest.raises(KshotError, match="cuda was asked for, but"):
-        asyncio.run(new_world(str(features_bundle), tmp_path, engine={"device": "cuda"}).__aenter__())
+    with pytest.raises(KshotError, match=f"{device} was asked for, but"):
+        asyncio.run(new_world(str(features_bundle), tmp_path, engine={"device": device}).__aenter__())
 
 
 def test_neither_torch_nor_mlflow_is_loaded_by_a_server_of_a_path(features_bundle: Path, tmp_path: Path) -> None:

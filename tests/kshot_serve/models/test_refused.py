@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_a_bundle_that_fails_its_checks_is_refused_and_the_old_one_stays(
                 world.champions.degraded
                 == "version 2 was refused: its files or its graphs fail a check; version 1 serves"
             )
+            assert world.metric("kshot_degraded") == 1
             assert sum("version 2 was refused" in record.getMessage() for record in caplog.records) == 1
             await asyncio.to_thread(shop.sell, bundles[2])
             await world.champions.follow()
@@ -153,7 +155,6 @@ def test_a_champion_that_label_spaces_were_too_large_for_is_tried_again_later(
     new_world: World, shop: Shop, bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen in review: it was refused for good, though classes can be deleted."""
-    monkeypatch.setattr("kshot_serve.models.champions._LIMITS_S", 0.1)
     shop.sell(bundles[0])
     too_large = True
 
@@ -169,10 +170,12 @@ def test_a_champion_that_label_spaces_were_too_large_for_is_tried_again_later(
             await asyncio.to_thread(shop.sell, bundles[1])
             await world.champions.follow()
             assert world.version == "1"
-            too_large = False
-            await asyncio.sleep(0.1)
-            await world.champions.follow()
-            assert world.version == "2"
+            too_large, refused = False, time.monotonic()
+            for minutes, serves in ((4, "1"), (5, "2")):
+                later = refused + 60 * minutes
+                monkeypatch.setattr("kshot_serve.models.champions.monotonic", lambda now=later: now)
+                await world.champions.follow()
+                assert world.version == serves
 
     asyncio.run(body())
 

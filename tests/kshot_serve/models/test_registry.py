@@ -64,6 +64,28 @@ def test_a_version_without_the_hash_of_its_manifest_is_refused_unless_that_is_me
     assert (shelf.fetch(registry, registry.find(), unpinned=True) / "embed.onnx").is_file()
 
 
+def test_the_command_takes_a_version_without_that_hash_only_if_told(
+    shop: Any, bundles: list[Path], tmp_path: Path
+) -> None:
+    from kshot_flows.tracking import stores
+
+    version = shop.register(bundles[0])
+    stores.client().delete_model_version_tag(shop.name, str(version), "sha256.bundle.json")
+    shop.promote(version)
+    command = [Path(sys.executable).with_name("kshot"), "serve", shop.source, "--port", "0", "--folder", tmp_path]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": shop.address}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (refused.returncode, "has no tag sha256.bundle.json" in " ".join(refused.stderr.split())) == (1, True)
+    with subprocess.Popen(
+        [*command, "--unpinned"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as taken:
+        try:
+            assert taken.stdout is not None
+            assert "version 1 at http" in taken.stdout.readline()
+        finally:
+            taken.terminate()
+
+
 def test_a_folder_in_place_of_a_file_is_not_taken(shop: Any, bundles: list[Path], tmp_path: Path) -> None:
     version = shop.register(bundles[0])
     graph = shop.artifacts(version) / "embed.onnx"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,9 +40,22 @@ def one_size_only(graph: onnx.GraphProto) -> None:
     graph.node.append(helper.make_node("Reshape", ["plain", shape], ["features"]))
 
 
-def test_warming_runs_each_size_of_both_kinds_of_bundle(features_bundle: Path, images_bundle: Path) -> None:
-    for path in (features_bundle, images_bundle):
-        warm(Bundle.open(path), (1, 2, 4))
+def test_warming_runs_each_size_of_both_kinds_of_bundle(
+    features_bundle: Path, images_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, graphs in ((features_bundle, ("embed", "classify")), (images_bundle, ("classify",))):
+        bundle = Bundle.open(path)
+        for graph in graphs:
+            sizes: list[int] = []
+            real = getattr(bundle.graphs, graph)
+
+            def seen(*given: Any, real: Any = real, sizes: list[int] = sizes) -> Any:
+                sizes.append(len(given[-1]))
+                return real(*given)
+
+            monkeypatch.setattr(bundle.graphs, graph, seen)
+            warm(bundle, (1, 2, 4))
+            assert set(sizes) == {1, 2, 4}
 
 
 @pytest.mark.parametrize(

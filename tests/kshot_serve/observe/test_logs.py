@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -33,6 +34,18 @@ def test_a_line_is_json_with_the_ids_of_its_request() -> None:
     assert (line["message"], line["route"], line["status"]) == ("request", "GET /", 200)
     assert line["trace_id"] == "ab" * 16
     assert str(line["request_id"]).startswith("req_")
+
+
+def test_on_a_terminal_a_line_is_plain_and_has_the_same_ids() -> None:
+    seen, terminal = pty.openpty()
+    subprocess.run([sys.executable, "-c", SPEAKS, "end"], stderr=terminal, check=True, timeout=60)
+    line = os.read(seen, 4096).decode()
+    for end in (seen, terminal):
+        os.close(end)
+    assert not line.startswith("{")
+    assert "route=GET / status=200" in line
+    assert f"trace_id={'ab' * 16}" in line
+    assert "request_id=req_" in line
 
 
 def test_a_warning_is_written_at_once_with_all_before_it() -> None:

@@ -38,9 +38,14 @@ def test_several_workers_tell_their_processes_together(tmp_path: Path) -> None:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "here\n"
     resident = [int(Path(f"/proc/{each.pid}/statm").read_text().split()[1]) * 4096 for each in workers]
+    files = sum(len(list(Path(f"/proc/{each.pid}/fd").iterdir())) for each in workers)
+    clocks = [Path(f"/proc/{each.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13] for each in workers]
+    seconds = sum(int(clock) for both in clocks for clock in both) / os.sysconf("SC_CLK_TCK")
     told, _ = workers[0].communicate(timeout=60)
     workers[1].communicate(timeout=60)
     values = {family.name: family.samples[0].value for family in plain(told) if family.samples}
     assert 0.8 < values["process_resident_memory_bytes"] / sum(resident) < 1.3
+    assert abs(values["process_open_fds"] - files) <= 4
+    assert seconds <= values["process_cpu_seconds"] < seconds + 1
     assert values["process_start_time_seconds"] < 2**32
     assert values["kshot_queued_images"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from kshot_serve.settings import Settings
 
 Running = Any  # of conftest.py, as the others here
 Connect = Callable[..., Any]
+Until = Callable[..., None]
 Start = Callable[[Settings], AbstractContextManager[Running]]
 
 
@@ -37,6 +39,7 @@ def test_a_slow_body_and_a_slow_head_are_given_up(
             assert slow.recv(65536) == b""  # hung up
         with connected(server.url) as idle:
             assert idle.recv(65536) == b""
+        assert server.metric('kshot_connections_cut_total{why="late"}') == 2
 
 
 def test_a_request_that_came_while_the_server_was_busy_is_answered_though_its_connection_was_idle_for_long(
@@ -61,6 +64,7 @@ def test_a_request_that_came_while_the_server_was_busy_is_answered_though_its_co
                 others.send(b"-")
             time.sleep(1.0)
             assert kept.recv(65536) == b""  # hung up
+            assert server.metric('kshot_connections_cut_total{why="idle"}') >= 1
 
 
 def test_a_head_that_does_not_end_is_hung_up_on(server: Running, connected: Connect) -> None:
@@ -140,6 +144,29 @@ def test_what_is_no_http_is_refused_in_the_shape_of_the_api_counted_and_logged(
     assert (error if path.startswith("/v2") else error["message"]) == "this is no HTTP/1.1 request that can be read"
     assert server.metric(name) == before + 1
     assert [record for record in caplog.records if getattr(record, "fields", {}).get("status") == 400]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", bytes.fromhex("160301002f0100002b0303") + bytes(41)],
+    ids=["gRPC", "TLS"],
+)
+def test_what_is_spoken_is_plain_http_1(server: Running, connected: Connect, hello: bytes) -> None:
+    with connected(server.url) as there:
+        there.sendall(hello)
+        assert there.answer()[0] == 400
+        assert there.gone()
+
+
+def test_the_end_waits_for_no_body_longer_than_it_is_told(
+    features_bundle: Path, tmp_path: Path, running: Start, connected: Connect, until: Until
+) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, drain_s=1, body_s=300)
+    lines = ("POST /v1/embed HTTP/1.1", "Host: localhost", "Content-Type: image/png", "Content-Length: 9", "")
+    with running(settings) as server, connected(server.url, *lines) as slow:
+        until(lambda: server.backend.budgets.requests.taken == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert slow.gone()
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,19 @@ def test_connections_are_dealt_out_among_the_workers(served: Served, until: Unti
             each.close()
 
 
+def test_a_kept_connection_stays_with_one_worker_whose_own_the_statistics_are(served: Served, until: Until) -> None:
+    images = {"name": "images", "datatype": "UINT8", "shape": [1, 3, 16, 16], "data": [0] * 768}
+
+    def counted(answer: httpx.Response) -> int:
+        return int(answer.json()["model_stats"][0]["inference_count"])
+
+    with httpx.Client(base_url=served.url, timeout=60) as kept:
+        for number in range(1, 6):
+            assert kept.post("/v2/models/embed/infer", json={"inputs": [images]}).status_code == 200
+            assert counted(kept.get("/v2/models/embed/stats")) == number
+    until(lambda: counted(served.once("GET", "/v2/models/embed/stats")) == 0)
+
+
 def test_what_one_worker_has_learnt_the_others_know_at_once(served: Served, photo: Photo) -> None:
     space = served.once("POST", "/v1/spaces", json={"name": "colours"}).json()["id"]
     known = []
@@ -235,7 +248,8 @@ def test_a_server_that_ends_under_load_answers_every_request_that_it_accepted(
         before, told = len(heard.statuses), time.monotonic()
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(60) == 0
-        assert time.monotonic() - told < Settings.model_fields["drain_s"].default
+        assert [Settings.model_fields[name].default for name in ("leave_s", "drain_s")] == [1, 25]
+        assert time.monotonic() - told < 25
     assert heard.errors == []
     assert set(heard.statuses) <= {200, 503}
     assert 200 in heard.statuses[before:]

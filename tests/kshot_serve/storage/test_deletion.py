@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from kshot_serve.settings import Settings
 from kshot_serve.storage.store import Store
+from kshot_serve.storage.tables import CONTENTS, PHOTOS
 from kshot_serve.storage.values import ORIGINAL, Key, digest
 
 PIXELS: Key = ("pixels", "rule-1")
@@ -139,7 +141,19 @@ def test_a_deletion_says_whether_it_is_scrubbed_and_a_gauge_until_it_is(
 def test_postgres_does_not_say(postgres: str) -> None:
     store = Store(postgres)
     with store.creating("gone", None, "", 10) as new:
-        pass
+        photos = [new.add_photo(new.add_class(name), digest(b"a photo"), {ORIGINAL: b"a photo"}) for name in "ab"]
+
+    def rows() -> list[int]:
+        with store.reading() as connection:
+            queries = [select(column).where(column.in_(photos)) for column in (PHOTOS.c.id, CONTENTS.c.photo)]
+            return [len(connection.execute(query).all()) for query in queries]
+
+    assert rows() == [2, 2]
+    with store.write(new.space, "delete_photo", "") as change:
+        change.delete_photo(photos[0])
+    assert rows() == [1, 1]
+    assert asyncio.run(store.scrubbed()) is None
     store.delete(new.space)
+    assert rows() == [0, 0]
     assert asyncio.run(store.scrubbed()) is None
     store.close()

@@ -62,6 +62,8 @@ def test_a_key_is_found_by_its_text_and_by_nothing_else(store: Store) -> None:
 def test_only_a_hash_of_a_key_is_kept(store: Store, tmp_path: Path) -> None:
     _, text = Keys(store).new("shop", "admin")
     secret = text.rsplit("_", 1)[1]
+    assert len(bytes.fromhex(secret)) == 32
+    assert secret != Keys(store).new("shop", "admin")[1].rsplit("_", 1)[1]
     kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"shop" in kept
     for form in (secret.encode(), bytes.fromhex(secret)):

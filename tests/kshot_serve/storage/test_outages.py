@@ -161,6 +161,7 @@ def test_while_postgres_is_away_questions_are_answered_from_the_last_known_revis
 def test_answers_without_the_database_end_after_a_while(
     features_bundle: Path, tmp_path: Path, running: Run, wire: Wire, photo: Callable[..., bytes]
 ) -> None:
+    assert Settings.model_fields["stale_s"].default == 5 * 60
     settings = Settings(
         source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, database=wire.url, keys="required", stale_s=1.5
     )
