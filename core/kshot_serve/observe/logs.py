@@ -26,17 +26,21 @@ class JsonLines(JsonFormatter):
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         super().add_fields(log_data, record, message_dict)
-        log_data |= {"level": record.levelname.lower(), "logger": record.name}
-        if (request := current.get()) is not None:
-            log_data |= {"request_id": request.id, "trace_id": request.trace}
+        log_data |= {"level": record.levelname.lower(), "logger": record.name} | _ids()
         log_data |= log_data.pop("fields", {})
+
+
+def _ids() -> dict[str, str]:
+    request = current.get()
+    return {} if request is None else {"request_id": request.id, "trace_id": request.trace}
 
 
 class Lines(logging.Formatter):
     """The same for a person at a terminal: one line, and the fields behind the message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
+        known = getattr(record, "fields", {}) | _ids()
+        fields = " ".join(f"{name}={value}" for name, value in known.items())
         line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {record.getMessage()} {fields}"
         if record.exc_info:
             line = f"{line}\n{self.formatException(record.exc_info)}"
