@@ -99,7 +99,7 @@ def test_its_limits_are_the_settings_defaults() -> None:
         f"(`connections`) | {settings.connections}, or the system's limit of open files less {SPARE_FILES} |",
         "(`requests_per_s`) | none:",
         f"(`wrong_keys_per_s`) | {settings.wrong_keys_per_s:g}, and ten seconds' worth at once |",
-        f"head of a request | {_HEAD_BYTES // 1000} kB, {settings.headers_s:g} seconds |",
+        f"head of a request | {_HEAD_BYTES // 1000} kB, {settings.headers_s:g} seconds",
         f"requests sent ahead on one connection | {_QUEUED} |",
         f"(`unread_s`) | {settings.unread_s:g} seconds |",
         f"keeps {settings.reserve_mb} MB in reserve",
