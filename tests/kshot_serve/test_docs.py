@@ -91,7 +91,7 @@ def test_its_limits_are_the_settings_defaults() -> None:
         f"{engine.wait_s:g}: the longest wait for a request's photos",
         f"at most {engine.decode_mp} megapixels at once (`decode_mp`)",
         f"{settings.request_mp:,} megapixels (`request_mp`)",
-        f"have {('zero', 'one', 'two', 'three', 'four', 'five')[int(engine.deadline_s)]} seconds together",
+        f"have { {5: 'five'}.get(engine.deadline_s) } seconds together",
         f"an import {settings.import_s:g} (`import_s`)",
         f"({settings.bodies_mb} MB in all; an announced length reserves nothing)",
         f"until they are read ({settings.answers_mb} MB)",
@@ -103,7 +103,7 @@ def test_its_limits_are_the_settings_defaults() -> None:
         f"requests sent ahead on one connection | {_QUEUED} |",
         f"(`unread_s`) | {settings.unread_s:g} seconds |",
         f"keeps {settings.reserve_mb} MB in reserve",
-        f"for {('zero', 'one', 'two', 'three', 'four', 'five')[int(settings.stale_s / 60)]} minutes at most",
+        f"for { {5: 'five'}.get(settings.stale_s / 60) } minutes at most",
     ):
         assert sentence in text, sentence
 
