@@ -17,7 +17,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from kshot_flows.cli.main import app
+from kshot_serve.budgets import SPARE_FILES
 from kshot_serve.server import workers
+from kshot_serve.server.connections import _HEAD_BYTES, _QUEUED
 from kshot_serve.settings import EngineSettings, Settings
 
 Photo = Callable[..., bytes]
@@ -99,6 +101,44 @@ def test_its_metrics_exist(server: Running) -> None:
     named = set(re.findall(r"`(kshot_\w+)", DOCS))
     assert len(named) > 10
     assert not [name for name in named if f"# TYPE {name} " not in exposed]
+
+
+def test_its_limits_are_the_settings_defaults() -> None:
+    settings = Settings(source="")
+    engine, text = settings.engine, " ".join(DOCS.split())
+    assert settings.share == 0.5
+    assert settings.requests_per_s == 0
+    for sentence in (
+        f"A body must arrive within {settings.body_s:g} seconds",
+        f"{engine.queue} images at work in a worker, of which one key may hold half",
+        f"{engine.wait_s:g}: the longest wait for a request's photos",
+        f"at most {engine.decode_mp} megapixels at once (`decode_mp`)",
+        f"{settings.request_mp:,} megapixels (`request_mp`)",
+        f"have { {5: 'five'}.get(engine.deadline_s) } seconds together",
+        f"an import {settings.import_s:g} (`import_s`)",
+        f"({settings.bodies_mb} MB in all; an announced length reserves nothing)",
+        f"until they are read ({settings.answers_mb} MB)",
+        f"requests under way ({settings.requests})",
+        f"(`connections`) | {settings.connections}, or the system's limit of open files less {SPARE_FILES} |",
+        "(`requests_per_s`) | none:",
+        f"(`wrong_keys_per_s`) | {settings.wrong_keys_per_s:g}, and ten seconds' worth at once |",
+        f"head of a request | {_HEAD_BYTES // 1000} kB, {settings.headers_s:g} seconds",
+        f"requests sent ahead on one connection | {_QUEUED} |",
+        f"(`unread_s`) | {settings.unread_s:g} seconds |",
+        f"keeps {settings.reserve_mb} MB in reserve",
+        f"for { {5: 'five'}.get(settings.stale_s / 60) } minutes at most",
+    ):
+        assert sentence in text, sentence
+
+
+def test_its_limits_with_a_name_are_settings_without_an_option() -> None:
+    [part] = re.findall(r"\n## Limits and refusals\n(.*?)\n## ", DOCS, re.S)
+    named = set(re.findall(r"\(`(\w+)`\)", part)) - {"again"}  # a reason
+    assert {"connections", "requests_per_s", "wrong_keys_per_s", "unread_s", "share"} <= named
+    assert named <= Settings.model_fields.keys() | EngineSettings.model_fields.keys()
+    command: Any = get_command(app)
+    options = {option for parameter in command.commands["serve"].params for option in parameter.opts}
+    assert not {f"--{name.replace('_', '-')}" for name in named} & options
 
 
 def test_its_kshot_commands_and_their_options_exist() -> None:

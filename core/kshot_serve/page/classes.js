@@ -227,6 +227,7 @@ class NewClass {
     /** Photos that wait for a name. @type {{file: File, url: string}[]} */
     this.waiting = []
     this.busy = false
+    this.next = false // another was asked for meanwhile
     const form = $('new-class')
     form.addEventListener('submit', (/** @type {Event} */ event) => {
       event.preventDefault()
@@ -280,7 +281,7 @@ class NewClass {
   }
 
   async submit() {
-    if (this.busy) return
+    if (this.busy) return void (this.next = true)
     const name = this.name.value.trim()
     if (!name) {
       this.hint('A class needs a name first.')
@@ -288,6 +289,7 @@ class NewClass {
     }
     if (!this.waiting.length) return $('new-class-files').click()
     this.busy = true
+    this.next = false
     this.draw()
     const sent = [...this.waiting] // others may come meanwhile
     const problems = $('new-class').querySelector('.problems')
@@ -296,11 +298,14 @@ class NewClass {
     if (added) {
       sent.forEach(({ url }) => URL.revokeObjectURL(url))
       this.waiting = this.waiting.filter((one) => !sent.includes(one))
-      this.name.value = $('find-class').value = ''
+      $('find-class').value = ''
+      if (this.name.value.trim() === name) this.name.value = ''
     }
     const next = this.waiting.length ? 'Now give it a name.' : 'Another? Name it, then drop photos here, paste them, or take some.'
     this.hint(added ? next : 'No class was made.')
     this.draw()
+    const named = this.name.value.trim()
+    if (this.next && named && named !== name) await this.submit()
   }
 
   async camera() {

@@ -121,11 +121,12 @@ class Connections:
 
         return refused
 
-    def refused(self, message: str) -> None:
+    def refused(self, message: str, id_: str) -> None:
         """Count and log what is no HTTP like any request that is refused."""
         self._metrics.refusals.labels("bad_request", "http").inc()
         self._metrics.requests.labels("unmatched", "400").inc()
-        log.info("request", extra={"fields": {"route": "unmatched", "status": 400, "why": message}})
+        fields = {"route": "unmatched", "status": 400, "why": message, "request_id": id_}
+        log.info("request", extra={"fields": fields})
 
 
 class Connection(HttpToolsProtocol):
@@ -207,10 +208,10 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what is no HTTP, in the shape of the API; never in the middle of another answer."""
-        self._all.refused(self._fault)
+        id_ = f"req_{getrandbits(80):020x}"
+        self._all.refused(self._fault, id_)
         if self.pipeline or (self.cycle and self.cycle.response_started and not self.cycle.response_complete):
             return self.transport.close()
-        id_ = f"req_{getrandbits(80):020x}"
         error = {"code": "bad_request", "message": self._fault, "request_id": id_}
         body = json.dumps({"error": self._fault if getattr(self, "url", b"").startswith(b"/v2") else error}).encode()
         lines = [

@@ -102,8 +102,10 @@ def _sqlite(url: URL, holds: Holds) -> Engine:
 
 def _sqlite_connected(connection: Any, record: object) -> None:
     connection.isolation_level = None  # BEGIN is said below, and not by the driver
+    [(pages,)] = _patiently(connection, "PRAGMA page_count")
+    if not pages:  # later it changes nothing, and yet waits for whoever writes
+        _patiently(connection, "PRAGMA auto_vacuum=INCREMENTAL")
     for pragma in (
-        "auto_vacuum=INCREMENTAL",
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
@@ -112,13 +114,12 @@ def _sqlite_connected(connection: Any, record: object) -> None:
         _patiently(connection, f"PRAGMA {pragma}")
 
 
-def _patiently(connection: Any, statement: str) -> None:
+def _patiently(connection: Any, statement: str) -> Any:
     """Execute what SQLite does not wait for by itself: changing the journal while others open the file."""
     until = monotonic() + _WAIT_S
     while True:
         try:
-            connection.execute(statement)
-            return
+            return connection.execute(statement)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > until:
                 raise

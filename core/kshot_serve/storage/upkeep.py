@@ -74,6 +74,11 @@ class SqliteFile:
     def has_room(self) -> bool:
         return self._reserve.exists() and self._free > _FREE_BYTES
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the disk is nearly full; a reserve that was released is to be taken again, and is no room."""
+        return self._free - (0 if self._reserve.exists() else self._reserve_bytes) <= _FREE_BYTES
+
     def takes(self, size: int) -> bool:
         """Whether there is room for so many bytes twice, in the log and in the file, and for what is in the log now."""
         log = self._path.with_name(f"{self._path.name}-wal")
@@ -171,7 +176,8 @@ class Upkeep:
                 with self._lock:
                     self._health.unscrubbed -= count
                     self._scrub = self._health.unscrubbed > 0
-                if file is not None and self._health.full and count:
+                # A deletion that was written, from the reserve perhaps, has ended what `full` says.
+                if file is not None and count and (self._health.full or file.is_short):
                     file.shrink()
                 self._health.tell()
         if file is not None and file.reserve() and self._health.full and file.has_room:

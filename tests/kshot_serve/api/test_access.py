@@ -119,6 +119,31 @@ def test_every_operation_with_every_kind_of_key(server: Running, asker: Any, pho
     assert admin("GET", f"/v1/spaces/{other}").json()["revision"] == 2  # nobody has changed it
 
 
+WRITE = {
+    ("POST", "/v1/spaces"),
+    ("PATCH", "/v1/spaces/{space_id}"),
+    ("POST", "/v1/spaces/{space_id}/rollback"),
+    ("POST", "/v1/spaces/{space_id}/classes"),
+    ("PATCH", "/v1/spaces/{space_id}/classes/{class_id}"),
+    ("DELETE", "/v1/spaces/{space_id}/classes/{class_id}"),
+    ("POST", "/v1/spaces/{space_id}/classes/{class_id}/photos"),
+    ("DELETE", "/v1/spaces/{space_id}/photos/{photo_id}"),
+}
+ADMIN = {
+    ("GET", "/v1/spaces/{space_id}/export"),
+    ("POST", "/v1/spaces/import"),
+    ("DELETE", "/v1/spaces/{space_id}"),
+}
+
+
+def test_what_changes_a_label_space_needs_write_and_what_moves_or_ends_it_admin(asker: Any) -> None:
+    """Everything else, which asks, lists and shows, needs read; the test above asks each operation with each scope."""
+    found = operations(asker("read"))
+    for scope, expected in (("write", WRITE), ("admin", ADMIN)):
+        assert {(method, path) for method, path, needed in found if needed == scope} == expected
+    assert {("GET", "/v1/spaces/{space_id}/photos/{photo_id}", "read"), ("GET", "/metrics", "read")} <= set(found)
+
+
 def test_a_bound_key_lists_its_own_label_spaces_only(asker: Any, photo: Callable[..., bytes]) -> None:
     admin = asker("admin")
     first, second, third = (new_space(admin, photo) for _ in range(3))
@@ -128,6 +153,14 @@ def test_a_bound_key_lists_its_own_label_spaces_only(asker: Any, photo: Callable
     page = ask("GET", f"/v1/spaces?after={first}").json()
     assert ([each["id"] for each in page["spaces"]], page["next"]) == ([third], None)
     assert second in [each["id"] for each in admin("GET", "/v1/spaces?limit=1000").json()["spaces"]]
+    inputs = [{"name": "images", "datatype": "UINT8", "shape": [1, 3, 16, 16], "data": [0] * 768}]
+    for each in (first, second):
+        assert admin("POST", f"/v2/models/{each}/infer", json={"inputs": inputs}).status_code == 200
+    index = [each["name"] for each in ask("POST", "/v2/repository/index").json()]
+    assert index == ["embed", first, third]
+    counted = [each["name"] for each in ask("GET", "/v2/models/stats").json()["model_stats"]]
+    assert first in counted
+    assert set(counted) <= {"embed", first}
 
 
 def test_a_bound_key_may_ask_embed_and_verify(asker: Any, photo: Callable[..., bytes]) -> None:
@@ -143,6 +176,17 @@ def test_a_bound_key_may_ask_embed_and_verify(asker: Any, photo: Callable[..., b
     assert ask("GET", "/v1/spaces").json()["spaces"] == []  # bound to nothing that is there, and still bound
 
 
+def test_a_bound_key_learns_of_another_label_space_only_that_its_name_is_taken(
+    asker: Any, photo: Callable[..., bytes]
+) -> None:
+    admin = asker("admin")
+    own, other = new_space(admin, photo), new_space(admin, photo)
+    name = admin("GET", f"/v1/spaces/{other}").json()["name"]
+    refused = asker("write", own)("PATCH", f"/v1/spaces/{own}", json={"name": name})
+    assert (refused.status_code, code(refused)) == (409, "conflict")
+    assert other not in refused.text
+
+
 def test_a_bound_key_may_be_made_by_the_name_of_a_label_space_and_expires(
     server: Running, asker: Any, photo: Callable[..., bytes], tmp_path: Path
 ) -> None:
@@ -155,6 +199,8 @@ def test_a_bound_key_may_be_made_by_the_name_of_a_label_space_and_expires(
     listed = subprocess.run([KSHOT, "keys", "list", *folder], capture_output=True, text=True, check=True).stdout
     assert "ann" in listed
     assert "till" in listed
+    there = ["--database", server.backend.settings.database_url]
+    assert subprocess.run([KSHOT, "keys", "list", *there], capture_output=True, text=True, check=True).stdout == listed
     wrong = subprocess.run([*command[:5], "nothing", *folder], capture_output=True, text=True)
     assert wrong.returncode != 0
     assert "no label space with the id or the name 'nothing'" in wrong.stderr

@@ -21,9 +21,12 @@ def test_limits_are_told_before_they_are_met(server: Running) -> None:
     """gh:kserve/kserve#2810: payload limits that nobody documented."""
     limits = server.http.get("/v1/limits").json()
     assert limits["formats"] == ["jpeg", "png", "webp"]
-    assert limits["photo"]["max_bytes"] == 20_000_000
+    assert limits["photo"] == {
+        "max_bytes": 20_000_000, "max_pixels": 25_000_000, "max_pixels_whole": 16_000_000,
+        "max_side": 12_000, "max_aspect": 25.0, "min_side": 8,
+    }  # fmt: skip
     assert limits["request"] == {"photos": 32, "bytes": 64_000_000}
-    assert limits["adaptation"]["ways"] == 200
+    assert limits["adaptation"] == {"ways": 200, "shots": 100, "support": 2000}
 
 
 def test_a_kept_connection_waits_for_no_acknowledgement(server: Running, photo: Photo) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from kshot_serve.api.bodies import Answer, Body
 from kshot_serve.budgets import Budgets, Rate, Share, address_of
 from kshot_serve.errors import Problem
 from kshot_serve.settings import Settings
@@ -60,6 +62,72 @@ def test_one_caller_gets_its_share_and_the_next_ones_find_some() -> None:
     share.give("b", 25)
     share.give("a", 50)
     assert (share.taken, dict(share.held)) == (0, {})
+
+
+@pytest.mark.parametrize("callers", [1, 2, 3])
+def test_callers_that_take_what_they_get_have_one_part_each_and_one_is_left(callers: int) -> None:
+    share = Share(120, Settings(source="").share, "bodies", "too many")
+    for _ in range(120):
+        for caller in map(str, range(callers)):
+            if share.fits(caller, 1):
+                share.take(caller, 1)
+    assert set(share.held.values()) == {120 // (callers + 1)}
+
+
+def test_only_answers_above_64_kb_are_counted_until_they_are_sent() -> None:
+    async def send(_: Any) -> None:
+        pass
+
+    async def whole() -> None:
+        answers = Share(1_000_000, 1.0, "answers", "too many")
+        for size, counted in ((64_000, 0), (64_001, 64_001)):
+            answer, headers = Answer(send, answers, "a"), [(b"content-length", str(size).encode())]
+            await answer.send({"type": "http.response.start", "status": 200, "headers": headers})
+            assert answers.taken == counted
+            answer.close()
+            assert answers.taken == 0
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "in_time"),
+    [
+        ([(29.9, 1)], True),
+        ([(30.1, 1)], False),
+        ([(10, 1), (20.1, 1)], False),
+        ([(10, 100_000), (20.9, 1)], True),  # at 30.9 s
+        ([(10, 100_000), (21.1, 1)], False),
+        ([(10, 300_000), (22.9, 1)], True),
+        ([(10, 300_000), (23.1, 1)], False),
+        ([(0, 50_000_000), (29.9, 1)], True),
+        ([(0, 50_000_000), (30.1, 1)], False),  # what came at once earns no more than it began with
+    ],
+)
+def test_a_body_has_thirty_seconds_and_one_more_for_each_100_kb(pieces: list[tuple[float, int]], in_time: bool) -> None:
+    """Each piece comes so many seconds after the one before; the clock is the test's."""
+
+    async def whole() -> None:
+        loop, now, coming = asyncio.get_running_loop(), 0.0, iter(pieces)
+        loop.time = lambda: now  # type: ignore[method-assign]
+
+        async def receive() -> Any:
+            nonlocal now
+            after, size = next(coming)
+            now += after
+            for _ in range(5):  # the event loop looks at its clock
+                await asyncio.sleep(0)
+            return {"type": "http.request", "body": bytes(size), "more_body": True}
+
+        settings = Settings(source="")
+        bodies = Share(settings.bodies_mb * 1_000_000, settings.share, "bodies", "too many")
+        body = Body(receive, bodies, "a", None, settings.body_mb * 1_000_000, settings.body_s)
+        for _ in pieces[:-1]:
+            await body.receive()
+        with nullcontext() if in_time else pytest.raises(Problem, match="the body comes too slowly"):
+            await body.receive()
+
+    asyncio.run(whole())
 
 
 def test_a_share_of_one_is_all_of_it_and_never_more_than_there_is() -> None:
@@ -163,6 +231,15 @@ def test_one_key_cannot_hold_the_bodies_of_all(
             assert answered.status_code == 200
             not_yet = server.http.post("/v1/embed", content=b"x" * 250_000, headers=PNG | {"X-API-Key": other})
             assert not_yet.status_code == 422  # not an image, but taken in: there was room for it
+
+
+def test_an_import_may_take_all_of_the_bodies_bytes(features_bundle: Path, tmp_path: Path, running: Start) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, bodies_mb=1)
+    with running(settings) as server:
+        large = b"x" * 900_000
+        assert refusal(server.http.post("/v1/embed", content=large, headers=PNG)) == (429, "busy", "bodies")
+        no_zip = server.http.post("/v1/spaces/import", content=large, headers={"Content-Type": "application/zip"})
+        assert refusal(no_zip) == (400, "bad_request", "")
 
 
 def test_budgets_of_the_default_settings_take_what_the_limits_of_one_request_allow() -> None:

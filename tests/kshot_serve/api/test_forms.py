@@ -172,7 +172,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(server: Running) -> None:
     [
         ((12_001, 20), (413, "photo_too_large")),
         ((5_001, 5_000), (413, "photo_too_large")),
+        ((4_001, 4_000), (413, "photo_too_large")),
         ((7, 7), (422, "not_an_image")),
+        ((201, 8), (422, "not_an_image")),
         ((1, 1), (422, "not_an_image")),
         ((1_000, 30), (422, "not_an_image")),
     ],
@@ -182,6 +184,19 @@ def test_sizes_are_bounded_before_pixels_are_decoded(
 ) -> None:
     """CVE-2026-22773: an image of one pixel stopped a server."""
     assert code(ask(server, png(*size))) == expected
+
+
+def test_the_largest_and_the_smallest_photos_are_taken(server: Running) -> None:
+    """16 megapixels of a PNG or WebP, 25 of a JPEG, which is decoded at a fraction of its size."""
+
+    def jpeg(width: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (width, 5_000)).save(file, "JPEG")
+        return file.getvalue()
+
+    for sound in (png(4_000, 4_000), png(12_000, 480), png(8, 8), png(200, 8), jpeg(5_000)):
+        assert ask(server, sound).status_code == 200
+    assert code(ask(server, jpeg(5_001))) == (413, "photo_too_large")
 
 
 @pytest.mark.parametrize("other", ["BMP", "GIF", "TIFF", "ICO", "PPM", "TGA", "JPEG2000"])
@@ -198,6 +213,8 @@ def test_half_a_photo_is_none(server: Running, photo: Photo) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         whole = photo("red", 0, kind, (64, 64))
         assert ask(server, whole).status_code == 200
+        misnamed = [("photos", ("photo.gif", whole, "image/gif"))]
+        assert server.http.post("/v1/embed", files=misnamed).status_code == 200
         refused = ask(server, whole[: len(whole) // 2])
         assert code(refused) == (422, "not_an_image")
         assert "0x" not in refused.text

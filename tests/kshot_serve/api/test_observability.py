@@ -49,6 +49,17 @@ def test_a_request_is_one_log_line_with_its_stages(
     assert {"ms", "decode_ms", "queue_ms", "infer_ms", "decide_ms", "store_ms"} <= set(fields)
 
 
+def test_the_id_of_a_refusal_is_that_of_its_log_line(
+    server: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(caplog.handler, "formatter", JsonLines())
+    with caplog.at_level(logging.INFO, "kshot.serve"):
+        refused = server.http.get("/v1/spaces/spc_unknown").json()["error"]
+        until(lambda: refused["request_id"] in caplog.text)
+    [line] = [each for each in map(json.loads, caplog.text.splitlines()) if each["request_id"] == refused["request_id"]]
+    assert (line["status"], line["code"], refused["code"]) == (404, "space_unknown", "space_unknown")
+
+
 def test_metrics_count_routes_and_never_paths_or_methods_that_a_client_made_up(
     server: Running, space: str, photo: Photo
 ) -> None:

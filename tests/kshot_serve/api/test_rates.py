@@ -12,6 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from kshot_serve.api.app import create_app
+from kshot_serve.api.middleware import refuse
+from kshot_serve.budgets import Budgets
+from kshot_serve.errors import Problem
 from kshot_serve.settings import Settings
 
 Running = Any  # of conftest.py
@@ -61,6 +65,7 @@ def test_wrong_keys_of_an_address_are_bounded_and_hold_up_no_right_one(
             server.http.get("/v1/spaces", headers={"X-API-Key": new["X-API-Key"][:-64] + secrets.token_hex(32)})
             for _ in range(40)
         ]
+        assert reason(guessed[0]) == (401, "key_unknown")  # counted for the key, and not for the address
         assert (429, "rate") in map(reason, guessed)
         server.backend.keys._clock = lambda: 1e9  # what is remembered of the right key has to be asked for again
         assert server.http.get("/v1/spaces", headers=right).status_code == 200
@@ -85,6 +90,45 @@ def test_a_wrong_key_is_asked_about_once_in_five_seconds(
         for _ in range(20):
             server.http.get("/v1/spaces", headers=wrong())
         assert len(keys._wrong) <= 11
+
+
+def test_who_goes_on_after_ten_refusals_in_a_second_is_refused_everything_for_half_of_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("kshot_serve.budgets.monotonic", lambda: now)
+    budgets = Budgets(Settings(source=""))
+    for caller, wait, expected in (("a", 1.0, 0.5), ("b", 1.6, 0.8), ("c", 5.0, 1.0)):
+        for _ in range(10):
+            budgets.refused(caller, wait)
+        assert not budgets.refuses(lambda: caller)  # noqa: B023
+        now += 0.9
+        budgets.refused(caller, wait)
+        now += expected - 0.01
+        assert budgets.refuses(lambda: caller)  # noqa: B023
+        assert not budgets.refuses(lambda: "another")
+        now += 0.02
+        assert not budgets.refuses(lambda: caller)  # noqa: B023
+    for _ in range(40):
+        budgets.refused("slow", 1.0)
+        now += 0.11
+        assert not budgets.refuses(lambda: "slow")
+
+
+def test_only_refusals_of_too_much_count_for_that(features_bundle: Path, tmp_path: Path) -> None:
+    backend = create_app(Settings(source=str(features_bundle), folder=tmp_path)).state.backend
+    try:
+        counted = set()
+        reasons = ("bodies", "answers", "queue", "requests", "rate", "wait", "connections", "database", "deadline")
+        for number, reason in enumerate(reasons):
+            scope = {"type": "http", "path": "/v1/embed", "headers": [], "client": (address := f"10.0.0.{number}", 1)}
+            for _ in range(11):
+                refuse(Problem("busy", "too much", retry_after=2, reason=reason), scope, backend)
+            if backend.budgets.refuses(lambda: address):
+                counted.add(reason)
+        assert counted == set(reasons[:6])
+    finally:
+        backend.store.close()
 
 
 def test_requests_of_a_key_are_bounded_where_that_is_set_and_the_health_checks_are_not(

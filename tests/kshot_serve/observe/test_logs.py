@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
+
+from starlette.datastructures import Headers
+
+from kshot_serve.observe.logs import Lines
+from kshot_serve.observe.trace import Request, current
 
 SPEAKS = """
 import logging, sys
@@ -46,6 +52,17 @@ def test_on_a_terminal_a_line_is_plain_and_has_the_same_ids() -> None:
     assert "route=GET / status=200" in line
     assert f"trace_id={'ab' * 16}" in line
     assert "request_id=req_" in line
+
+
+def test_a_line_for_a_person_has_the_ids_of_its_request_too() -> None:
+    token = current.set(request := Request.begin(Headers()))
+    try:
+        record = logging.makeLogRecord({"msg": "request", "levelname": "INFO", "fields": {"status": 404}})
+        line = Lines().format(record)
+    finally:
+        current.reset(token)
+    assert line.endswith(f" info    request status=404 request_id={request.id} trace_id={request.trace}")
+    assert Lines().format(record).endswith(" request status=404")
 
 
 def test_a_warning_is_written_at_once_with_all_before_it() -> None:

@@ -66,7 +66,8 @@ def test_photos_that_come_while_a_class_is_made_wait_for_the_next_and_refused_on
     page.route("**/classes", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
     page.get_by_label("New class", exact=True).fill("Red")
     page.locator("#new-class-files").set_input_files(shots("red", 2))
-    page.wait_for_timeout(100)
+    while not held:
+        page.wait_for_timeout(20)
     page.drop("#new-class", shots("blue", 3))
     [route] = held
     route.continue_()
@@ -85,6 +86,28 @@ def test_photos_that_come_while_a_class_is_made_wait_for_the_next_and_refused_on
     name.press("Enter")
     expect(page.card("Blue").locator(".count")).to_have_text("3 photos")
     expect(waiting).to_have_count(0)
+
+
+def test_the_next_class_may_be_named_while_one_is_made(visit: Visit, shots: Shots) -> None:
+    page = visit()
+    page.begin("Quick")
+    held: list[Route] = []
+    page.route("**/classes", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    name = page.get_by_label("New class", exact=True)
+    name.fill("Red")
+    page.locator("#new-class-files").set_input_files(shots("red", 2))
+    while not held:
+        page.wait_for_timeout(20)
+    page.drop("#new-class", shots("blue", 3))
+    expect(page.locator("#new-class-photos li")).to_have_count(5)
+    name.fill("Blue")
+    name.press("Enter")
+    page.unroute("**/classes")
+    [route] = held
+    route.continue_()
+    for colour, photos in (("Red", 2), ("Blue", 3)):
+        expect(page.card(colour).locator(".count")).to_have_text(f"{photos} photos")
+    expect(name).to_have_value("")
 
 
 def test_photos_go_in_requests_that_a_slow_line_can_send_in_time(visit: Visit) -> None:

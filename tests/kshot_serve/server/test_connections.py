@@ -79,6 +79,25 @@ def test_idle_connections_make_way_for_new_ones(
         assert more
 
 
+def test_of_connections_that_were_answered_the_one_idle_for_longest_makes_way(
+    features_bundle: Path, tmp_path: Path, running: Start, connected: Connect
+) -> None:
+    settings = Settings(source=str(features_bundle), folder=tmp_path, port=0, leave_s=0, connections=16)
+    with running(settings) as server, ExitStack() as open_:
+        lines = ["GET /v2 HTTP/1.1", f"Host: {server.url.removeprefix('http://')}", ""]
+
+        def asks_again(there: Any) -> int:
+            there.sendall("".join(f"{line}\r\n" for line in lines).encode())
+            return int(there.answer()[0])
+
+        kept = [open_.enter_context(connected(server.url)) for _ in range(16)]
+        assert [asks_again(each) for each in [*kept, kept[0]]] == [200] * 17
+        new = open_.enter_context(connected(server.url))
+        assert asks_again(new) == 200
+        assert kept[1].gone()
+        assert [asks_again(each) for each in (kept[0], *kept[2:], new)] == [200] * 16
+
+
 def test_when_all_connections_are_at_work_new_ones_are_refused_but_for_the_health_checks(
     features_bundle: Path, tmp_path: Path, running: Start, connected: Connect, until: Until
 ) -> None:
@@ -120,6 +139,7 @@ def test_one_key_cannot_have_all_requests_under_way_and_its_next_ones_cost_littl
         reasons = [json.loads(body)["error"]["reason"] for _, _, body in found]
         # The last ones by the connection, which costs little, and not by the application.
         assert reasons == ["requests"] * 11 + ["again"] * 2
+        assert ["x-request-id" in headers for _, headers, _ in found] == [True] * 11 + [False] * 2
         assert all(headers["retry-after"] == "1" for _, headers, _ in found)
         live = open_.enter_context(connected(server.url, "GET /healthz/live HTTP/1.1", "Host: localhost", key, ""))
         assert live.answer()[0] == 200

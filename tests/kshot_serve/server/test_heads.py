@@ -143,7 +143,9 @@ def test_what_is_no_http_is_refused_in_the_shape_of_the_api_counted_and_logged(
     error = json.loads(body)["error"]
     assert (error if path.startswith("/v2") else error["message"]) == "this is no HTTP/1.1 request that can be read"
     assert server.metric(name) == before + 1
-    assert [record for record in caplog.records if getattr(record, "fields", {}).get("status") == 400]
+    [logged] = [each for record in caplog.records if (each := getattr(record, "fields", {})).get("status") == 400]
+    assert logged["request_id"] == headers["x-request-id"]
+    assert path.startswith("/v2") or error["request_id"] == logged["request_id"]
 
 
 @pytest.mark.parametrize(

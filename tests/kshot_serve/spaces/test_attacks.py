@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import struct
+import sys
 import threading
 import time
 import zipfile
@@ -137,6 +139,26 @@ def test_a_small_photo_does_not_wait_for_large_ones(monkeypatch: pytest.MonkeyPa
         greedy.cancel()
 
     decoding(body)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_a_photo_of_more_than_a_megapixel_is_decoded_in_a_thread_of_low_priority(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: dict[int, int] = {}
+    real = type(undecoded(bomb(16), RULE)).decode
+
+    def decode(self: Any) -> Any:
+        found[self.pixels] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return real(self)
+
+    monkeypatch.setattr("kshot_runtime.images.Undecoded.decode", decode)
+
+    async def body(decoder: Decoder, _: Engine) -> None:
+        await decoder.read_all([bomb(1000), bomb(1001)], RULE)
+
+    decoding(body)
+    assert found == {1000 * 1000: os.getpriority(os.PRIO_PROCESS, 0), 1001 * 1001: 5}
 
 
 def test_the_large_photos_of_one_request_have_a_limit_of_pixels_in_all() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from kshot_runtime.errors import KshotError
+from kshot_serve.storage.engines import opened
 from kshot_serve.storage.store import Store
+from kshot_serve.storage.tables import SPACES
 from kshot_serve.storage.values import ORIGINAL, digest
 
 
@@ -26,6 +31,21 @@ def test_sqlite_waits_for_the_disk_before_a_write_is_acknowledged(tmp_path: Path
     with store.writing() as connection:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL: the log is synced at each commit
     store.close()
+
+
+def test_who_opens_the_database_and_reads_does_not_wait_for_another_process_that_writes(tmp_path: Path) -> None:
+    """Each new connection set auto_vacuum again, for which SQLite takes the lock of writers."""
+    url = f"sqlite:///{tmp_path / 'spaces.db'}"
+    database = opened(url)
+    database.dispose()  # of the connections so far
+    with closing(sqlite3.connect(tmp_path / "spaces.db", isolation_level=None)) as other:
+        assert other.execute("PRAGMA auto_vacuum").fetchone() == (2,)  # incremental
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with database.connect().execution_options(reading=True) as connection:
+            assert connection.execute(select(SPACES.c.id)).all() == []
+        assert time.monotonic() - began < 5  # and not the ten seconds that a writer waits
+    database.dispose()
 
 
 WRITER = """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ OPEN = ("/healthz/live", "/healthz/ready", "/v2/health/live", "/v2/health/ready"
 @pytest.mark.parametrize("path", OPEN)
 def test_health_and_the_page_need_no_key(locked: Running, path: str) -> None:
     assert locked.http.get(path).status_code == 200
+
+
+def test_what_is_open_holds_no_data(locked: Running, bearer: dict[str, Any], photo: Callable[..., bytes]) -> None:
+    """The files of the page and of /docs are open too; all of it is the same whatever the label spaces hold."""
+    page = [f"/page/{file.name}" for file in (files("kshot_serve") / "page").iterdir() if file.name.endswith(".js")]
+    paths = (*OPEN, *page, "/page/style.css", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js")
+
+    def answers() -> list[tuple[int, bytes]]:
+        return [(found.status_code, found.content) for found in map(locked.http.get, paths)]
+
+    before = answers()
+    assert {status for status, _ in before} == {200}
+    space = locked.http.post("/v1/spaces", json={"name": "secret plans"}, headers=bearer["write"]).json()["id"]
+    added = {"data": {"name": "secret class"}, "files": [("photos", ("photo", photo("red")))]}
+    assert locked.http.post(f"/v1/spaces/{space}/classes", **added, headers=bearer["write"]).status_code == 201
+    assert answers() == before
 
 
 @pytest.mark.parametrize(

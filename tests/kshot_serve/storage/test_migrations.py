@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from kshot_serve.storage.keys import Keys
 from kshot_serve.storage.migrations import HEAD, TABLE, configuration
 from kshot_serve.storage.store import Store
 from kshot_serve.storage.tables import METADATA
+from kshot_serve.storage.upkeep import SqliteFile
 from kshot_serve.storage.values import ORIGINAL
 
 VERSION_1 = Path(__file__).with_name("version1.sql").read_text()
@@ -79,6 +82,26 @@ def test_a_database_of_version_1_is_upgraded_in_place(database: Callable[[str], 
         )
     assert differences(store) == []
     store.close()
+
+
+def test_a_file_of_an_earlier_version_does_not_shrink_and_its_room_is_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "spaces.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(VERSION_1)
+    store = Store(f"sqlite:///{path}")
+    sizes = []
+    for content in (b"1" * 1_000_000, b"2" * 1_000_000):
+        with store.write(SPACE, "add_class", "") as change:
+            photo = change.add_photo(change.add_class(f"class {content[:1]!r}"), "0" * 64, {ORIGINAL: content})
+        with store.write(SPACE, "delete_photo", "") as change:
+            change.delete_photo(photo)
+        file = SqliteFile(path, 0)
+        file.shrink()
+        assert file.scrub()
+        file.close()
+        sizes.append(path.stat().st_size)
+    store.close()
+    assert sizes[1] - 100_000 < sizes[0] > 1_000_000
 
 
 def test_a_new_database_has_the_tables_that_migrations_make(database: Callable[[str], str]) -> None:
