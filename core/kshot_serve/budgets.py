@@ -148,12 +148,10 @@ class Budgets:
         if len(self._refusals) > _CALLERS:
             del self._refusals[next(iter(self._refusals))]
 
-    def refused_for(self, credential: Callable[[], str]) -> float:
-        """For how many seconds yet this credential is refused everything; it is only asked for where any is."""
+    def refuses(self, credential: Callable[[], str]) -> bool:
+        """Whether this credential is refused everything now; it is only asked for where any is."""
         now = monotonic()
-        if now >= self._refused_until:
-            return 0.0
-        return max(0.0, self._refusals.get(credential(), _NEVER)[2] - now)
+        return now < self._refused_until and now < self._refusals.get(credential(), _NEVER)[2]
 
 
 def _connections(wanted: int) -> int:

@@ -11,7 +11,7 @@ from random import getrandbits
 from typing import Any, Literal
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from kshot_serve.api.middleware import credential_of
@@ -24,7 +24,6 @@ log = logging.getLogger("kshot.serve")
 
 _HEAD_BYTES = 64_000
 _QUEUED = 32  # requests of one connection that wait for those before them (pipelining)
-_HELD = 256  # new connections at most, whose refusal waits
 _MOMENT_S = 0.05
 _NOT_HTTP = "this is no HTTP/1.1 request that can be read"
 _AGAIN = "requests go on coming though they were refused as too many: wait a second"
@@ -40,6 +39,11 @@ def _again(error: object) -> JSONResponse:
 
 _V2_AGAIN = _again(_AGAIN)
 _ANY_AGAIN = _again({"code": "busy", "message": _AGAIN, "request_id": "", "reason": "again"})
+
+
+async def _refused_again(scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer to who goes on sending after a refusal: it costs a tenth of one that the application gives."""
+    await (_V2_AGAIN if scope["path"].startswith("/v2") else _ANY_AGAIN)(scope, receive, send)
 
 
 def raise_file_limit() -> None:
@@ -66,7 +70,6 @@ class Connections:
         self.idle: dict[Connection, None] = {}  # between requests, the longest first
         self._metrics = metrics
         self._told = False
-        self._held = 0  # new connections whose refusal waits
 
     def protocol(self, *args: Any, **kwargs: Any) -> Connection:
         """A new connection, as uvicorn makes its own."""
@@ -99,27 +102,12 @@ class Connections:
     def cut(self, why: Cut) -> None:
         self._metrics.cut.labels(why).inc()
 
-    def refuse_again(self, scope: Scope, *, new: bool) -> ASGIApp | None:
-        """What answers a caller that goes on sending after refusals, or None: it costs a tenth of another refusal.
-
-        A `new` connection waits for that answer until its caller would be taken again, or one that leaves each
-        connection after its refusal would cost as much as before.
-        """
-        wait = self._budgets.refused_for(lambda: credential_of(scope, self.settings))
-        if not wait:
-            return None
-        self._metrics.refusals.labels("busy", "again").inc()
-
-        async def refused(scope: Scope, receive: Receive, send: Send) -> None:
-            if new and self._held < _HELD:
-                self._held += 1
-                try:
-                    await asyncio.sleep(wait)
-                finally:
-                    self._held -= 1
-            await (_V2_AGAIN if scope["path"].startswith("/v2") else _ANY_AGAIN)(scope, receive, send)
-
-        return refused
+    def refuses(self, scope: Any) -> bool:
+        """Whether this caller has just been refused for having sent too much, and is to wait a second."""
+        refuses = self._budgets.refuses(lambda: credential_of(scope, self.settings))
+        if refuses:
+            self._metrics.refusals.labels("busy", "again").inc()
+        return refuses
 
     def refused(self, message: str, id_: str) -> None:
         """Count and log what is no HTTP like any request that is refused."""
@@ -195,10 +183,8 @@ class Connection(HttpToolsProtocol):
         if self.surplus and self._all.open > self._all.most:
             self.scope["state"]["surplus"] = True
         app = self.app
-        if self.url.decode("latin-1") not in OPEN and (
-            refused := self._all.refuse_again(self.scope, new=self.cycle is None)
-        ):
-            self.app = refused
+        if self.url.decode("latin-1") not in OPEN and self._all.refuses(self.scope):
+            self.app = _refused_again
         super().on_headers_complete()
         self.app = app
 

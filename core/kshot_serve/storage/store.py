@@ -125,18 +125,16 @@ class Store(Database):
     def photo(self, space: str, photo: str, keys: Sequence[Key]) -> dict[Key, bytes]:
         """What there is of a photo, in any revision of its label space."""
         with self.reading() as connection:
-            row_of(connection, space)
             photo_row(connection, space, photo)
             rows = {key: contents_of(connection, [photo], key) for key in keys}
         return {key: content for key in keys for content in self._decrypted(rows[key], key).values()}
 
     def photo_facts(self, space: str, photo: str) -> tuple[str, int, bool]:
         """sha256 of the file as it came, bytes of what is kept of it, and whether the file is; it is not read."""
+        kept = select(CONTENTS.c.photo).where(CONTENTS.c.photo == photo, is_of(ORIGINAL)).exists().label("kept")
         with self.reading() as connection:
-            row_of(connection, space)
-            row = photo_row(connection, space, photo)
-            kept = select(CONTENTS.c.photo).where(CONTENTS.c.photo == photo, is_of(ORIGINAL))
-            return row.sha256, row.size, connection.execute(kept).first() is not None
+            row = photo_row(connection, space, photo, kept)
+            return row.sha256, row.size, row.kept
 
     def lacking(self, keys: Sequence[Key], limit: int, after: str = "") -> list[str]:
         """Photos of any label space and revision that have none of these contents, in the order of their ids."""

@@ -114,10 +114,12 @@ def row_of(connection: Connection, space: str, lock: bool = False) -> Row[Any]:
     return row
 
 
-def photo_row(connection: Connection, space: str, photo: str) -> Row[Any]:
-    query = select(PHOTOS).where(PHOTOS.c.space == space, PHOTOS.c.id == photo)
-    row = connection.execute(query).first() if is_id(photo) else None
+def photo_row(connection: Connection, space: str, photo: str, *more: ColumnElement[Any]) -> Row[Any]:
+    """A photo's row and `more` columns, or a Problem: its label space or the photo is not there."""
+    query = select(PHOTOS, *more).where(PHOTOS.c.space == space, PHOTOS.c.id == photo)
+    row = connection.execute(query).first() if is_id(space) and is_id(photo) else None
     if row is None:
+        row_of(connection, space)
         raise Problem("photo_unknown", "this label space has no such photo")
     return row
 
