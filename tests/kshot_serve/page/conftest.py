@@ -209,6 +209,7 @@ def visit(browser: Browser, server: Server, forgiven: list[str]) -> Iterator[Cal
         page.set_default_timeout(15_000)
         page.add_init_script(BANNERS)
         page.on("console", console)
+        page.on("filechooser", lambda chooser: None)  # from the start: asked for later, a key may come before it
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda request: _check_origin(request, at or server.url, noise))
         page.goto(path)

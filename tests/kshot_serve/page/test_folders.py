@@ -91,9 +91,9 @@ def test_a_folder_is_chosen_by_keyboard(visit: Visit, folder: Path, forgiven: li
     forgiven.append("status of 422")
     page = visit()
     page.begin("Chosen folder")
+    page.locator("#new-class-folder").focus()
+    expect(page.locator("#new-class-folder")).to_be_focused()
     with page.expect_file_chooser() as chooser:
-        page.locator("#new-class-folder").focus()
-        expect(page.locator("#new-class-folder")).to_be_focused()
         page.keyboard.press("Space")
     chooser.value.set_files(folder)
     check(page)

@@ -17,7 +17,6 @@ Shots = Callable[..., list[Any]]
 
 def test_everything_goes_by_keyboard_and_has_a_name(visit: Visit, shots: Shots) -> None:
     page = visit()
-    page.on("filechooser", lambda chooser: None)  # from here on, none of the system's own windows opens
     expect(page.get_by_label("What do you want to tell apart?")).to_be_focused()
     page.keyboard.type("Keys")
     page.keyboard.press("Enter")

@@ -209,6 +209,8 @@ def test_no_label_space_sees_another_s_photos_and_classes(store: Store) -> None:
     class_, [secret] = add(store, yours, "secret", b"secret")
     with pytest.raises(Problem, match="no such photo"):
         store.photo(mine, secret, [ORIGINAL])
+    with pytest.raises(Problem, match="no such photo"):
+        store.photo_facts(mine, secret)
     with pytest.raises(Problem, match="no such photo"), store.write(mine, "delete_photo", "") as change:
         change.delete_photo(secret)
     with pytest.raises(Problem, match="no such class"), store.write(mine, "delete_class", "") as change:
@@ -222,9 +224,24 @@ def test_no_label_space_sees_another_s_photos_and_classes(store: Store) -> None:
     "space", ["", "spc_" + "0" * 26, "x" * 10_000, "spc_\x00", "\ud800", "'; DROP TABLE spaces; --"]
 )
 def test_an_id_that_is_none_is_an_unknown_label_space(store: Store, space: str) -> None:
-    with pytest.raises(Problem) as caught:
-        store.snapshot(space)
-    assert caught.value.code == "space_unknown"
+    for ask in (store.snapshot, lambda space: store.photo_facts(space, new_id("pho"))):
+        with pytest.raises(Problem) as caught:
+            ask(space)
+        assert caught.value.code == "space_unknown"
+
+
+def test_what_is_known_of_a_photo_without_reading_it(store: Store) -> None:
+    space = create(store)
+    with store.write(space, "add_class", "ann") as change:
+        class_ = change.add_class("cat")
+        whole = photo(change, class_, b"first photo")
+        reduced = change.add_photo(class_, digest(b"second photo"), {PIXELS: b"seco"})
+    assert store.photo_facts(space, whole) == (digest(b"first photo"), 11 + 4 + 8, True)
+    assert store.photo_facts(space, reduced) == (digest(b"second photo"), 4, False)
+    for none in (new_id("pho"), "", "pho_\x00", "\ud800"):
+        with pytest.raises(Problem) as caught:
+            store.photo_facts(space, none)
+        assert caught.value.code == "photo_unknown"
 
 
 def test_names_of_label_spaces_are_their_own(store: Store) -> None:
